@@ -1,0 +1,25 @@
+"""The criterion ``pkm_masked_lm``: fairseq's masked_lm plus memory usage in validation."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List
+
+from fairseq.criterions import register_criterion
+from fairseq.criterions.masked_lm import MaskedLmConfig, MaskedLmLoss
+
+from .usage import ValidationUsage, log_usage
+
+
+@dataclass
+class PkmMaskedLmConfig(MaskedLmConfig):
+    """Options of ``pkm_masked_lm``: those of masked_lm."""
+
+
+@register_criterion("pkm_masked_lm", dataclass=PkmMaskedLmConfig)
+class PkmMaskedLmLoss(ValidationUsage, MaskedLmLoss):
+    """The masked-LM loss of fairseq."""
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Aggregate logging outputs of all workers."""
+        MaskedLmLoss.reduce_metrics(logging_outputs)
+        log_usage(logging_outputs)

@@ -1,0 +1,17 @@
+"""Product-key memory in plain torch; needs no fairseq."""
+
+from .config import MemoryConfig
+from .layer import Lookup, ProductKeyMemory, build_values
+from .product_keys import product_topk
+from .usage import MemoryUsage
+from .values import ValueTable
+
+__all__ = [
+    "Lookup",
+    "MemoryConfig",
+    "MemoryUsage",
+    "ProductKeyMemory",
+    "ValueTable",
+    "build_values",
+    "product_topk",
+]

@@ -1,0 +1,136 @@
+"""The memory layer: query -> search -> weights -> read."""
+
+from typing import NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from .config import MemoryConfig
+from .product_keys import product_topk
+from .query import build_query_norm
+from .values import ValueTable
+
+
+class Lookup(NamedTuple):
+    """What a memory looked up, for usage counts, validation and plots; no gradient.
+
+    Attributes:
+        slots: (..., H, K), int64, the highest score first; -1 at padding.
+        weights: (..., H, K), sum to 1 over K; 0 at padding.
+    """
+
+    slots: Tensor
+    weights: Tensor
+
+
+class ProductKeyMemory(nn.Module):
+    """A product-key memory (Lample et al. 2019, section 3).
+
+    ``read = sum over heads h and neighbours k of softmax(scores)[h, k] * values[slots[h, k]]``
+    with the ``knn`` best slots of each head found exactly among all ``n_keys ** 2``.
+    Padding is no token: it is dropped on entry, so that it is in no statistic and in no read.
+
+    Args:
+        input_dim: width of the input and of the output.
+        config: the settings.
+        values: a table to share with other memories; None makes an own one.
+
+    Raises:
+        ValueError: the shared table has another shape than the settings ask for.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        config: Optional[MemoryConfig] = None,
+        values: Optional[ValueTable] = None,
+    ) -> None:
+        super().__init__()
+        self.input_dim = input_dim
+        self.config = config = MemoryConfig() if config is None else config
+        v_dim = value_dim(input_dim, config)
+        self.query_proj = nn.Linear(input_dim, config.heads * config.k_dim)
+        self.query_norm = build_query_norm(config)
+        self.keys = nn.Parameter(torch.empty(config.heads, 2, config.n_keys, config.half_dim))
+        self.values = build_values(input_dim, config) if values is None else values
+        if tuple(self.values.weight.shape) != (config.n_slots, v_dim):
+            raise ValueError(
+                f"shared values have shape {tuple(self.values.weight.shape)}, "
+                f"must be ({config.n_slots}, {v_dim})"
+            )
+        # no bias: values of zero then read as exactly zero
+        self.output_proj = nn.Identity() if v_dim == input_dim else nn.Linear(v_dim, input_dim, False)
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.query_dropout = nn.Dropout(config.query_dropout)
+        self.read_dropout = nn.Dropout(config.read_dropout)
+        bound = config.half_dim**-0.5  # Lample et al. 2019, published code
+        nn.init.uniform_(self.keys, -bound, bound)
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_lookup: bool = False
+    ) -> Union[Tensor, Tuple[Tensor, Lookup]]:
+        """Read the memory for every token.
+
+        Args:
+            x: (..., input_dim), any leading dimensions.
+            padding_mask: (...), bool, True at padding; None means that all are tokens.
+            return_lookup: also return the slots and weights.
+
+        Returns:
+            The read, shaped and typed as x, zero at padding; with ``return_lookup`` the pair
+            of it and a :class:`Lookup`.
+
+        Raises:
+            ValueError: x or padding_mask has another shape.
+        """
+        self._check_input(x, padding_mask)
+        leading = x.shape[:-1]
+        tokens = x.reshape(-1, self.input_dim)  # (all, input_dim)
+        real = None if padding_mask is None else ~padding_mask.reshape(-1).bool()  # (all,)
+        if real is not None:
+            tokens = tokens[real]  # (N, input_dim)
+        slots, weights = self.search(tokens)  # (N, H, K)
+        read = self.read_dropout(self.output_proj(self.values(slots, weights)))
+        read = _restore(read.to(x.dtype), real, 0).view(x.shape)
+        if not return_lookup:
+            return read
+        slots = _restore(slots, real, -1).view(*leading, *slots.shape[1:])
+        weights = _restore(weights.detach(), real, 0).view(*leading, *weights.shape[1:])
+        return read, Lookup(slots, weights)
+
+    def search(self, tokens: Tensor) -> Tuple[Tensor, Tensor]:
+        """Slots and softmax weights, each (N, H, K), of real tokens (N, input_dim)."""
+        scores, slots = product_topk(self.query(tokens), self.keys, self.config.knn)
+        return slots, scores.softmax(dim=-1)  # scores are in at least float32
+
+    def query(self, tokens: Tensor) -> Tensor:
+        """Normalised queries, (N, H, 2, k_dim / 2), of real tokens (N, input_dim)."""
+        query = self.query_norm(self.query_proj(self.input_dropout(tokens)))  # (N, H * k_dim)
+        return self.query_dropout(query).view(-1, self.config.heads, 2, self.config.half_dim)
+
+    def _check_input(self, x: Tensor, padding_mask: Optional[Tensor]) -> None:
+        if x.dim() < 1 or x.shape[-1] != self.input_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}, must end in {self.input_dim}")
+        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"padding_mask has shape {tuple(padding_mask.shape)}, "
+                f"must be {tuple(x.shape[:-1])} to fit x"
+            )
+
+
+def value_dim(input_dim: int, config: MemoryConfig) -> int:
+    """Width of a value: ``config.v_dim``, or the width of the input."""
+    return input_dim if config.v_dim is None else config.v_dim
+
+
+def build_values(input_dim: int, config: MemoryConfig) -> ValueTable:
+    """The value table that a memory of this width and these settings reads."""
+    return ValueTable(config.n_slots, value_dim(input_dim, config), config.values_init)
+
+
+def _restore(rows: Tensor, real: Optional[Tensor], fill: int) -> Tensor:
+    """Put the rows of real tokens (N, ...) back among padding (all, ...), which gets ``fill``."""
+    if real is None:
+        return rows
+    restored = rows.new_full((len(real), *rows.shape[1:]), fill)
+    return restored.index_put((real,), rows)

@@ -1,0 +1,55 @@
+"""Normalisation of the query, computed in at least float32."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MemoryConfig
+from .product_keys import at_least_float32
+
+
+def build_query_norm(config: MemoryConfig) -> nn.Module:
+    """The module that maps queries (N, H * k_dim) to normalised queries of the same shape."""
+    if config.query_norm == "batch":
+        return BatchQueryNorm(config.heads * config.k_dim)
+    if config.query_norm == "layer":
+        return LayerQueryNorm(config.k_dim)
+    return nn.Identity()
+
+
+class BatchQueryNorm(nn.BatchNorm1d):
+    """Batch normalisation over tokens (Lample et al. 2019, section 3.2).
+
+    It must be given real tokens only: the memory drops padding before the query. Statistics
+    of fewer than two tokens do not exist; such a batch is normalised by the running ones.
+    """
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Normalise (N, H * k_dim) over N."""
+        assert self.running_mean is not None and self.running_var is not None
+        use_batch = self.training and len(query) > 1
+        mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)
+        normed = F.batch_norm(
+            at_least_float32(query),
+            mean,
+            var,
+            at_least_float32(self.weight),
+            at_least_float32(self.bias),
+            training=use_batch,
+            momentum=self.momentum or 0.0,
+            eps=self.eps,
+        )
+        if use_batch and mean is not self.running_mean:  # half precision: a copy was updated
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+        return normed
+
+
+class LayerQueryNorm(nn.LayerNorm):
+    """Layer normalisation of each head's query on its own; our choice, no paper tried it."""
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Normalise (N, H * k_dim) over each k_dim."""
+        (k_dim,) = self.normalized_shape
+        per_head = at_least_float32(query).unflatten(-1, (-1, k_dim))  # (N, H, k_dim)
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(per_head, (k_dim,), weight, bias, self.eps).flatten(-2)

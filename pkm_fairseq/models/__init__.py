@@ -1,0 +1,3 @@
+"""fairseq models with memory; importing this package registers them."""
+
+from . import roberta  # noqa: F401

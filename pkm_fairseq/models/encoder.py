@@ -1,0 +1,89 @@
+"""RoBERTa's encoder with memories in some of its layers."""
+
+from typing import Any, List, Optional
+
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.roberta import RobertaEncoder
+from fairseq.models.transformer import TransformerConfig, TransformerEncoder
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.transformer_sentence_encoder import init_bert_params
+from torch import nn
+
+from ..memory import MemoryConfig, ProductKeyMemory, ValueTable, build_values
+from .encoder_layer import MemoryEncoderLayer
+
+
+class MemoryTransformerEncoder(TransformerEncoder):
+    """fairseq's transformer encoder; the layers in ``memory_layers`` get a memory.
+
+    Args:
+        args: fairseq's model options.
+        dictionary: the input dictionary.
+        embed_tokens: the input embedding.
+        memory_layers: indices, 0-based, of the layers with a memory.
+        memory_mode: "replace" or "residual".
+        memory_config: settings of every memory.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        dictionary: Any,
+        embed_tokens: nn.Embedding,
+        memory_layers: List[int],
+        memory_mode: str,
+        memory_config: MemoryConfig,
+    ) -> None:
+        # set before super().__init__, which builds the layers one by one without their index
+        self._memory_layers = memory_layers
+        self._memory_mode = memory_mode
+        self._memory_config = memory_config
+        self._n_built = 0
+        self._shared_values: List[ValueTable] = []  # a list: not registered here a second time
+        super().__init__(args, dictionary, embed_tokens)
+
+    def build_encoder_layer(self, args: Any) -> nn.Module:
+        """Build the next layer: fairseq's own, or one with a memory."""
+        index, self._n_built = self._n_built, self._n_built + 1
+        if index not in self._memory_layers:
+            return super().build_encoder_layer(args)
+        cfg = TransformerConfig.from_namespace(args)
+        width = cfg.encoder.embed_dim
+        memory = ProductKeyMemory(width, self._memory_config, self._table_to_share(width))
+        layer = MemoryEncoderLayer(cfg, memory, self._memory_mode)
+        if cfg.checkpoint_activations:  # wrapped as fairseq wraps its own layer
+            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        least = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+        return fsdp_wrap(layer, min_num_params=least)
+
+    def _table_to_share(self, width: int) -> Optional[ValueTable]:
+        if not self._memory_config.share_values:
+            return None
+        if not self._shared_values:
+            self._shared_values.append(build_values(width, self._memory_config))
+        return self._shared_values[0]
+
+
+class MemoryRobertaEncoder(RobertaEncoder):
+    """fairseq's RoBERTa encoder around a :class:`MemoryTransformerEncoder`."""
+
+    def __init__(
+        self,
+        args: Any,
+        dictionary: Any,
+        memory_layers: List[int],
+        memory_mode: str,
+        memory_config: MemoryConfig,
+    ) -> None:
+        self._memory = (memory_layers, memory_mode, memory_config)
+        super().__init__(args, dictionary)
+
+    def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding) -> nn.Module:
+        """Build the transformer, initialised as fairseq does it.
+
+        ``init_bert_params`` draws every Linear from N(0, 0.02), the memory's query and output
+        projection included; sub-keys and values keep the memory's own initialisation.
+        """
+        encoder = MemoryTransformerEncoder(args, dictionary, embed_tokens, *self._memory)
+        encoder.apply(init_bert_params)
+        return encoder

@@ -1,0 +1,191 @@
+"""INIT: start from a checkpoint pretrained without memory (Kim & Jung 2020), or from one of ours."""
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.roberta import RobertaModel
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# parameters that only a model with memory has, and those that a replacing memory removes
+MEMORY_PARAMETER = re.compile(r"\.layers\.\d+\.memory\.")
+FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")
+MAX_NAMED = 8
+
+
+def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None:
+    """Load ``args.init_from`` into the model if this is a fresh run.
+
+    The option is cleared, so that the checkpoints of this run do not ask for the file again.
+
+    Args:
+        model: the model just built.
+        args: fairseq's model options.
+        dictionary: the dictionary of the task.
+
+    Raises:
+        ValueError: the file is missing, is no checkpoint, does not fit, or the run is told to
+            start from another file as well.
+    """
+    path = _take_init_from(args)
+    if path is None:
+        return
+    if args.restore_file != "checkpoint_last.pt":
+        raise ValueError(
+            f"--init-from {path} and --restore-file {args.restore_file} exclude each other"
+        )
+    last = os.path.join(args.save_dir, f"checkpoint_last{args.checkpoint_suffix or ''}.pt")
+    if os.path.exists(last):
+        logger.info(f"--init-from {path} ignored: the run resumes from {last}")
+        return
+    checkpoint = read_checkpoint(path)
+    dictionary_note = check_dictionary(checkpoint, dictionary, path)
+    load_parameters(model, checkpoint["model"], path, dictionary_note)
+
+
+def _take_init_from(args: Any) -> Optional[str]:
+    path = args.init_from
+    args.init_from = None
+    root = args._get_parent() if OmegaConf.is_config(args) else None
+    if root is not None and root.get("model") is not None and "init_from" in root.model:
+        with open_dict(root):  # args is a copy when the model is named by its bare name
+            root.model.init_from = None
+    return path
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Read a fairseq checkpoint; no code from the file is run.
+
+    Raises:
+        ValueError: the file is missing, unreadable or holds no model.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"--init-from {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"--init-from {path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(f"--init-from {path}: not a fairseq checkpoint, it holds no 'model'")
+    return checkpoint
+
+
+def load_parameters(
+    model: nn.Module, state: Dict[str, Tensor], path: str, dictionary_note: str
+) -> None:
+    """Load every matching parameter; only the memory may be new, only a replaced FFN dropped.
+
+    Raises:
+        ValueError: anything else differs; the message lists it.
+    """
+    state = dict(state)
+    RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    surplus = [name for name in state if name not in own]
+    new = [name for name in missing if MEMORY_PARAMETER.search(name)]
+    dropped = [name for name in surplus if _is_replaced_ffn(name, own)]
+    problems = [f"{name} is missing" for name in missing if name not in new]
+    problems += [f"{name} is not in the model" for name in surplus if name not in dropped]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, must be {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise ValueError(f"--init-from {path} does not fit the model: {_listed(problems)}")
+    model.load_state_dict({**own, **{n: t for n, t in state.items() if n in own}}, strict=True)
+    logger.info(
+        f"--init-from {path}: loaded {len(own) - len(new)} tensors; "
+        f"dropped {_listed(dropped)}; newly initialised {_listed(new)}; {dictionary_note}"
+    )
+
+
+def complete_plain_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
+    """Complete a memory-less state in place, so that fairseq's strict loading takes it.
+
+    The model keeps its initial memory and its replaced FFNs are dropped. A state that holds any
+    memory is left alone, and so stays subject to strict checks.
+    """
+    if any(MEMORY_PARAMETER.search(name) for name in state_dict):
+        return
+    own = model.state_dict()
+    state_dict.update({n: tensor for n, tensor in own.items() if MEMORY_PARAMETER.search(n)})
+    for name in [name for name in state_dict if _is_replaced_ffn(name, own)]:
+        del state_dict[name]
+
+
+def _is_replaced_ffn(name: str, own: Dict[str, Tensor]) -> bool:
+    match = FFN_PARAMETER.search(name)
+    if match is None or name in own:
+        return False
+    return f"{name[: match.end(1)]}memory.keys" in own
+
+
+def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, path: str) -> str:
+    """Compare the checkpoint's dictionary with the task's, as far as it is known.
+
+    Returns:
+        What was compared, for the log.
+
+    Raises:
+        ValueError: they differ.
+    """
+    ours = dictionary_sha256(dictionary)
+    theirs = (checkpoint.get("task_state") or {}).get("dictionary_sha256")
+    if theirs is not None:
+        if theirs != ours:
+            raise ValueError(
+                f"--init-from {path}: trained with another dictionary (sha256 {theirs[:12]}, "
+                f"must be {ours[:12]})"
+            )
+        return "dictionary: equal by its stored hash"
+    foreign = _dictionary_beside_data(checkpoint)
+    if foreign is None:
+        return "dictionary: only its size was checked, the checkpoint's own was not found"
+    if dictionary_sha256(foreign) != ours:
+        raise ValueError(
+            f"--init-from {path}: the dictionary beside its training data ({len(foreign)} symbols) "
+            f"is not that of this run ({len(dictionary)} symbols)"
+        )
+    return "dictionary: equal to the one beside the checkpoint's training data"
+
+
+def dictionary_sha256(dictionary: Dictionary) -> str:
+    """SHA-256, in hex, of the symbols of a dictionary in their order."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode("utf-8")).hexdigest()
+
+
+def _dictionary_beside_data(checkpoint: Dict[str, Any]) -> Optional[Dictionary]:
+    data = _training_data(checkpoint)
+    for folder in ("", "input0"):  # masked_lm, sentence_prediction
+        file = os.path.join(data, folder, "dict.txt") if data else ""
+        if os.path.isfile(file):
+            dictionary = Dictionary.load(file)
+            dictionary.add_symbol("<mask>")
+            return dictionary
+    return None
+
+
+def _training_data(checkpoint: Dict[str, Any]) -> Optional[str]:
+    task = (checkpoint.get("cfg") or {}).get("task")
+    data = task.get("data") if isinstance(task, dict) else getattr(task, "data", None)
+    if data is None:  # checkpoints older than hydra
+        data = getattr(checkpoint.get("args"), "data", None)
+    return data.split(os.pathsep)[0] if isinstance(data, str) else None
+
+
+def _listed(items: List[str]) -> str:
+    if not items:
+        return "nothing"
+    more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
+    return ", ".join(items[:MAX_NAMED]) + more

@@ -1,0 +1,45 @@
+"""What both tasks share: a hash of the dictionary, named splits, clear errors."""
+
+import os
+from typing import Any, Dict, List
+
+from fairseq.data import BaseWrapperDataset, Dictionary
+
+from ..models.init_from import dictionary_sha256
+
+
+class NamedSplitDataset(BaseWrapperDataset):
+    """A data set whose batches name their split.
+
+    The criteria tell validation subsets apart by it, and in a data-parallel validation the
+    batches of training data with which fairseq fills up workers that have run out.
+    """
+
+    def __init__(self, dataset: Any, split: str) -> None:
+        super().__init__(dataset)
+        self.split = split
+
+    def collater(self, samples: List[Any]) -> Dict[str, Any]:
+        """Collate, and add the key "split"."""
+        batch = self.dataset.collater(samples)
+        return {**batch, "split": self.split} if batch else batch
+
+
+def remember_dictionary(task: Any) -> None:
+    """Have the task's dictionary hash stored in its checkpoints, for ``--init-from``."""
+    task.state.merge_state_dict({"dictionary_sha256": dictionary_sha256(task.source_dictionary)})
+
+
+def require_dictionary(folder: str) -> None:
+    """Stop with one line if a data-bin has no dictionary."""
+    file = os.path.join(folder, "dict.txt")
+    if not os.path.isfile(file):
+        raise SystemExit(
+            f"no dictionary at {file}: the data must be a folder that fairseq-preprocess made"
+        )
+
+
+def require_examples(dataset: Any, split: str, folder: str) -> None:
+    """Stop with one line if a split has no example."""
+    if len(dataset) == 0:
+        raise SystemExit(f"split {split} in {folder} is empty: it must hold at least one example")

@@ -1,0 +1,44 @@
+"""The task ``pkm_masked_lm``: fairseq's masked_lm that remembers its dictionary."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq import utils
+from fairseq.tasks import register_task
+from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
+
+from .common import (
+    NamedSplitDataset,
+    remember_dictionary,
+    require_dictionary,
+    require_examples,
+)
+
+
+@dataclass
+class PkmMaskedLMConfig(MaskedLMConfig):
+    """Options of ``pkm_masked_lm``: those of masked_lm."""
+
+
+@register_task("pkm_masked_lm", dataclass=PkmMaskedLMConfig)
+class PkmMaskedLMTask(MaskedLMTask):
+    """Masked language modelling."""
+
+    def __init__(self, cfg: PkmMaskedLMConfig, dictionary: Any = None) -> None:
+        super().__init__(cfg, dictionary)
+        remember_dictionary(self)
+
+    @classmethod
+    def load_dict(cls, cfg: PkmMaskedLMConfig) -> Any:
+        """Load the dictionary of the first data folder."""
+        require_dictionary(utils.split_paths(cfg.data)[0])
+        return super().load_dict(cfg)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+        """Load a split; stop with one line if it is missing or empty."""
+        try:
+            super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        except FileNotFoundError as error:
+            raise SystemExit(f"pkm_masked_lm: {error}") from None
+        require_examples(self.datasets[split], split, self.cfg.data)
+        self.datasets[split] = NamedSplitDataset(self.datasets[split], split)

@@ -1,0 +1,49 @@
+"""The task ``pkm_sentence_prediction``: fairseq's sentence_prediction, dictionary remembered."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.tasks import register_task
+from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
+
+from .common import (
+    NamedSplitDataset,
+    remember_dictionary,
+    require_dictionary,
+    require_examples,
+)
+
+
+@dataclass
+class PkmSentencePredictionConfig(SentencePredictionConfig):
+    """Options of ``pkm_sentence_prediction``: those of sentence_prediction."""
+
+
+@register_task("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
+class PkmSentencePredictionTask(SentencePredictionTask):
+    """Classification or regression of sentences and sentence pairs."""
+
+    def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
+        super().__init__(cfg, data_dictionary, label_dictionary)
+        remember_dictionary(self)
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any) -> "PkmSentencePredictionTask":
+        """Load the dictionaries; stop with one line if one is missing."""
+        if cfg.num_classes < 1:
+            raise SystemExit(f"--num-classes is {cfg.num_classes}, must be at least 1")
+        require_dictionary(os.path.join(cfg.data, "input0"))
+        if not cfg.regression_target:
+            require_dictionary(os.path.join(cfg.data, "label"))
+        return super().setup_task(cfg, **kwargs)
+
+    def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> Any:
+        """Load a split; stop with one line if it is missing or empty."""
+        file = os.path.join(self.cfg.data, "input0", split)
+        if not os.path.isfile(f"{file}.idx"):
+            raise SystemExit(f"pkm_sentence_prediction: no split {split}, {file}.idx is missing")
+        dataset = super().load_dataset(split, combine=combine, **kwargs)
+        require_examples(dataset, split, self.cfg.data)
+        self.datasets[split] = NamedSplitDataset(dataset, split)
+        return self.datasets[split]
