@@ -28,41 +28,46 @@ class ValidationUsage:
     The counters stay with the criterion; a batch's logging output carries what they say so far
     over all workers, as plain numbers. Training steps count nothing. With the tasks of this
     plugin each subset is counted on its own; with stock tasks, whose batches do not name their
-    subset, all subsets of one validation are counted together, and so are the batches by which
-    fairseq fills up workers that have run out.
+    subset, all subsets of one validation are counted together.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
         super().__init__(cfg, task)
         self._usage: Dict[str, Dict[int, MemoryUsage]] = {}  # by subset, by layer
-        self._subset = ""
+        self._first_ids: Dict[str, List[int]] = {}  # by subset
 
     def train(self, mode: bool = True) -> Any:
         """Forget the last validation when training goes on."""
         if mode:
             self._usage.clear()
-            self._subset = ""
+            self._first_ids.clear()
         return super().train(mode)
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple:
         """Compute the parent's loss; in validation also count memory usage."""
         if model.training or not hasattr(model, "record_memory_usage"):
             return super().forward(model, sample, reduce)
-        counted = self._counters(model, sample)
+        subset = sample.get("split", "")
+        usage = self._usage.setdefault(subset, model.new_memory_usage())
+        counted = model.new_memory_usage() if self._is_filler(subset, sample) else usage
         with model.record_memory_usage(counted):
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
-        logging_output.update(usage_so_far(self._usage[self._subset]))
+        logging_output.update(usage_so_far(usage))
         return loss, sample_size, logging_output
 
-    def _counters(self, model: Any, sample: Dict[str, Any]) -> Dict[int, MemoryUsage]:
-        subset = sample.get("split", "")
-        many = distributed_utils.get_data_parallel_world_size() > 1
-        is_filler = many and subset == "train"
-        if not is_filler:
-            self._subset = subset
-        if self._subset not in self._usage:
-            self._usage[self._subset] = model.new_memory_usage()
-        return model.new_memory_usage() if is_filler else self._usage[self._subset]
+    def _is_filler(self, subset: str, sample: Dict[str, Any]) -> bool:
+        """Whether this batch only keeps a worker busy that has run out of batches.
+
+        For that fairseq takes the first batch of the subset, which worker 0 reads first of all.
+        """
+        if distributed_utils.get_data_parallel_world_size() == 1:
+            return False
+        ids, group = sample["id"].tolist(), distributed_utils.get_data_parallel_group()
+        at_start = subset not in self._first_ids
+        if at_start:
+            self._first_ids[subset] = distributed_utils.broadcast_object(ids, 0, group)
+        is_first_read = at_start and distributed_utils.get_data_parallel_rank() == 0
+        return ids == self._first_ids[subset] and not is_first_read
 
 
 def usage_so_far(usage: Dict[int, MemoryUsage]) -> Dict[str, float]:

@@ -59,7 +59,9 @@ class ProductKeyMemory(nn.Module):
                 f"must be ({config.n_slots}, {v_dim})"
             )
         # no bias: values of zero then read as exactly zero
-        self.output_proj = nn.Identity() if v_dim == input_dim else nn.Linear(v_dim, input_dim, False)
+        self.output_proj = (
+            nn.Identity() if v_dim == input_dim else nn.Linear(v_dim, input_dim, False)
+        )
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.query_dropout = nn.Dropout(config.query_dropout)
         self.read_dropout = nn.Dropout(config.read_dropout)
@@ -105,8 +107,9 @@ class ProductKeyMemory(nn.Module):
 
     def query(self, tokens: Tensor) -> Tensor:
         """Normalised queries, (N, H, 2, k_dim / 2), of real tokens (N, input_dim)."""
-        query = self.query_norm(self.query_proj(self.input_dropout(tokens)))  # (N, H * k_dim)
-        return self.query_dropout(query).view(-1, self.config.heads, 2, self.config.half_dim)
+        query: Tensor = self.query_norm(self.query_proj(self.input_dropout(tokens)))
+        query = self.query_dropout(query)  # (N, H * k_dim)
+        return query.view(-1, self.config.heads, 2, self.config.half_dim)
 
     def _check_input(self, x: Tensor, padding_mask: Optional[Tensor]) -> None:
         if x.dim() < 1 or x.shape[-1] != self.input_dim:

@@ -78,7 +78,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def _check_search(query: Tensor, keys: Tensor, knn: int) -> None:
     if keys.dim() != 4 or keys.shape[1] != 2:
-        raise ValueError(f"keys have shape {tuple(keys.shape)}, must be (heads, 2, n_keys, k_dim/2)")
+        raise ValueError(
+            f"keys have shape {tuple(keys.shape)}, must be (heads, 2, n_keys, k_dim/2)"
+        )
     heads, _, n_keys, half_dim = keys.shape
     if query.dim() < 3 or tuple(query.shape[-3:]) != (heads, 2, half_dim):
         raise ValueError(

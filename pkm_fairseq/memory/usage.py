@@ -151,7 +151,7 @@ class MemoryUsage:
 
 
 def uniform_ceiling(queries: int, n_slots: int) -> float:
-    """Expected share of slots hit by ``queries`` uniform random draws, ``1 - exp(-Q / n_slots)``."""
+    """Expected share of slots hit by Q uniform random draws, ``1 - exp(-Q / n_slots)``."""
     return -math.expm1(-queries / n_slots)
 
 

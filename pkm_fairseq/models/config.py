@@ -84,9 +84,7 @@ class PkmRobertaConfig(FairseqDataclass):
         "sub-keys per half; the memory has this number squared of slots "
         "(default of base and large: 512; Lample et al. 2019)"
     )
-    memory_heads: Optional[int] = option(
-        "queries per token (default: 4; Lample et al. 2019)"
-    )
+    memory_heads: Optional[int] = option("queries per token (default: 4; Lample et al. 2019)")
     memory_knn: Optional[int] = option(
         "slots each head reads, 2 to n_keys (default of base and large: 32; Lample et al. 2019)"
     )

@@ -1,4 +1,4 @@
-"""INIT: start from a checkpoint pretrained without memory (Kim & Jung 2020), or from one of ours."""
+"""INIT (Kim & Jung 2020): start from a checkpoint pretrained without memory, or one of ours."""
 
 import hashlib
 import logging
@@ -187,5 +187,6 @@ def _training_data(checkpoint: Dict[str, Any]) -> Optional[str]:
 def _listed(items: List[str]) -> str:
     if not items:
         return "nothing"
+    named = [item.removeprefix("encoder.sentence_encoder.") for item in items[:MAX_NAMED]]
     more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
+    return ", ".join(named) + more

@@ -3,7 +3,7 @@
 import os
 from typing import Any, Dict, List
 
-from fairseq.data import BaseWrapperDataset, Dictionary
+from fairseq.data import BaseWrapperDataset
 
 from ..models.init_from import dictionary_sha256
 
@@ -11,8 +11,7 @@ from ..models.init_from import dictionary_sha256
 class NamedSplitDataset(BaseWrapperDataset):
     """A data set whose batches name their split.
 
-    The criteria tell validation subsets apart by it, and in a data-parallel validation the
-    batches of training data with which fairseq fills up workers that have run out.
+    The criteria tell validation subsets apart by it.
     """
 
     def __init__(self, dataset: Any, split: str) -> None:
@@ -39,7 +38,8 @@ def require_dictionary(folder: str) -> None:
         )
 
 
-def require_examples(dataset: Any, split: str, folder: str) -> None:
-    """Stop with one line if a split has no example."""
-    if len(dataset) == 0:
+def require_examples(folder: str, split: str) -> None:
+    """Stop with one line if a split is there, but has no example."""
+    file = os.path.join(folder, f"{split}.bin")
+    if os.path.isfile(file) and not os.path.getsize(file):
         raise SystemExit(f"split {split} in {folder} is empty: it must hold at least one example")

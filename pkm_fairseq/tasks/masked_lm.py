@@ -34,11 +34,14 @@ class PkmMaskedLMTask(MaskedLMTask):
         require_dictionary(utils.split_paths(cfg.data)[0])
         return super().load_dict(cfg)
 
-    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+    def load_dataset(
+        self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
+    ) -> None:
         """Load a split; stop with one line if it is missing or empty."""
+        folders = utils.split_paths(self.cfg.data)
+        require_examples(folders[(epoch - 1) % len(folders)], split)
         try:
             super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         except FileNotFoundError as error:
             raise SystemExit(f"pkm_masked_lm: {error}") from None
-        require_examples(self.datasets[split], split, self.cfg.data)
         self.datasets[split] = NamedSplitDataset(self.datasets[split], split)

@@ -40,10 +40,10 @@ class PkmSentencePredictionTask(SentencePredictionTask):
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> Any:
         """Load a split; stop with one line if it is missing or empty."""
-        file = os.path.join(self.cfg.data, "input0", split)
-        if not os.path.isfile(f"{file}.idx"):
-            raise SystemExit(f"pkm_sentence_prediction: no split {split}, {file}.idx is missing")
+        folder = os.path.join(self.cfg.data, "input0")
+        if not os.path.isfile(os.path.join(folder, f"{split}.idx")):
+            raise SystemExit(f"pkm_sentence_prediction: no split {split} in {folder}")
+        require_examples(folder, split)
         dataset = super().load_dataset(split, combine=combine, **kwargs)
-        require_examples(dataset, split, self.cfg.data)
         self.datasets[split] = NamedSplitDataset(dataset, split)
         return self.datasets[split]

@@ -1,0 +1,103 @@
+"""The real fairseq commands, run as a user runs them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+USER_DIR = ROOT / "pkm_fairseq"
+
+# a model with two layers whose memory has 16 * 16 slots
+MODEL = [
+    *("--encoder-layers", "2", "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),
+    *("--encoder-attention-heads", "2", "--dropout", "0.1"),
+]
+MEMORY = [
+    *("--memory-layers", "1", "--memory-n-keys", "16", "--memory-heads", "2"),
+    *("--memory-knn", "4", "--memory-k-dim", "16"),
+]
+TRAIN = [
+    *("--user-dir", str(USER_DIR), "--optimizer", "pkm_adam", "--lr", "1e-3"),
+    *("--batch-size", "8", "--seed", "7", "--num-workers", "0", "--cpu"),
+    *("--log-format", "json", "--log-interval", "1", "--no-epoch-checkpoints"),
+]
+MASKED_LM = [
+    *("--task", "pkm_masked_lm", "--criterion", "pkm_masked_lm", "--tokens-per-sample", "32"),
+]
+
+
+@dataclass
+class Run:
+    """What a command printed, and how it ended."""
+
+    status: int
+    output: str
+
+    def logged(self, tag: str) -> List[Dict[str, Any]]:
+        """The JSON lines that fairseq logged under a tag, such as train_inner or valid."""
+        start = rf"(?:\| {tag} \||\[{tag}\]\[INFO\] -)"  # without and with hydra
+        found = re.finditer(rf"{start} (\{{.*\}})$", self.output, re.MULTILINE)
+        return [json.loads(match[1]) for match in found]
+
+
+def run(*command: Any, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None) -> Run:
+    """Run a command of the environment, or of the repository, to its end."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd or ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout)
+
+
+def run_well(*command: Any, **kwargs: Any) -> Run:
+    """Run a command that must succeed."""
+    done = run(*command, **kwargs)
+    assert done.status == 0, done.output[-4000:]
+    return done
+
+
+def train(data: Path, save_dir: Path, *options: Any) -> Run:
+    """Run fairseq-train with memory in a tiny model; it must succeed."""
+    command = [BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, *MODEL, "--save-dir", save_dir]
+    return run_well(*command, *options)
+
+
+def write_sentences(file: Path, n_lines: int, seed: int) -> None:
+    """Write lines of words of very different frequencies, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    words = [f"w{i}" for i in range(60)]
+    with file.open("w") as out:
+        for _ in range(n_lines):
+            ranks = len(words) * rng.random(rng.integers(8, 20)) ** 4
+            print(*(words[int(rank)] for rank in ranks), file=out)
+
+
+def binarise(folder: Path, out: Path, *options: Any) -> Path:
+    """Run fairseq-preprocess over train.txt and valid.txt of a folder."""
+    run_well(
+        *(BIN / "fairseq-preprocess", "--only-source", "--workers", "1", "--destdir", out),
+        *("--trainpref", folder / "train.txt", "--validpref", folder / "valid.txt", *options),
+    )
+    return out
+
+
+def load(file: Path) -> Dict[str, Any]:
+    """Read a checkpoint safely."""
+    import pkm_fairseq  # noqa: F401  (puts what fairseq stores on torch's allow-list)
+
+    return torch.load(file, weights_only=True)

@@ -1,0 +1,204 @@
+"""fairseq-train, fairseq-validate and fairseq-hydra-train with memories, end to end."""
+
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+import torch
+
+from .runs import (
+    BIN,
+    MASKED_LM,
+    MEMORY,
+    MODEL,
+    ROOT,
+    TRAIN,
+    USER_DIR,
+    Run,
+    load,
+    run,
+    run_well,
+    train,
+)
+
+USAGE_KEYS = {
+    f"valid_memory1_{key}"
+    for key in (
+        "tokens",
+        "top1_usage",
+        "topk_usage",
+        "top1_ceiling",
+        "topk_ceiling",
+        "kl_weighted",
+        "kl_unweighted",
+        "gini",
+        "dead_slots",
+    )
+}
+
+
+def losses(run: Run) -> Dict[str, str]:
+    return {log["num_updates"]: log["loss"] for log in run.logged("train_inner")}
+
+
+def assert_equal_state(one: Any, other: Any, where: str = "") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_state(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("arch", ["pkm_roberta_tiny", "resm_roberta_tiny"])
+def test_the_loss_falls(data_bin: Path, tmp_path: Path, arch: str) -> None:
+    run = train(data_bin, tmp_path, "--arch", arch, *MEMORY, "--max-update", "40", "--lr", "1e-2")
+    history = [float(loss) for loss in losses(run).values()]
+    assert len(history) == 40
+    assert sum(history[-5:]) / 5 < history[0] - 0.5
+
+
+def test_validation_logs_usage_of_each_memory_layer(resm_run: "tuple[Path, Run]") -> None:
+    (valid,) = resm_run[1].logged("valid")
+    assert valid.keys() >= USAGE_KEYS
+    assert 0 < float(valid["valid_memory1_top1_usage"]) <= 1
+
+
+def test_training_steps_log_no_usage(resm_run: "tuple[Path, Run]") -> None:
+    assert not any("memory" in key for log in resm_run[1].logged("train_inner") for key in log)
+
+
+def test_fairseq_validate_finds_the_loss_and_usage_of_training(
+    data_bin: Path, resm_run: "tuple[Path, Run]"
+) -> None:
+    out, trained = resm_run
+    (logged,) = trained.logged("valid")
+    validated = run_well(
+        *(BIN / "fairseq-validate", data_bin, "--path", out / "checkpoint_last.pt", "--cpu"),
+        *("--user-dir", USER_DIR, "--task", "pkm_masked_lm", "--valid-subset", "valid"),
+        *("--batch-size", "8", "--log-format", "json", "--num-workers", "0"),
+    )
+    (again,) = validated.logged("valid")
+    assert again["valid_loss"] == logged["valid_loss"]
+    assert {key: again[key] for key in USAGE_KEYS} == {key: logged[key] for key in USAGE_KEYS}
+
+
+def test_stock_task_criterion_and_optimizer_train_a_memory(data_bin: Path, tmp_path: Path) -> None:
+    stock = ["--task", "masked_lm", "--criterion", "masked_lm", "--optimizer", "adam"]
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, *stock, "--max-update", "6"]
+    train(data_bin, tmp_path, *options, "--save-interval-updates", "3")
+    values = "encoder.sentence_encoder.layers.1.memory.values.weight"
+    early = load(tmp_path / "checkpoint_1_3.pt")["model"][values]
+    assert not torch.equal(early, load(tmp_path / "checkpoint_last.pt")["model"][values])
+
+
+@pytest.mark.parametrize("options", [[], ["--update-freq", "2", "--clip-norm", "0.5"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    data_bin: Path, tmp_path: Path, options: "list[str]"
+) -> None:
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, *options]
+    whole = train(data_bin, tmp_path / "whole", *options, "--max-update", "12")
+    first = train(data_bin, tmp_path / "parts", *options, "--max-update", "6")
+    rest = train(data_bin, tmp_path / "parts", *options, "--max-update", "12")
+    assert {**losses(first), **losses(rest)} == losses(whole)
+    one, other = (load(tmp_path / part / "checkpoint_last.pt") for part in ("whole", "parts"))
+    assert_equal_state(one["model"], other["model"])
+    assert_equal_state(one["last_optimizer_state"], other["last_optimizer_state"])
+    assert rest.logged("valid")[-1]["valid_loss"] == whole.logged("valid")[-1]["valid_loss"]
+
+
+def test_a_changed_value_lr_takes_effect_on_resume(data_bin: Path, tmp_path: Path) -> None:
+    options = ["--arch", "resm_roberta_tiny", *MEMORY]
+    train(data_bin, tmp_path, *options, "--max-update", "3")
+    before = load(tmp_path / "checkpoint_last.pt")
+    train(data_bin, tmp_path, *options, "--max-update", "6", "--memory-value-lr", "0")
+    after = load(tmp_path / "checkpoint_last.pt")
+    values = "encoder.sentence_encoder.layers.1.memory.values.weight"
+    keys = "encoder.sentence_encoder.layers.1.memory.keys"
+    assert torch.equal(before["model"][values], after["model"][values])
+    assert not torch.equal(before["model"][keys], after["model"][keys])
+
+
+def test_values_keep_their_learning_rate_while_the_schedule_warms_up(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, "--max-update", "2"]
+    schedule = ["--lr-scheduler", "polynomial_decay", "--warmup-updates", "10"]
+    train(data_bin, tmp_path, *options, *schedule, "--total-num-update", "20")
+    groups = load(tmp_path / "checkpoint_last.pt")["last_optimizer_state"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([2e-4, 1e-3])
+
+
+def test_hydra_and_the_command_line_train_the_same_model(data_bin: Path, tmp_path: Path) -> None:
+    hydra = run_well(
+        *(
+            BIN / "fairseq-hydra-train",
+            "--config-dir",
+            ROOT / "user_dir_examples/pretraining/config",
+        ),
+        *("--config-name", "resm_tiny", f"common.user_dir={USER_DIR}", f"task.data={data_bin}"),
+        *(f"checkpoint.save_dir={tmp_path / 'hydra'}", "optimization.max_update=4"),
+        *("common.log_interval=1", "common.cpu=true", "lr_scheduler.warmup_updates=2"),
+        *(f"hydra.run.dir={tmp_path / 'hydra'}",),
+        cwd=tmp_path,
+    )
+    cli = run_well(
+        *(BIN / "fairseq-train", data_bin, *TRAIN, *MASKED_LM, "--save-dir", tmp_path / "cli"),
+        *("--arch", "resm_roberta_tiny", "--tokens-per-sample", "64", "--batch-size", "16"),
+        *("--seed", "1", "--adam-betas", "(0.9,0.98)", "--adam-eps", "1e-6", "--clip-norm", "1"),
+        *("--max-update", "4", "--lr-scheduler", "polynomial_decay", "--warmup-updates", "2"),
+        *("--total-num-update", "4"),
+    )
+    assert len(losses(cli)) == 4 and losses(hydra) == losses(cli)
+    one, other = (load(tmp_path / part / "checkpoint_last.pt") for part in ("hydra", "cli"))
+    assert_equal_state(one["model"], other["model"])
+
+
+def test_hydra_refuses_a_mistyped_option(data_bin: Path, tmp_path: Path) -> None:
+    wrong = run(
+        *(
+            BIN / "fairseq-hydra-train",
+            "--config-dir",
+            ROOT / "user_dir_examples/pretraining/config",
+        ),
+        *("--config-name", "resm_tiny", f"common.user_dir={USER_DIR}", f"task.data={data_bin}"),
+        *(f"checkpoint.save_dir={tmp_path}", "+model.memory_n_kyes=8", f"hydra.run.dir={tmp_path}"),
+        cwd=tmp_path,
+    )
+    assert wrong.status != 0 and "memory_n_kyes" in wrong.output
+
+
+def test_two_workers_report_the_usage_of_one(data_bin: Path, tmp_path: Path) -> None:
+    """Three batches do not divide evenly: fairseq has one worker read the first one again."""
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, "--max-update", "1", "--lr", "1e-12"]
+    # with rates of next to zero and no batch statistics all workers keep the same model
+    options += ["--memory-value-lr", "0", "--memory-query-norm", "layer", "--batch-size-valid", "8"]
+    one = train(data_bin, tmp_path / "one", *options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    workers = [
+        subprocess.Popen(
+            [
+                *map(str, (BIN / "fairseq-train", data_bin, *TRAIN, *MASKED_LM, *MODEL, *options)),
+                *("--save-dir", str(tmp_path / "two"), "--distributed-world-size", "2"),
+                *("--distributed-backend", "gloo", "--distributed-init-method", address),
+                *("--distributed-no-spawn", "--distributed-rank", str(rank)),
+                *("--ddp-backend", "legacy_ddp"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+    (alone,), (together,) = one.logged("valid"), Run(0, outputs[0]).logged("valid")
+    assert float(alone["valid_memory1_tokens"]) > 0
+    assert {key: together[key] for key in USAGE_KEYS} == {key: alone[key] for key in USAGE_KEYS}
