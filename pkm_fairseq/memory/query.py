@@ -1,5 +1,6 @@
 """Normalisation of the query, computed in at least float32."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,16 +17,32 @@ def build_query_norm(config: MemoryConfig) -> nn.Module:
     return nn.Identity()
 
 
-class BatchQueryNorm(nn.BatchNorm1d):
+class BatchQueryNorm(nn.Module):
     """Batch normalisation over tokens (Lample et al. 2019, section 3.2).
 
     It must be given real tokens only: the memory drops padding before the query. Statistics
     of fewer than two tokens do not exist; such a batch is normalised by the running ones.
+    Unlike torch's module it has no integer buffer, which fairseq's moving averages cannot take.
+
+    Args:
+        n_features: H * k_dim.
     """
+
+    eps = 1e-5
+    momentum = 0.1  # both as torch's BatchNorm1d
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_features))
+        self.bias = nn.Parameter(torch.zeros(n_features))
+        self.register_buffer("running_mean", torch.zeros(n_features))
+        self.register_buffer("running_var", torch.ones(n_features))
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over N."""
-        assert self.running_mean is not None and self.running_var is not None
         use_batch = self.training and len(query) > 1
         mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)
         normed = F.batch_norm(
@@ -35,7 +52,7 @@ class BatchQueryNorm(nn.BatchNorm1d):
             at_least_float32(self.weight),
             at_least_float32(self.bias),
             training=use_batch,
-            momentum=self.momentum or 0.0,
+            momentum=self.momentum,
             eps=self.eps,
         )
         if use_batch and mean is not self.running_mean:  # half precision: a copy was updated

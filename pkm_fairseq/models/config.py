@@ -122,7 +122,9 @@ class PkmRobertaConfig(FairseqDataclass):
     # no help text, no flag: what the model must know of the rest of the run
     optimizer_name: str = II("optimizer._name")
     fp16: bool = II("common.fp16")
+    bf16: bool = II("common.bf16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+    memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
     checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")

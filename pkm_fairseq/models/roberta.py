@@ -48,8 +48,8 @@ class PkmRobertaModel(RobertaModel):
 
     def memory_layers(self) -> Dict[int, MemoryEncoderLayer]:
         """The layers with a memory, by their index."""
-        layers = enumerate(self.encoder.sentence_encoder.layers)
-        return {index: layer for index, layer in layers if isinstance(layer, MemoryEncoderLayer)}
+        layers = self.encoder.sentence_encoder.layers  # by index: iterating may drop layers
+        return {i: layers[i] for i in range(len(layers)) if isinstance(layers[i], MemoryEncoderLayer)}
 
     @contextmanager
     def record_memory_usage(
@@ -117,15 +117,23 @@ def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
 
 def _check_unsupported(args: Any, mode: str) -> None:
     optimizer = safe_getattr(args, "optimizer_name") or safe_getattr(args, "optimizer")
-    if optimizer == "pkm_adam" and args.fp16 and not args.memory_efficient_fp16:
+    if optimizer == "pkm_adam" and _trains_float32_copies(args):
         raise ValueError(
-            "--optimizer pkm_adam does not work with --fp16, which trains float32 copies in which "
-            "the value tables cannot be told apart; use --memory-efficient-fp16"
+            "--optimizer pkm_adam does not work with --fp16 and --bf16, which train float32 copies "
+            "in which the value tables cannot be told apart; use --memory-efficient-fp16 or "
+            "--memory-efficient-bf16"
         )
     for name, default in (("ffn_reg_scale_factor", 0.0), ("ffn_blocks_to_remove", -1)):
         if mode == "replace" and safe_getattr(args, name, default) != default:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} does not work with --memory-mode replace: there is no FFN")
+
+
+def _trains_float32_copies(args: Any) -> bool:
+    def given(*names: str) -> bool:
+        return any(safe_getattr(args, name, False) for name in names)
+
+    return given("fp16", "bf16") and not given("memory_efficient_fp16", "memory_efficient_bf16")
 
 
 @contextmanager

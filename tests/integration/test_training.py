@@ -202,3 +202,27 @@ def test_two_workers_report_the_usage_of_one(data_bin: Path, tmp_path: Path) -> 
     (alone,), (together,) = one.logged("valid"), Run(0, outputs[0]).logged("valid")
     assert float(alone["valid_memory1_tokens"]) > 0
     assert {key: together[key] for key in USAGE_KEYS} == {key: alone[key] for key in USAGE_KEYS}
+
+
+@pytest.mark.parametrize(
+    "options", [["--memory-efficient-fp16"], ["--store-ema", "--ema-decay", "0.9"]]
+)
+def test_fairseqs_other_ways_to_train_work_and_resume(
+    data_bin: Path, tmp_path: Path, options: "list[str]"
+) -> None:
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, *options]
+    first = train(data_bin, tmp_path, *options, "--max-update", "2")
+    rest = train(data_bin, tmp_path, *options, "--max-update", "4")
+    assert list(losses(first)) + list(losses(rest)) == ["1", "2", "3", "4"]
+
+
+def test_usage_reaches_tensorboard(data_bin: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, "--max-update", "2"]
+    run = train(data_bin, tmp_path, *options, "--tensorboard-logdir", tmp_path / "board")
+    events = EventAccumulator(str(tmp_path / "board/valid")).Reload()
+    shown = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    (logged,) = run.logged("valid")
+    for key in USAGE_KEYS:
+        assert shown[key.removeprefix("valid_")] == pytest.approx(float(logged[key]), abs=1e-4)
