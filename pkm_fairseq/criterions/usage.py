@@ -48,7 +48,9 @@ class ValidationUsage:
         if model.training or not hasattr(model, "record_memory_usage"):
             return super().forward(model, sample, reduce)
         subset = sample.get("split", "")
-        usage = self._usage.setdefault(subset, model.new_memory_usage())
+        if subset not in self._usage:
+            self._usage[subset] = model.new_memory_usage()
+        usage = self._usage[subset]
         counted = model.new_memory_usage() if self._is_filler(subset, sample) else usage
         with model.record_memory_usage(counted):
             loss, sample_size, logging_output = super().forward(model, sample, reduce)

@@ -1,5 +1,7 @@
 """The value table: what a memory stores, and the weighted read from it."""
 
+from typing import Any, Dict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +23,16 @@ class ValueTable(nn.Module):
         super().__init__()
         self.init = init
         self.weight = nn.Parameter(torch.empty(n_slots, v_dim))
-        self.weight.is_value_table = True  # type: ignore[attr-defined]
+        self._tag()
         self.reset_parameters()
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Tag the parameter of a copy, too; torch does not copy attributes of parameters."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tag()
+
+    def _tag(self) -> None:
+        self.weight.is_value_table = True  # type: ignore[attr-defined]
 
     def reset_parameters(self) -> None:
         """Draw the values anew."""

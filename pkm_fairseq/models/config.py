@@ -120,7 +120,7 @@ class PkmRobertaConfig(FairseqDataclass):
     )
 
     # no help text, no flag: what the model must know of the rest of the run
-    optimizer_name: str = II("optimizer._name")
+    optimizer: Any = II("optimizer")
     fp16: bool = II("common.fp16")
     bf16: bool = II("common.bf16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")

@@ -60,21 +60,25 @@ def _take_init_from(args: Any) -> Optional[str]:
     return path
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
     """Read a fairseq checkpoint; no code from the file is run.
+
+    Args:
+        path: the file.
+        option: the command-line option that named it, for messages.
 
     Raises:
         ValueError: the file is missing, unreadable or holds no model.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"--init-from {path}: no such file")
+        raise ValueError(f"{option} {path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises can be nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--init-from {path}: not a readable checkpoint ({reason})") from None
+        raise ValueError(f"{option} {path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"--init-from {path}: not a fairseq checkpoint, it holds no 'model'")
+        raise ValueError(f"{option} {path}: not a fairseq checkpoint, it holds no 'model'")
     return checkpoint
 
 
@@ -105,7 +109,8 @@ def load_parameters(
     model.load_state_dict({**own, **{n: t for n, t in state.items() if n in own}}, strict=True)
     logger.info(
         f"--init-from {path}: loaded {len(own) - len(new)} tensors; "
-        f"dropped {_listed(dropped)}; newly initialised {_listed(new)}; {dictionary_note}"
+        f"dropped {_listed(_modules(dropped))}; newly initialised {_listed(_modules(new))}; "
+        f"{dictionary_note}"
     )
 
 
@@ -148,7 +153,7 @@ def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, path: s
                 f"must be {ours[:12]})"
             )
         return "dictionary: equal by its stored hash"
-    foreign = _dictionary_beside_data(checkpoint)
+    foreign = dictionary_beside_data(checkpoint)
     if foreign is None:
         return "dictionary: only its size was checked, the checkpoint's own was not found"
     if dictionary_sha256(foreign) != ours:
@@ -164,7 +169,8 @@ def dictionary_sha256(dictionary: Dictionary) -> str:
     return hashlib.sha256("\n".join(dictionary.symbols).encode("utf-8")).hexdigest()
 
 
-def _dictionary_beside_data(checkpoint: Dict[str, Any]) -> Optional[Dictionary]:
+def dictionary_beside_data(checkpoint: Dict[str, Any]) -> Optional[Dictionary]:
+    """The dictionary in the folder of the checkpoint's training data, if it can be found."""
     data = _training_data(checkpoint)
     for folder in ("", "input0"):  # masked_lm, sentence_prediction
         file = os.path.join(data, folder, "dict.txt") if data else ""
@@ -186,6 +192,11 @@ def _training_data(checkpoint: Dict[str, Any]) -> Optional[str]:
 def _listed(items: List[str]) -> str:
     if not items:
         return "nothing"
-    named = [item.removeprefix("encoder.sentence_encoder.") for item in items[:MAX_NAMED]]
+    items = [item.removeprefix("encoder.sentence_encoder.") for item in items]
     more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(named) + more
+    return ", ".join(items[:MAX_NAMED]) + more
+
+
+def _modules(names: List[str]) -> List[str]:
+    """The memories and linear layers that parameters belong to, each once, as patterns."""
+    return list(dict.fromkeys(re.sub(r"(\.memory|\.fc[12])\..*", r"\1.*", name) for name in names))

@@ -49,7 +49,9 @@ class PkmRobertaModel(RobertaModel):
     def memory_layers(self) -> Dict[int, MemoryEncoderLayer]:
         """The layers with a memory, by their index."""
         layers = self.encoder.sentence_encoder.layers  # by index: iterating may drop layers
-        return {i: layers[i] for i in range(len(layers)) if isinstance(layers[i], MemoryEncoderLayer)}
+        return {
+            i: layers[i] for i in range(len(layers)) if isinstance(layers[i], MemoryEncoderLayer)
+        }
 
     @contextmanager
     def record_memory_usage(
@@ -116,8 +118,7 @@ def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
 
 
 def _check_unsupported(args: Any, mode: str) -> None:
-    optimizer = safe_getattr(args, "optimizer_name") or safe_getattr(args, "optimizer")
-    if optimizer == "pkm_adam" and _trains_float32_copies(args):
+    if _optimizer_name(args) == "pkm_adam" and _trains_float32_copies(args):
         raise ValueError(
             "--optimizer pkm_adam does not work with --fp16 and --bf16, which train float32 copies "
             "in which the value tables cannot be told apart; use --memory-efficient-fp16 or "
@@ -127,6 +128,11 @@ def _check_unsupported(args: Any, mode: str) -> None:
         if mode == "replace" and safe_getattr(args, name, default) != default:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} does not work with --memory-mode replace: there is no FFN")
+
+
+def _optimizer_name(args: Any) -> Optional[str]:
+    optimizer = safe_getattr(args, "optimizer")  # a config that has a name, or the name
+    return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
 
 
 def _trains_float32_copies(args: Any) -> bool:

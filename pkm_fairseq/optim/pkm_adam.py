@@ -72,7 +72,7 @@ class PkmAdam(FairseqAdam):
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load moments and step counts; rates and decay are those of this run's options."""
+        """Load as fairseq's adam does; the values' learning rate is that of this run's options."""
         super().load_state_dict(state_dict, optimizer_overrides)
         for group in self.param_groups:
             if group.get("lazy"):

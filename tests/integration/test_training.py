@@ -1,5 +1,6 @@
 """fairseq-train, fairseq-validate and fairseq-hydra-train with memories, end to end."""
 
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -97,7 +98,10 @@ def test_stock_task_criterion_and_optimizer_train_a_memory(data_bin: Path, tmp_p
     assert not torch.equal(early, load(tmp_path / "checkpoint_last.pt")["model"][values])
 
 
-@pytest.mark.parametrize("options", [[], ["--update-freq", "2", "--clip-norm", "0.5"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--validate-interval-updates", "3"], ["--update-freq", "2", "--clip-norm", "0.5"]],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     data_bin: Path, tmp_path: Path, options: "list[str]"
 ) -> None:
@@ -110,6 +114,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal_state(one["model"], other["model"])
     assert_equal_state(one["last_optimizer_state"], other["last_optimizer_state"])
     assert rest.logged("valid")[-1]["valid_loss"] == whole.logged("valid")[-1]["valid_loss"]
+
+
+def test_sentences_can_be_kept_apart(data_bin: Path, tmp_path: Path) -> None:
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, "--sample-break-mode", "eos"]
+    run = train(data_bin, tmp_path, *options, "--max-update", "2")
+    assert list(losses(run)) == ["1", "2"]
 
 
 def test_a_changed_value_lr_takes_effect_on_resume(data_bin: Path, tmp_path: Path) -> None:
@@ -226,3 +236,17 @@ def test_usage_reaches_tensorboard(data_bin: Path, tmp_path: Path) -> None:
     (logged,) = run.logged("valid")
     for key in USAGE_KEYS:
         assert shown[key.removeprefix("valid_")] == pytest.approx(float(logged[key]), abs=1e-4)
+
+
+def test_the_pretraining_example_runs(data_bin: Path, tmp_path: Path) -> None:
+    done = run_well(
+        *(ROOT / "user_dir_examples/pretraining/run.sh", "resm_tiny", data_bin, tmp_path / "out"),
+        *("optimization.max_update=2", "common.log_interval=1", "common.cpu=true"),
+        *("lr_scheduler.warmup_updates=1", "+model.memory_heads=2"),
+        env={"PATH": f"{BIN}:{os.environ['PATH']}"},
+    )
+    assert list(losses(done)) == ["1", "2"]
+    keys = load(tmp_path / "out/checkpoint_last.pt")["model"][
+        "encoder.sentence_encoder.layers.1.memory.keys"
+    ]
+    assert keys.shape[0] == 2

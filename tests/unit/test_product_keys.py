@@ -1,0 +1,170 @@
+"""product_topk against the naive search over all slots."""
+
+import pytest
+import torch
+
+from pkm_fairseq.memory import product_keys, product_topk
+from pkm_fairseq.memory.product_keys import candidate_ranks, half_scores, slot_of
+from tests.helpers import all_scores, assert_exact_topk, integers
+
+CPU = torch.device("cpu")
+
+
+def pairs(knn):
+    """The candidates as a list of pairs of ranks."""
+    rank1, rank2 = candidate_ranks(knn, CPU)
+    return list(zip(rank1.tolist(), rank2.tolist(), strict=True))
+
+
+def query_that_needs(i, j, n_keys):
+    """One query, and keys, whose best slots are exactly the ranks (<= i, <= j).
+
+    The sub-keys are the unit vectors, so that the query is its own half scores.
+    """
+    query = torch.full((1, 1, 2, n_keys), -1000.0)
+    query[..., 0, : i + 1] = 0
+    query[..., 1, : j + 1] = 0
+    return query, torch.eye(n_keys).expand(1, 2, n_keys, n_keys)
+
+
+@pytest.mark.parametrize("knn", [1, 2, 3, 7, 11])
+@pytest.mark.parametrize("n_keys", [11, 16])
+def test_equals_the_naive_search_where_ties_are_many(knn, n_keys):
+    assert_exact_topk(integers(40, 3, 2, 4), integers(3, 2, n_keys, 4), knn)
+
+
+def test_equals_the_naive_search_at_the_default_knn():
+    assert_exact_topk(integers(8, 2, 2, 8, high=9), integers(2, 2, 40, 8, high=9), knn=32)
+
+
+def test_equals_the_naive_search_on_real_numbers():
+    query, keys = torch.randn(50, 2, 2, 8).double(), torch.randn(2, 2, 13, 8).double()
+    # the naive score is one sum of 16 products, ours the sum of two sums of 8
+    assert_exact_topk(query, keys, knn=10, atol=1e-13)
+
+
+def test_equals_the_naive_search_when_every_slot_ties():
+    assert_exact_topk(torch.zeros(3, 2, 2, 4), integers(2, 2, 6, 4), knn=6)
+    assert_exact_topk(integers(3, 2, 2, 4), torch.ones(2, 2, 6, 4), knn=6)
+
+
+@pytest.mark.parametrize("knn", [1, 2, 5, 32, 100])
+def test_candidates_are_the_pairs_of_ranks_whose_product_is_at_most_knn(knn):
+    expected = {(i, j) for i in range(knn) for j in range(knn) if (i + 1) * (j + 1) <= knn}
+    assert set(pairs(knn)) == expected
+    assert len(pairs(knn)) == len(expected)
+
+
+def test_knn_32_has_119_candidates():
+    assert len(pairs(32)) == 119
+
+
+def test_no_candidate_is_superfluous(monkeypatch):
+    knn = n_keys = 12
+    for dropped, (i, j) in enumerate(pairs(knn)):
+        query, keys = query_that_needs(i, j, n_keys)
+        assert_exact_topk(query, keys, knn)
+        kept = [pair for index, pair in enumerate(pairs(knn)) if index != dropped]
+        lacking = torch.tensor(kept).unbind(dim=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(product_keys, "candidate_ranks", lambda *_, ranks=lacking: ranks)
+            with pytest.raises(AssertionError, match="not the best"):
+                assert_exact_topk(query, keys, knn)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda i1, i2, n: i2 * n + i1, id="halves swapped"),
+        pytest.param(lambda i1, i2, n: (i1 * n + i2 + 1) % n**2, id="off by one slot"),
+        pytest.param(lambda i1, i2, n: i1 * (n - 1) + i2, id="wrong stride"),
+    ],
+)
+def test_a_wrong_slot_number_is_noticed(monkeypatch, wrong):
+    query, keys = integers(20, 2, 2, 4), integers(2, 2, 9, 4)
+    assert_exact_topk(query, keys, 4)
+    monkeypatch.setattr(product_keys, "slot_of", wrong)
+    with pytest.raises(AssertionError):
+        assert_exact_topk(query, keys, 4)
+
+
+def test_slot_is_first_sub_key_times_n_keys_plus_second():
+    n_keys = 6
+    query, keys = integers(1, 1, 2, 3), integers(1, 2, n_keys, 3)
+    by_pair = keys[0, 0] @ query[0, 0, 0]
+    by_pair = by_pair[:, None] + (keys[0, 1] @ query[0, 0, 1])[None, :]
+    assert torch.equal(by_pair.flatten(), all_scores(query, keys)[0, 0])
+    assert slot_of(torch.tensor(2), torch.tensor(3), n_keys) == 2 * n_keys + 3
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_leading_dimensions_are_those_of_the_query(leading):
+    keys = integers(2, 2, 6, 4)
+    query = integers(*leading, 2, 2, 4)
+    scores, slots = product_topk(query, keys, 3)
+    assert scores.shape == slots.shape == (*leading, 2, 3)
+    flat_scores, flat_slots = product_topk(query.reshape(-1, 2, 2, 4), keys, 3)
+    assert torch.equal(scores.reshape(-1, 2, 3), flat_scores)
+    assert torch.equal(slots.reshape(-1, 2, 3), flat_slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_searched_in_float32(dtype):
+    query, keys = torch.randn(30, 2, 2, 16).to(dtype), torch.randn(2, 2, 9, 16).to(dtype)
+    scores, slots = product_topk(query, keys, 5)
+    expected_scores, expected_slots = product_topk(query.float(), keys.float(), 5)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, expected_scores)
+    assert torch.equal(slots, expected_slots)
+    # scores in the dtype itself would be other ones
+    in_dtype = torch.einsum("nhpd,hpsd->nhps", query, keys)
+    assert not torch.equal(half_scores(query, keys), in_dtype.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_and_double_precision_stay(dtype):
+    query, keys = torch.randn(3, 2, 2, 4, dtype=dtype), torch.randn(2, 2, 6, 4, dtype=dtype)
+    assert product_topk(query, keys, 3)[0].dtype == dtype
+
+
+def test_autocast_does_not_lower_the_precision_of_the_search():
+    query, keys = torch.randn(30, 2, 2, 16), torch.randn(2, 2, 9, 16)
+    expected_scores, expected_slots = product_topk(query, keys, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, slots = product_topk(query, keys, 5)
+    assert torch.equal(scores, expected_scores)
+    assert torch.equal(slots, expected_slots)
+
+
+def test_scores_carry_gradient_to_query_and_keys():
+    query = torch.randn(3, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 2, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k: product_topk(q, k, 4)[0], (query, keys))
+
+
+def test_a_search_without_gradient_does_not_spoil_a_later_one_with_gradient():
+    candidate_ranks.cache_clear()
+    keys = torch.randn(1, 2, 6, 4, requires_grad=True)
+    with torch.inference_mode():
+        product_topk(torch.randn(2, 1, 2, 4), keys, 5)
+    product_topk(torch.randn(2, 1, 2, 4), keys, 5)[0].sum().backward()
+    assert keys.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "knn", "named"),
+    [
+        ((3, 2, 2, 4), (2, 2, 6, 4), 7, ["knn is 7", "6"]),
+        ((3, 2, 2, 4), (2, 2, 6, 4), 0, ["knn is 0", "6"]),
+        ((3, 2, 2, 4), (2, 3, 6, 4), 3, ["keys", "(2, 3, 6, 4)"]),
+        ((3, 2, 2, 4), (2, 6, 4), 3, ["keys", "(2, 6, 4)"]),
+        ((3, 2, 2, 5), (2, 2, 6, 4), 3, ["query", "(3, 2, 2, 5)", "(2, 2, 4)"]),
+        ((3, 1, 2, 4), (2, 2, 6, 4), 3, ["query", "(3, 1, 2, 4)", "(2, 2, 4)"]),
+        ((2, 4), (2, 2, 6, 4), 3, ["query", "(2, 4)", "(2, 2, 4)"]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_an_error_that_names_them(query, keys, knn, named):
+    with pytest.raises(ValueError) as error:
+        product_topk(torch.zeros(query), torch.zeros(keys), knn)
+    for words in named:
+        assert words in str(error.value)

@@ -1,0 +1,424 @@
+"""The model pkm_roberta and its architectures, in one process."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from torch import nn
+
+from pkm_fairseq.memory import MemoryConfig, MemoryUsage
+from pkm_fairseq.models import roberta
+from pkm_fairseq.models.config import memory_config
+from pkm_fairseq.models.roberta import check_memory_options
+from tests.helpers import LAYERS, WIDTH, batch, build, model_args, small_dictionary, small_task
+
+DICTIONARY = small_dictionary()
+TOKENS = batch(DICTIONARY, [7, 3, 5])
+REAL = TOKENS.ne(DICTIONARY.pad())
+SIZES = ("tiny", "base", "large")
+
+
+def outputs(model, tokens=TOKENS):
+    return model(tokens)[0]
+
+
+def assert_same_states(ours, theirs):
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+# --- equal to fairseq's roberta where it must be ----------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pre_ln", [False, True])
+@pytest.mark.parametrize("arch", ["pkm_roberta_tiny", "resm_roberta_tiny"])
+def test_without_memory_layers_it_is_fairseqs_roberta_bit_for_bit(arch, pre_ln, training):
+    shared = dict(encoder_normalize_before=pre_ln, dropout=0.1, attention_dropout=0.1)
+    ours = build(arch, memory_layers=[], **shared).train(training)
+    theirs = build("roberta", **shared).train(training)
+    assert_same_states(ours, theirs)
+    results = []
+    for model in (ours, theirs):
+        torch.manual_seed(7)  # dropout draws the same
+        results.append(outputs(model))
+        results[-1].square().mean().backward()
+    assert torch.equal(*results)
+    for (name, mine), yours in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine.grad, yours.grad), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("v_dim", [None, 7])
+@pytest.mark.parametrize("pre_ln", [False, True])
+def test_residual_memories_of_zero_values_compute_fairseqs_roberta_bit_for_bit(
+    pre_ln, v_dim, training
+):
+    plain = build("roberta", encoder_normalize_before=pre_ln)
+    resm = build(
+        "resm_roberta_tiny",
+        seed=5,
+        encoder_normalize_before=pre_ln,
+        memory_layers=[0, 2],
+        memory_values_init="zero",
+        memory_v_dim=v_dim,
+    )
+    assert not torch.equal(outputs(plain.eval()), outputs(resm.eval()))
+    resm.load_state_dict(plain.state_dict())
+    plain.train(training)
+    resm.train(training)
+    assert torch.equal(outputs(plain), outputs(resm))
+    outputs(plain).square().mean().backward()
+    outputs(resm).square().mean().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(resm.get_parameter(name).grad, parameter.grad), name
+    with torch.no_grad():
+        resm.memory_layers()[0].memory.values.weight.fill_(0.1)
+    assert not torch.equal(outputs(plain), outputs(resm))
+
+
+# --- what is built ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prefix", "mode"), [("pkm", "replace"), ("resm", "residual")])
+def test_memories_stand_in_the_layers_that_were_named(prefix, mode):
+    model = build(f"{prefix}_roberta_tiny", memory_layers=[0, 2])
+    assert list(model.memory_layers()) == [0, 2]
+    layers = model.encoder.sentence_encoder.layers
+    assert [hasattr(layer, "memory") for layer in layers] == [True, False, True]
+    for layer in model.memory_layers().values():
+        assert layer.mode == mode
+        assert layer.memory.config == MemoryConfig(n_keys=5, heads=2, knn=3, k_dim=4)
+        assert layer.memory.input_dim == WIDTH
+
+
+def test_layer_dropping_counts_the_layers_that_are_kept():
+    model = build("pkm_roberta_tiny", encoder_layers_to_keep="0,2", memory_layers=[1])
+    assert len(model.encoder.sentence_encoder.layers) == 2
+    assert list(model.memory_layers()) == [1]
+
+
+def test_layers_that_are_dropped_in_training_keep_their_place():
+    model = build("pkm_roberta_tiny", encoder_layerdrop=0.9, memory_layers=[0, 2]).train()
+    for _ in range(5):  # iterating over the layers drops some
+        assert list(model.memory_layers()) == [0, 2]
+        with model.record_memory_usage():
+            assert all(layer.usage is not None for layer in model.memory_layers().values())
+        assert all(layer.usage is None for layer in model.memory_layers().values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_residual_architecture_is_the_replacing_one_but_for_the_mode(size):
+    pkm, resm = Namespace(), Namespace()
+    ARCH_CONFIG_REGISTRY[f"pkm_roberta_{size}"](pkm)
+    ARCH_CONFIG_REGISTRY[f"resm_roberta_{size}"](resm)
+    assert (pkm.memory_mode, resm.memory_mode) == ("replace", "residual")
+    assert {**vars(pkm), "memory_mode": None} == {**vars(resm), "memory_mode": None}
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_sizes_are_those_of_fairseqs_roberta_and_memories_those_of_the_papers(size):
+    ours, theirs = Namespace(), Namespace()
+    ARCH_CONFIG_REGISTRY[f"pkm_roberta_{size}"](ours)
+    ARCH_CONFIG_REGISTRY[f"roberta_{size}"](theirs)
+    assert {name: getattr(ours, name) for name in vars(theirs)} == vars(theirs)
+    assert memory_config(ours) == MemoryConfig()
+    assert check_memory_options(_with_run(ours))[0] == ours.memory_layers
+
+
+def test_the_bare_architecture_is_the_base_size_with_layers_3_and_7(monkeypatch):
+    def capture(args, dictionary, *memory):
+        raise BuiltError(args, memory)
+
+    # fairseq completes the options of a bare model name only when the model is built
+    monkeypatch.setattr(roberta, "MemoryRobertaEncoder", capture)
+    built = []
+    for arch in ("pkm_roberta", "pkm_roberta_base"):
+        args = _with_run(Namespace())
+        ARCH_CONFIG_REGISTRY[arch](args)
+        with pytest.raises(BuiltError) as stop:
+            ARCH_MODEL_REGISTRY[arch].build_model(args, small_task())
+        built.append(stop.value.args)
+    (bare, memory), (base, base_memory) = built
+    assert vars(bare) == vars(base)
+    assert memory == base_memory == ([3, 7], "replace", MemoryConfig())
+    assert (bare.encoder_layers, bare.encoder_embed_dim) == (12, 768)
+
+
+class BuiltError(Exception):
+    """Stops before a model of full size is built."""
+
+
+@pytest.mark.parametrize("arch", [f"{p}_roberta_{s}" for p in ("pkm", "resm") for s in SIZES])
+def test_an_option_wins_over_the_architecture(arch):
+    chosen = dict(
+        memory_layers=[0],
+        memory_mode="residual" if arch.startswith("pkm") else "replace",
+        memory_n_keys=6,
+        memory_heads=3,
+        memory_knn=2,
+        memory_k_dim=8,
+        memory_v_dim=9,
+        memory_query_norm="layer",
+        memory_values_init="zero",
+        memory_input_dropout=0.1,
+        memory_query_dropout=0.2,
+        memory_read_dropout=0.3,
+        memory_share_values=True,
+    )
+    model = build(arch, **chosen)
+    (layer,) = model.memory_layers().values()
+    assert layer.mode == chosen["memory_mode"]
+    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", 0.1, 0.2, 0.3, True)
+    assert layer.memory.config == expected
+
+
+def _with_run(args):
+    """Add what the model looks at of the rest of the run."""
+    args.optimizer, args.init_from = "adam", None
+    args.fp16 = args.bf16 = args.memory_efficient_fp16 = args.memory_efficient_bf16 = False
+    return args
+
+
+def test_flags_reach_the_model():
+    flags = (
+        "--memory-layers 0,2 --memory-mode residual --memory-n-keys 6 --memory-heads 3 "
+        "--memory-knn 2 --memory-k-dim 8 --memory-v-dim 9 --memory-query-norm layer "
+        "--memory-values-init zero --memory-input-dropout 0.1 --memory-query-dropout 0.2 "
+        "--memory-read-dropout 0.3 --memory-share-values --encoder-embed-dim 16 "
+        "--encoder-normalize-before --optimizer pkm_adam --memory-value-lr 0.5"
+    )
+    parser = options.get_training_parser(default_task="pkm_masked_lm")
+    command = ["no-data", "--task", "pkm_masked_lm", "--arch", "pkm_roberta_tiny", *flags.split()]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, command))
+    assert cfg.optimizer.memory_value_lr == 0.5
+    model = ARCH_MODEL_REGISTRY[cfg.model._name].build_model(cfg.model, small_task())
+    assert list(model.memory_layers()) == [0, 2]
+    layer = model.memory_layers()[0]
+    assert layer.mode == "residual"
+    assert layer.normalize_before
+    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", 0.1, 0.2, 0.3, True)
+    assert layer.memory.config == expected
+    assert model.memory_layers()[2].memory.values is layer.memory.values
+
+
+def test_init_of_fairseq_reaches_the_projections_and_leaves_keys_and_values():
+    model = build(
+        "pkm_roberta_tiny", memory_n_keys=40, memory_v_dim=50, memory_k_dim=32, encoder_embed_dim=64
+    )
+    memory = model.memory_layers()[1].memory
+    for linear in (memory.query_proj, memory.output_proj):
+        assert float(linear.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert not memory.query_proj.bias.any()
+    keys, values = memory.keys.detach(), memory.values.weight.detach()
+    assert float(keys.std()) == pytest.approx(16**-0.5 / 3**0.5, rel=0.1)
+    assert float(values.std()) == pytest.approx(50**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("arch", ["pkm_roberta_tiny", "resm_roberta_tiny"])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("v_dim", [None, 7])
+def test_every_parameter_gets_a_gradient(arch, query_norm, v_dim):
+    tokens = batch(DICTIONARY, [11, 9, 10, 11])
+    model = build(
+        arch, memory_layers=[0, 2], memory_query_norm=query_norm, memory_v_dim=v_dim
+    ).double()
+    for layer in model.memory_layers().values():  # values that matter beside the rest
+        with torch.no_grad():
+            layer.memory.query_proj.weight.mul_(50)
+    loss = nn.functional.cross_entropy(outputs(model, tokens).flatten(0, 1), tokens.flatten())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        largest = parameter.grad.abs().max()
+        if name.endswith("k_proj.bias"):
+            assert largest < 1e-15  # adds the same to every score of a softmax
+        elif name.endswith("query_proj.bias") and query_norm == "batch":
+            assert largest < 1e-15  # subtracted again by batch normalisation
+        else:
+            assert largest > 1e-9, name
+
+
+# --- padding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "none"])
+@pytest.mark.parametrize("arch", ["pkm_roberta_tiny", "resm_roberta_tiny"])
+def test_more_padding_changes_nothing_for_tokens_statistics_and_usage(arch, query_norm, training):
+    results = []
+    for extra in (0, 4):
+        model = build(arch, memory_layers=[0, 2], memory_query_norm=query_norm).double()
+        model.train(training)
+        tokens = batch(DICTIONARY, [7, 3, 5], extra)
+        with model.record_memory_usage() as usage:
+            out = outputs(model, tokens)[:, :7]
+        results.append((out[REAL], dict(model.named_buffers()), usage))
+    (ours, our_buffers, our_usage), (theirs, their_buffers, their_usage) = results
+    assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+    for name, buffer in our_buffers.items():
+        assert torch.allclose(buffer, their_buffers[name], rtol=1e-10, atol=1e-12), name
+    for layer in (0, 2):
+        assert our_usage[layer].tokens == their_usage[layer].tokens == int(REAL.sum())
+        assert torch.equal(our_usage[layer].read_count, their_usage[layer].read_count)
+
+
+# --- shared values ----------------------------------------------------------------------------
+
+
+def shared_model(**options):
+    return build("resm_roberta_tiny", memory_layers=[0, 2], memory_share_values=True, **options)
+
+
+def test_shared_values_are_one_parameter():
+    model = shared_model()
+    tables = [layer.memory.values for layer in model.memory_layers().values()]
+    assert tables[0] is tables[1]
+    names = [name for name, _ in model.named_parameters() if "values" in name]
+    assert len(names) == 1
+    own = build("resm_roberta_tiny", memory_layers=[0, 2])
+    assert len([name for name, _ in own.named_parameters() if "values" in name]) == 2
+
+
+def test_shared_values_gather_the_gradients_of_all_layers():
+    model = shared_model().double()
+    table = model.memory_layers()[0].memory.values.weight
+    outputs(model).square().mean().backward()
+    # the same computation with two tables of equal content
+    apart = build("resm_roberta_tiny", memory_layers=[0, 2]).double()
+    apart.load_state_dict(model.state_dict())
+    outputs(apart).square().mean().backward()
+    parts = [layer.memory.values.weight.grad for layer in apart.memory_layers().values()]
+    assert all(part.any() for part in parts)
+    assert torch.allclose(table.grad, parts[0] + parts[1], rtol=1e-10, atol=1e-14)
+
+
+def test_shared_values_survive_the_state_dict():
+    model, other = shared_model(), shared_model(seed=9)
+    state = model.state_dict()
+    names = [name for name in state if name.endswith("values.weight")]
+    assert len(names) == 2
+    assert torch.equal(state[names[0]], state[names[1]])
+    other.load_state_dict(state)
+    tables = [layer.memory.values for layer in other.memory_layers().values()]
+    assert tables[0] is tables[1]
+    assert_same_states(model, other)
+    assert torch.equal(outputs(model.eval()), outputs(other.eval()))
+
+
+# --- usage ------------------------------------------------------------------------------------
+
+
+def test_usage_is_counted_while_asked_for_and_only_then():
+    model = build("pkm_roberta_tiny", memory_layers=[0, 2]).eval()
+    outputs(model)
+    with model.record_memory_usage() as usage:
+        outputs(model)
+        outputs(model)
+    outputs(model)
+    assert {layer: counted.tokens for layer, counted in usage.items()} == {
+        0: 2 * int(REAL.sum()),
+        2: 2 * int(REAL.sum()),
+    }
+    assert all(layer.usage is None for layer in model.memory_layers().values())
+
+
+def test_usage_goes_on_from_given_counters():
+    model = build("pkm_roberta_tiny").eval()
+    with model.record_memory_usage() as usage:
+        outputs(model)
+    with model.record_memory_usage(usage) as again:
+        outputs(model)
+    assert again is usage
+    assert usage[1].tokens == 2 * int(REAL.sum())
+    assert isinstance(usage[1], MemoryUsage)
+
+
+def test_an_error_while_counting_ends_the_counting():
+    model = build("pkm_roberta_tiny")
+    with pytest.raises(RuntimeError), model.record_memory_usage():
+        raise RuntimeError
+    assert all(layer.usage is None for layer in model.memory_layers().values())
+
+
+def test_counters_have_the_size_of_their_memory():
+    model = build("pkm_roberta_tiny", memory_layers=[0, 2])
+    usage = model.new_memory_usage()
+    assert {layer: (u.n_slots, u.heads, u.tokens) for layer, u in usage.items()} == {
+        0: (25, 2, 0),
+        2: (25, 2, 0),
+    }
+
+
+# --- impossible options -----------------------------------------------------------------------
+
+IMPOSSIBLE = [
+    ({"memory_layers": [LAYERS]}, ["memory-layers", f"layer {LAYERS}", f"0..{LAYERS - 1}"]),
+    ({"memory_layers": [0, -1]}, ["memory-layers", "layer -1", f"0..{LAYERS - 1}"]),
+    ({"memory_layers": [1, 0, 1]}, ["memory-layers", "layer 1", "twice"]),
+    ({"memory_layers": [2], "encoder_layers_to_keep": "0,1"}, ["layer 2", "0..1"]),
+    ({"memory_mode": "beside"}, ["memory-mode", "beside", "replace", "residual"]),
+    ({"memory_knn": 6}, ["knn", "6", "5"]),
+    ({"memory_knn": 1}, ["knn", "1", "at least 2"]),
+    ({"memory_k_dim": 5}, ["k_dim", "5", "even"]),
+    ({"memory_query_norm": "group"}, ["query_norm", "group", "batch, layer, none"]),
+    ({"memory_values_init": "one"}, ["values_init", "one", "normal, zero"]),
+    ({"memory_read_dropout": 1.0}, ["read_dropout", "1.0", "[0, 1)"]),
+    ({"optimizer": "pkm_adam", "fp16": True}, ["pkm_adam", "--fp16", "memory-efficient-fp16"]),
+    ({"optimizer": "pkm_adam", "bf16": True}, ["pkm_adam", "--bf16", "memory-efficient-bf16"]),
+    ({"ffn_reg_scale_factor": 0.1}, ["--ffn-reg-scale-factor", "replace"]),
+    ({"ffn_blocks_to_remove": 2}, ["--ffn-blocks-to-remove", "replace"]),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), IMPOSSIBLE)
+def test_impossible_options_stop_with_one_line_that_names_them(options, named):
+    with pytest.raises(SystemExit) as stop:
+        build("pkm_roberta_tiny", **options)
+    message = stop.value.code
+    assert isinstance(message, str)  # a string: printed, and exit status 1
+    assert "\n" not in message
+    assert stop.value.__cause__ is None
+    assert stop.value.__suppress_context__  # no traceback of what was behind it
+    for words in named:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "pkm_adam", "fp16": True, "memory_efficient_fp16": True},
+        {"optimizer": "pkm_adam", "bf16": True, "memory_efficient_bf16": True},
+        {"optimizer": "adam", "fp16": True},
+        {"optimizer": "adam", "bf16": True},
+        {"optimizer": "pkm_adam", "fp16": True, "memory_layers": []},
+        {"ffn_reg_scale_factor": 0.1, "memory_mode": "residual"},
+        {"ffn_reg_scale_factor": 0.1, "memory_layers": []},
+    ],
+)
+def test_options_that_do_go_together_are_not_refused(options):
+    build("pkm_roberta_tiny", **options)
+
+
+def test_max_positions_comes_from_the_task_if_not_given():
+    model = build("pkm_roberta_tiny", max_positions=None)
+    assert model.max_positions() == small_task().max_positions()
+
+
+def test_model_is_saved_and_loaded_with_its_memory(tmp_path):
+    model, other = build("resm_roberta_tiny"), build("resm_roberta_tiny", seed=9)
+    model(TOKENS)  # running statistics move
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert_same_states(model, other)
+    assert torch.equal(outputs(model.eval()), outputs(other.eval()))
+
+
+def test_args_helper_completes_options_as_the_architecture_does():
+    args = model_args("resm_roberta_tiny")
+    assert args.memory_mode == "residual"
+    assert args.memory_query_norm == "batch"
