@@ -12,7 +12,7 @@ PACKAGES = {
     "torch": (["torch"], "the memory"),
     "fairseq": (["ve-fairseq", "fairseq-fixed", "fairseq"], "the fairseq plugin"),
     "numba": (["numba"], "CPU kernels (planned)"),
-    "faiss": (["faiss-cpu", "faiss-gpu"], "validation of the search (planned)"),
+    "faiss": (["faiss-cpu", "faiss-gpu"], "validation of the search"),
     "sentencepiece": (["sentencepiece"], "the demo's tokenizer"),
     "matplotlib": (["matplotlib"], "the demo's report"),
 }

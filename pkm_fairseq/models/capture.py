@@ -1,0 +1,257 @@
+"""What the memories of a trained model are asked on real text: their inputs, captured."""
+
+import argparse
+import os
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+from fairseq.data import Dictionary, data_utils
+from torch import Tensor
+
+from .encoder_layer import MemoryEncoderLayer
+from .init_from import (
+    MEMORY_PARAMETER,
+    dictionary_beside_data,
+    dictionary_sha256,
+    read_checkpoint,
+)
+from .roberta import PkmRobertaModel
+
+SENTENCES = 16  # sequences run at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is to read which text."""
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a trained model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DATA-BIN", help="folder made by fairseq-preprocess")
+    source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
+    parser.add_argument("--split", default="valid", help="split of --data (default: valid)")
+    parser.add_argument(
+        *("--sentencepiece-model", "--spm"),
+        metavar="FILE",
+        help="tokenizer of --text; without it, the text must already consist of symbols of the "
+        "dictionary, separated by blanks",
+    )
+    parser.add_argument(
+        "--dict",
+        metavar="FILE",
+        help="dictionary of --text (default: dict.txt in the folder of the training data)",
+    )
+    parser.add_argument(
+        *("--queries", "-n"),
+        type=int,
+        default=1000,
+        metavar="N",
+        help="tokens to look up in each memory, every head with a query of its own (default: 1000)",
+    )
+
+
+def capture(
+    args: Namespace, layers: Optional[List[int]] = None
+) -> Tuple[PkmRobertaModel, Dict[int, Tensor]]:
+    """Load the model of the options of :func:`add_arguments`, and capture inputs on its text.
+
+    Args:
+        args: the parsed options.
+        layers: memory layers; None for all.
+
+    Returns:
+        The model, in eval mode, and by layer its memory's inputs, (queries, width).
+
+    Raises:
+        ValueError: an option or a file is wrong; the message says which.
+    """
+    if args.queries < 1:
+        raise ValueError(f"--queries is {args.queries}, must be at least 1")
+    checkpoint = read_checkpoint(args.checkpoint, "--checkpoint")
+    if not any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"]):
+        raise ValueError(f"--checkpoint {args.checkpoint}: the model has no memory")
+    dictionary = _dictionary(args, checkpoint)
+    model = load_model(checkpoint, dictionary, args.checkpoint)
+    lines = _data_lines(args, dictionary) if args.data else _text_lines(args, dictionary)
+    sequences = pack(lines, model.max_positions(), dictionary.bos())
+    return model, capture_inputs(model, sequences, dictionary.pad(), args.queries, layers)
+
+
+def load_model(
+    checkpoint: Dict[str, Any], dictionary: Dictionary, path: str = "checkpoint"
+) -> PkmRobertaModel:
+    """Build the model of a checkpoint of ours and load it, in float32 and eval mode.
+
+    Raises:
+        ValueError: the checkpoint is not of ``pkm_roberta`` or damaged, or the dictionary is
+            another one.
+    """
+    options = (checkpoint.get("cfg") or {}).get("model")
+    options = dict(options) if isinstance(options, dict) else vars(options or Namespace())
+    if "memory_layers" not in options:
+        raise ValueError(f"{path} holds no options of a pkm_roberta model")
+    stored = (checkpoint.get("task_state") or {}).get("dictionary_sha256")
+    embedding = checkpoint["model"]["encoder.sentence_encoder.embed_tokens.weight"]
+    other_hash = stored is not None and stored != dictionary_sha256(dictionary)
+    if len(dictionary) != len(embedding) or other_hash:
+        raise ValueError(
+            f"{path} was trained with another dictionary ({len(embedding)} symbols, "
+            f"this one has {len(dictionary)})"
+        )
+    task = SimpleNamespace(source_dictionary=dictionary)
+    model = PkmRobertaModel.build_model(Namespace(**{**options, "init_from": None}), task)
+    try:
+        model.load_state_dict(checkpoint["model"], strict=True)
+    except RuntimeError as error:  # names every parameter that does not fit, on lines of its own
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit its options: {problem}") from None
+    return model.float().eval()
+
+
+def pack(lines: Iterable[Tensor], length: int, bos: int) -> Iterator[Tensor]:
+    """Pack lines of token ids into sequences of up to ``length``, each with ``bos`` in front.
+
+    A line is cut only where it does not fit into a sequence of its own.
+    """
+    room = length - 1
+    packed: List[Tensor] = []
+    for line in lines:
+        for piece in line.split(room):
+            if sum(map(len, packed)) + len(piece) > room:
+                yield torch.cat([torch.tensor([bos]), *packed])
+                packed = []
+            packed.append(piece.long())
+    if packed:
+        yield torch.cat([torch.tensor([bos]), *packed])
+
+
+@torch.no_grad()
+def capture_inputs(
+    model: PkmRobertaModel,
+    sequences: Iterable[Tensor],
+    pad: int,
+    n_tokens: int,
+    layers: Optional[List[int]] = None,
+) -> Dict[int, Tensor]:
+    """Run the model over sequences of token ids; keep what its memories are given.
+
+    Args:
+        model: in eval mode.
+        sequences: token ids, each (T,).
+        pad: the padding id; padding is not captured.
+        n_tokens: how many tokens to capture.
+        layers: memory layers; None for all.
+
+    Returns:
+        By layer, (n_tokens, width).
+
+    Raises:
+        ValueError: a layer has no memory, or the sequences are too few.
+    """
+    chosen = _chosen(model.memory_layers(), layers)
+    caught: Dict[int, List[Tensor]] = {index: [] for index in chosen}
+
+    def keeper(index: int) -> Any:
+        def keep(module: Any, inputs: Tuple[Tensor, Optional[Tensor]]) -> None:
+            x, padding_mask = inputs  # (T, B, C), (T, B)
+            real = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]
+            caught[index].append(real)  # (tokens, C)
+
+        return keep
+
+    hooks = [c.memory.register_forward_pre_hook(keeper(i)) for i, c in chosen.items()]
+    try:
+        n_seen = 0
+        for batch in _batches(sequences, pad):
+            model(batch, features_only=True)
+            n_seen += int(batch.ne(pad).sum())
+            if n_seen >= n_tokens:
+                return {i: torch.cat(parts)[:n_tokens] for i, parts in caught.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise ValueError(f"--queries is {n_tokens}, must be at most {n_seen}: the text has no more")
+
+
+def _chosen(
+    present: Dict[int, MemoryEncoderLayer], layers: Optional[List[int]]
+) -> Dict[int, MemoryEncoderLayer]:
+    for index in layers or []:
+        if index not in present:
+            raise ValueError(
+                f"--layers names layer {index}, which has no memory; "
+                f"layers with one: {', '.join(map(str, present))}"
+            )
+    return present if layers is None else {index: present[index] for index in layers}
+
+
+def _batches(sequences: Iterable[Tensor], pad: int) -> Iterator[Tensor]:
+    waiting: List[Tensor] = []
+    for sequence in sequences:
+        waiting.append(sequence)
+        if len(waiting) == SENTENCES:
+            yield data_utils.collate_tokens(waiting, pad)  # (B, T)
+            waiting = []
+    if waiting:
+        yield data_utils.collate_tokens(waiting, pad)
+
+
+def _dictionary(args: Namespace, checkpoint: Dict[str, Any]) -> Dictionary:
+    if args.data:
+        file = os.path.join(_data_folder(args.data), "dict.txt")
+    elif args.dict:
+        file = args.dict
+    else:
+        found = dictionary_beside_data(checkpoint)
+        if found is None:
+            raise ValueError("the dictionary is not beside the training data: name it with --dict")
+        return found
+    if not os.path.isfile(file):
+        raise ValueError(f"no dictionary at {file}")
+    dictionary = Dictionary.load(file)
+    dictionary.add_symbol("<mask>")
+    return dictionary
+
+
+def _data_folder(data: str) -> str:
+    nested = os.path.join(data, "input0")  # of sentence_prediction
+    return nested if os.path.isfile(os.path.join(nested, "dict.txt")) else data
+
+
+def _data_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
+    path = os.path.join(_data_folder(args.data), args.split)
+    dataset = data_utils.load_indexed_dataset(path, dictionary)
+    if dataset is None:
+        raise ValueError(f"--data {args.data} has no split {args.split}")
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _text_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
+    encode = _encoder(args.sentencepiece_model)
+    try:
+        with open(args.text, encoding="utf-8") as text:
+            lines = [line for line in map(encode, text) if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {args.text} is not UTF-8: {error}") from None
+    ids = [dictionary.encode_line(line, add_if_not_exist=False) for line in lines]
+    n_symbols = sum(len(line) for line in ids)
+    n_unknown = sum(int(line.eq(dictionary.unk()).sum()) for line in ids)
+    if 2 * n_unknown > n_symbols:
+        raise ValueError(
+            f"--text {args.text}: {n_unknown} of {n_symbols} symbols are not in the dictionary; "
+            "tokenize it as the training data, with --sentencepiece-model"
+        )
+    return iter(ids)
+
+
+def _encoder(file: Optional[str]) -> Any:
+    if file is None:
+        return str.strip
+    import sentencepiece  # an extra
+
+    if not os.path.isfile(file):
+        raise ValueError(f"--sentencepiece-model {file}: no such file")
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=file)
+    except RuntimeError:
+        raise ValueError(f"--sentencepiece-model {file}: not a sentencepiece model") from None
+    return lambda line: " ".join(processor.encode(line, out_type=str))

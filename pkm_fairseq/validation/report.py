@@ -1,0 +1,126 @@
+"""Results of a validation as JSON, as a table and as a plot."""
+
+import platform
+from dataclasses import fields
+from typing import Any, Dict, List
+
+import faiss
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+
+from .results import LayerResult
+
+TOLERANCE = (
+    "A correct float32 dot product of length k_dim is off by at most e = gamma(k_dim) * "
+    "sum |q_i k_i|, gamma(n) = n u / (1 - n u), u = 2^-24, for any order of summation. Scores may "
+    "differ by 4 e, with the largest such sum of any slot, query by query: 2 e between two "
+    "computations, and each may prefer a slot that is truly 2 e worse. Weights and reads: the "
+    "error that such scores cause, and their own rounding."
+)
+
+
+def versions() -> Dict[str, str]:
+    """Versions of what computed the results."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "faiss": faiss.__version__,
+    }
+
+
+def is_exact(results: List[LayerResult]) -> bool:
+    """The verdict over all results.
+
+    Raises:
+        ValueError: there is nothing to judge.
+    """
+    if not results:
+        raise ValueError("no layer was compared: nothing to judge")
+    return all(result.exact for result in results)
+
+
+def report(results: List[LayerResult], **more: Any) -> Dict[str, Any]:
+    """The report, ready for JSON.
+
+    Args:
+        results: one for each layer and source.
+        more: further entries, such as the checkpoint or the seconds.
+    """
+    heads = [head for result in results for head in result.heads]
+    return {
+        "exact": is_exact(results),
+        "recall_at_k": min(head.recall_at_k for head in heads),
+        "score_difference": max(head.score_difference for head in heads),
+        "queries": sum(result.queries * len(result.heads) for result in results),
+        "dtype": "float32",
+        "tolerance": TOLERANCE,
+        **more,
+        "versions": {**versions(), **more.get("versions", {})},
+        "gpus": faiss.get_num_gpus(),
+        "layers": [_as_dict(result) for result in results],
+    }
+
+
+def tables(results: List[LayerResult]) -> List[Table]:
+    """Readable tables: the verdict head by head, and the cost of reduced precision if measured."""
+    verdict = _table(
+        *("layer", "queries", "head", "recall@1", "recall@k", "ties@k", "score diff", "relative"),
+        *("tolerance", "weight diff", "read diff", "exact"),
+    )
+    reduced = _table(
+        *("layer", "queries", "dtype", "recall@1", "recall@k", "score diff", "weight diff"),
+        "read diff",
+    )
+    for result in results:
+        where = [str(result.layer), f"{result.queries} {result.source}"]
+        for head in result.heads:
+            numbers = [head.score_difference, head.score_difference_relative]
+            numbers += [head.score_tolerance, head.weight_difference, result.read_difference]
+            verdict.add_row(
+                *(*where, str(head.head), f"{head.recall_at_1:.6g}", f"{head.recall_at_k:.6g}"),
+                *(str(head.ties_at_k), *(f"{number:.1e}" for number in numbers)),
+                "yes" if head.exact and result.exact else "NO",
+            )
+        for cost in result.reduced:
+            numbers = [cost.score_difference, cost.weight_difference, cost.read_difference]
+            reduced.add_row(
+                *(*where, cost.dtype, f"{cost.recall_at_1:.4f}", f"{cost.recall_at_k:.4f}"),
+                *(f"{number:.1e}" for number in numbers),
+            )
+    return [verdict, reduced] if reduced.rows else [verdict]
+
+
+def plot(results: List[LayerResult], file: str) -> None:
+    """Histograms of the score differences, with the least tolerance as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.4 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), sharex=True, squeeze=False)[:, 0]
+    for axis, result in zip(axes, results, strict=True):
+        least = np.finfo(np.float32).eps / 8
+        differences = result.differences.abs().flatten().numpy().clip(min=least)
+        tolerance = min(head.score_tolerance for head in result.heads)
+        bins = np.geomspace(least, 2 * max(tolerance, float(differences.max())), 80)
+        axis.hist(differences, bins=bins, log=True)
+        axis.axvline(tolerance, color="tab:red", label=f"least tolerance {tolerance:.1e}")
+        axis.set(xscale="log", ylabel="scores", title=f"layer {result.layer}, {result.source}")
+        axis.legend(loc="upper right")
+    axes[-1].set_xlabel("absolute difference from FAISS (equal scores at the left edge)")
+    figure.savefig(file, dpi=120)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _as_dict(result: LayerResult) -> Dict[str, Any]:
+    plain = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "differences"}
+    plain["heads"] = [vars(head) for head in result.heads]
+    plain["reduced"] = [vars(cost) for cost in result.reduced]
+    return plain

@@ -1,0 +1,54 @@
+"""How far apart two correct float32 computations can be: the tolerances of the verdict.
+
+A dot product of length n in floating point with unit roundoff u, summed in any order, is off by at
+most ``gamma(n) * sum |x_i y_i|`` with ``gamma(n) = n u / (1 - n u)`` (Higham 2002, section 3.1).
+"""
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-24  # of float32
+EXP_ERROR = 8 * UNIT  # of exp and of the division in a softmax; our choice, several times theirs
+
+
+def gamma(n: int) -> float:
+    """Bound of the relative error of n rounded operations in float32."""
+    return n * UNIT / (1 - n * UNIT)
+
+
+def score_tolerance(query: Tensor, keys: Tensor) -> Tensor:
+    """How far apart two correct lists of best scores can be.
+
+    A score is a dot product of length ``2 * D``, off by at most ``e = gamma(2 * D)`` times the
+    largest ``sum |q_i k_i|`` of any slot. Two computations differ by up to 2 e, and each may
+    prefer a slot that is truly up to 2 e worse: 4 e.
+
+    Args:
+        query: queries of one head, (N, 2, D).
+        keys: sub-keys of one head, (2, S, D).
+
+    Returns:
+        (N, 1), float64.
+    """
+    query, keys = query.double().abs().cpu(), keys.double().abs().cpu()
+    first, second = ((query[:, p] @ keys[p].t()).amax(1) for p in (0, 1))  # (N,), (N,)
+    k_dim = 2 * keys.shape[2]
+    return (4 * gamma(k_dim) * (first + second) + k_dim * torch.finfo(torch.float32).tiny)[:, None]
+
+
+def weight_tolerance(score_tolerance: Tensor, knn: int) -> Tensor:
+    """Relative error of softmax weights, given :func:`score_tolerance`.
+
+    Scores off by e, and again when the largest is subtracted, change a softmax by a factor of at
+    most ``exp(4 e)``; the exponentials and their sum over K are rounded, too.
+    """
+    return torch.expm1(score_tolerance) + gamma(knn) + EXP_ERROR
+
+
+def read_tolerance(score_tolerance: Tensor, n_read: int, knn: int, v_dim: int) -> Tensor:
+    """Error of a read relative to ``sum |weight * value|``.
+
+    It is the error of the weights, that of a sum of ``n_read`` products, and that of an output
+    projection of length ``v_dim``.
+    """
+    return weight_tolerance(score_tolerance, knn) + gamma(n_read + 1) + gamma(v_dim)

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Validate with FAISS that the memories of a trained model find the exact top-k slots.
+
+Exit status: 0 exact, 1 not exact, 2 any error.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, List, Optional
+
+DTYPES = ("bfloat16", "float16")
+
+
+def parse(argv: Optional[List[str]]) -> Any:
+    """Read the command line."""
+    from pkm_fairseq.models import capture
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    capture.add_arguments(parser)
+    parser.add_argument("--layers", metavar="N,N", help="memory layers, 0-based (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the report there")
+    parser.add_argument("--plot", metavar="FILE", help="plot the score differences there")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES,
+        default=[],
+        help="also report what this precision costs; may be given twice",
+    )
+    args = parser.parse_args(argv)
+    if args.layers is not None:
+        try:
+            args.layers = [int(index) for index in args.layers.split(",")]
+        except ValueError:
+            parser.error(f"--layers is {args.layers}, must be numbers separated by commas")
+    return args
+
+
+def run(args: Any) -> bool:
+    """Load, capture, compare, report.
+
+    Returns:
+        Whether every search is exact.
+    """
+    import torch
+    from rich.console import Console
+
+    from pkm_fairseq import __version__, validation
+    from pkm_fairseq.models.capture import capture
+    from pkm_fairseq.validation import report
+
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{option} {file}: its folder does not exist")
+    start = time.perf_counter()
+    model, captured = capture(args, args.layers)
+    memories = {index: layer.memory for index, layer in model.memory_layers().items()}
+    dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype)]
+    results = []
+    with progress_bar(2 * len(captured)) as advance:
+        for index, text in captured.items():
+            for source, tokens in (("text", text), ("random", validation.random_like(text))):
+                results.append(
+                    validation.validate_memory(
+                        memories[index], tokens, index, source, dtypes, progress=advance
+                    )
+                )
+    summary = report.report(
+        results,
+        checkpoint=args.checkpoint,
+        text=args.data or args.text,
+        seconds=round(time.perf_counter() - start, 1),
+        threads=torch.get_num_threads(),
+        versions={"pkm_fairseq": __version__},
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(summary, indent=2) + "\n")
+    if args.plot:
+        report.plot(results, args.plot)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in report.tables(results):
+        console.print(table)
+    print(f"{verdict(summary)} ({summary['seconds']} s)")
+    return bool(summary["exact"])
+
+
+def verdict(summary: Any) -> str:
+    """The result in one line."""
+    return (
+        f"{'EXACT' if summary['exact'] else 'NOT EXACT'}: {summary['queries']:,} float32 queries, "
+        f"recall@k {summary['recall_at_k']:.6g}, "
+        f"largest score difference {summary['score_difference']:.1e}"
+    )
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Any]:
+    """Show progress on stderr; yields a function that adds to it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("exact search", total=total)
+        yield lambda share: progress.advance(task, share)
+
+
+def failed(error: BaseException) -> int:
+    """Say what went wrong: one line for what is known to happen, else the traceback."""
+    if isinstance(error, (ValueError, OSError, ImportError, SystemExit)):
+        print(f"validate_faiss: error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 2
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run; nothing that goes wrong may look like a verdict."""
+    try:
+        args = parse(argv)
+    except SystemExit:  # argparse: 0 after --help, 2 after a wrong option
+        raise
+    except BaseException as error:
+        return failed(error)
+    try:
+        return 0 if run(args) else 1
+    except BaseException as error:  # also SystemExit, by which fairseq and the adapters stop
+        return failed(error)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)  # fairseq's and faiss' notes on loading
+    sys.exit(main())
