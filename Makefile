@@ -34,7 +34,7 @@ $(INSTALLED): $(REQUIREMENTS)
 	touch $@
 
 demo: install ## pretrain three arms on real text and write demo_out/report.html (CORPUS=file)
-	$(BIN)/python scripts/demo.py --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
+	$(BIN)/python scripts/demo.py --validate-faiss --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
 
 test: install ## run every test
 	$(BIN)/python -m pytest

