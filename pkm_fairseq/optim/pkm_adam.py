@@ -79,9 +79,18 @@ class PkmAdam(FairseqAdam):
                 group["lr"], group["weight_decay"] = self.cfg.memory_value_lr, 0.0
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Clip the gradient of everything but values; return its norm."""
+        """Clip the gradient of everything but values.
+
+        Returns:
+            Its norm; infinity if the gradient of any value is not finite, by which fairseq
+            notices an overflow in half precision, and stops on one in full precision.
+        """
         params = [p for group in self._dense_groups() for p in group["params"]]
-        return utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
+        norm = utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
+        values = [p for group in self.param_groups if group.get("lazy") for p in group["params"]]
+        extremes = [torch.stack(p.grad.aminmax()) for p in values if p.grad is not None]
+        is_finite = all(bool(pair.isfinite().all()) for pair in extremes)
+        return norm if is_finite else torch.full_like(norm, math.inf)
 
     def _dense_groups(self) -> List[Dict[str, Any]]:
         return [group for group in self.param_groups if not group.get("lazy")]

@@ -307,6 +307,17 @@ def test_clipping_sees_and_scales_everything_but_values():
     assert float(clipped.norm()) == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_of_values_that_is_not_finite_is_seen_in_the_norm(wrong):
+    net = Net()
+    optimizer = PkmAdam(options(), net.parameters())
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    assert optimizer.clip_grad_norm(0.0).isfinite()
+    net.table.grad[1, 1] = wrong
+    assert float(optimizer.clip_grad_norm(0.0)) == float("inf")
+
+
 def test_without_a_limit_nothing_is_scaled():
     net = Net()
     optimizer = PkmAdam(options(), net.parameters())
