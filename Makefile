@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 # ve: wheels for Linux x86_64; fixed: source, needs a C++ compiler
-FAIRSEQ ?= ve
+# (default: what is installed, else ve)
+FAIRSEQ ?= $(firstword $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-*)) ve)
 # text file(s) to use instead of the demo's own corpus
 CORPUS ?=
 OUT ?= demo_out

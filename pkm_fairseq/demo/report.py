@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 from .logs import read_log
 from .presets import ARMS, TITLES, Preset, arm_flags
 from .steps import write_file
-from .train import LOG
+from .train import HALF, INIT_FLAGS, LOG
 
 COLOURS = {"plain": "#5b6770", "resm_init": "#0072b2", "pkm": "#d55e00"}  # Okabe and Ito
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # neither dates nor links
@@ -69,6 +69,7 @@ def write_report(
             "mass": draw(lambda axes: mass_curves(axes, evaluation["arms"])),
         },
         flags={arm: shlex.join(arm_flags(arm, preset)) for arm in ARMS},
+        init_flags=shlex.join(["--restore-file", f"plain/{HALF}", *INIT_FLAGS]),
     )
     write_file(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_file(out / "report.html", html)

@@ -29,7 +29,8 @@ def key_of_code(*parts: str) -> str:
 def begin(folder: Path, key: str) -> bool:
     """Make a folder ready for a step.
 
-    What the same settings have begun is kept, to be continued; what others made is removed.
+    What the same settings have begun is kept, to be continued; what others made is moved away,
+    to a folder ``*.old``, where only the latest is kept.
 
     Args:
         folder: made if needed.
@@ -46,12 +47,22 @@ def begin(folder: Path, key: str) -> bool:
     if made_with.get("key") == key:
         return not made_with["finished"]
     if made_with:
-        shutil.rmtree(folder)
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        print(f"{folder} was made with other settings, text or code: moved to {old}", flush=True)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and not of our making: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     _mark(folder, key, finished=False)
     return True
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds what a finished step made with these settings."""
+    marker = folder / MARKER
+    made_with = json.loads(marker.read_text()) if marker.is_file() else {}
+    return made_with.get("key") == key and bool(made_with["finished"])
 
 
 def finish(folder: Path, key: str) -> None:

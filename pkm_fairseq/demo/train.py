@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List
 
+from ..data.prepare import SPLITS
 from ..models.init_from import read_checkpoint
 from .logs import read_log
 from .presets import ARMS, Preset, arm_flags
@@ -21,6 +22,7 @@ POLL = 1.0  # seconds
 LAST = "checkpoint_last.pt"
 HALF = "checkpoint_half.pt"
 LOG = "train.log"
+INIT_FLAGS = ("--reset-optimizer", "--reset-lr-scheduler", "--reset-meters")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ def train_arms(preset: Preset, data: Path, folder: Path) -> None:
         ValueError: a training failed; the others were stopped.
     """
     data, folder = data.resolve() / "bin", folder.resolve()
+    for name in ("dict.txt", *(f"{split}.{ext}" for split in SPLITS for ext in ("bin", "idx"))):
+        if not (data / name).is_file():  # before any folder is touched
+            raise ValueError(f"{data / name}: no such file; prepare the corpus first")
     inputs = sorted(file for file in data.glob("*") if file.suffix in (".bin", ".idx", ".txt"))
     code = key_of_code("memory", "models", "tasks", "criterions", "optim")
     flags = {arm: arm_flags(arm, preset) for arm in ARMS}
@@ -89,8 +94,7 @@ def _command(run: Run, preset: Preset, data: Path, folder: Path) -> List[str]:
     command += [*arm_flags(run.arm, preset), "--max-update", str(run.updates)]
     if run.arm == "resm_init" and not (save_dir / LAST).exists():
         # INIT that also takes over where plain was in the data: --init-from would start epoch 1
-        command += ["--restore-file", str(folder / "plain" / HALF)]
-        command += ["--reset-optimizer", "--reset-lr-scheduler", "--reset-meters"]
+        command += ["--restore-file", str(folder / "plain" / HALF), *INIT_FLAGS]
     return command
 
 
@@ -114,15 +118,38 @@ def _start(run: Run, preset: Preset, data: Path, folder: Path) -> subprocess.Pop
 def _is_trained(run: Run, folder: Path) -> bool:
     """Whether a run is done; keeps plain's checkpoint after N updates."""
     last, half = folder / run.arm / LAST, folder / run.arm / HALF
-    if not last.exists():
-        return False
-    checkpoint = read_checkpoint(str(last), "checkpoint")
-    if checkpoint["optimizer_history"][-1]["num_updates"] < run.updates:
+    _mend_last(folder / run.arm)
+    if not last.exists() or updates_of(last) < run.updates:
         return False
     if run.arm == "plain" and not half.exists():
         shutil.copyfile(last, half.with_suffix(".part"))
         half.with_suffix(".part").replace(half)
     return True
+
+
+def updates_of(checkpoint: Path) -> int:
+    """Number of updates that a checkpoint has seen, without those of what it was started from."""
+    history = read_checkpoint(str(checkpoint), "checkpoint")["optimizer_history"]
+    return history[-1]["num_updates"]
+
+
+def _mend_last(folder: Path) -> None:
+    """Put the newest whole checkpoint in the place of a last one that a kill left half-written.
+
+    fairseq copies ``checkpoint_last.pt`` in place, but renames the others when they are written.
+    """
+    last = folder / LAST
+    try:
+        if last.exists():
+            read_checkpoint(str(last), "checkpoint")
+        return
+    except ValueError as error:
+        print(f"{error}: starting from the one before", flush=True)
+    whole = max(folder.glob("checkpoint_[0-9]*_[0-9]*.pt"), key=updates_of, default=None)
+    last.unlink()
+    if whole is not None:
+        shutil.copyfile(whole, last.with_suffix(".part"))
+        last.with_suffix(".part").replace(last)
 
 
 def _check(run: Run, process: subprocess.Popen, folder: Path) -> None:

@@ -11,7 +11,7 @@ VALUES_INITS = ("normal", "zero")
 class MemoryConfig:
     """Everything that shapes a :class:`~pkm_fairseq.memory.ProductKeyMemory`.
 
-    Sizes default to Lample et al. (2019), section 3 and its published code.
+    Sizes default to Lample et al. (2019) and their published code.
 
     Args:
         n_keys: sub-keys per half, S; the memory has ``n_keys ** 2`` slots.

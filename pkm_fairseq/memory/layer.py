@@ -24,7 +24,7 @@ class Lookup(NamedTuple):
 
 
 class ProductKeyMemory(nn.Module):
-    """A product-key memory (Lample et al. 2019, section 3).
+    """A product-key memory (Lample et al. 2019).
 
     ``read = sum over heads h and neighbours k of softmax(scores)[h, k] * values[slots[h, k]]``
     with the ``knn`` best slots of each head found exactly among all ``n_keys ** 2``.

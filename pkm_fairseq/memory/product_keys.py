@@ -1,4 +1,4 @@
-"""From queries and sub-keys to the exact top-k slots (Lample et al. 2019, section 3.1)."""
+"""From queries and sub-keys to the exact top-k slots (Lample et al. 2019)."""
 
 from functools import lru_cache
 from typing import Tuple
@@ -23,7 +23,7 @@ def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]
 
     Returns:
         Scores and slots, each (..., H, K), scores descending. Scores are in float32, or in
-        float64 if the query is. Slots are int64, ``i1 * S + i2``. Which of several slots
+        float64 if query or keys are. Slots are int64, ``i1 * S + i2``. Which of several slots
         with equal scores is kept is not specified.
 
     Raises:
@@ -52,7 +52,8 @@ def half_scores(query: Tensor, keys: Tensor) -> Tensor:
     Returns:
         (..., H, 2, S).
     """
-    query, keys = at_least_float32(query), at_least_float32(keys)
+    dtype = torch.promote_types(at_least_float32(query).dtype, at_least_float32(keys).dtype)
+    query, keys = query.to(dtype), keys.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         return torch.einsum("...hpd,hpsd->...hps", query, keys)
 

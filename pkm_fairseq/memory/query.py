@@ -18,7 +18,7 @@ def build_query_norm(config: MemoryConfig) -> nn.Module:
 
 
 class BatchQueryNorm(nn.Module):
-    """Batch normalisation over tokens (Lample et al. 2019, section 3.2).
+    """Batch normalisation over tokens (Lample et al. 2019).
 
     It must be given real tokens only: the memory drops padding before the query. Statistics
     of fewer than two tokens do not exist; such a batch is normalised by the running ones.

@@ -58,7 +58,7 @@ class MemoryUsage:
                     f"slot {wrong} is out of range, must be in [0, {self.n_slots}); "
                     "slot -1 stands at padding: pass the padding_mask"
                 )
-        self._to(slots.device)
+        self.to(slots.device)
         self.tokens += len(slots)
         self.knn = slots.shape[-1]
         flat = slots.flatten()
@@ -78,7 +78,7 @@ class MemoryUsage:
                 f"cannot merge usage of (n_slots, heads, knn) = {(*theirs, other.knn)} "
                 f"into {(*ours, self.knn)}"
             )
-        self._to(other.read_count.device)
+        self.to(other.read_count.device)
         self.tokens += other.tokens
         self.knn = other.knn if self.knn is None else self.knn
         self.top1_count += other.top1_count
@@ -91,7 +91,8 @@ class MemoryUsage:
 
         Returns:
             ``n_slots``, ``tokens``; ``top1_usage`` and ``topk_usage``: share of slots that were
-            a first choice, and that received weight (Kim & Jung 2020; Lample et al. 2019);
+            a first choice, and that received weight (Kim & Jung 2020, by a
+            secondary source; Lample et al. 2019);
             ``top1_ceiling`` and ``topk_ceiling``: the usage that uniform random routing of as
             many tokens is expected to reach; ``dead_slots``: slots that received no weight;
             ``kl_weighted`` and ``kl_unweighted``: divergence of the weight, and of the read
@@ -125,10 +126,12 @@ class MemoryUsage:
             },
         }
 
-    def _to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> "MemoryUsage":
+        """Move the counters to a device, and return this object."""
         self.top1_count = self.top1_count.to(device)
         self.read_count = self.read_count.to(device)
         self.read_mass = self.read_mass.to(device)
+        return self
 
     def _check_update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor]) -> None:
         if slots.dim() < 2 or slots.shape[-2] != self.heads:

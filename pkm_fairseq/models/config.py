@@ -127,6 +127,7 @@ class PkmRobertaConfig(FairseqDataclass):
     memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
 
 

@@ -1,14 +1,17 @@
 """INIT (Kim & Jung 2020): start from a checkpoint pretrained without memory, or one of ours."""
 
+import argparse
 import hashlib
 import logging
 import os
+import pickle
 import re
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.models.roberta import RobertaModel
+from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
@@ -41,12 +44,18 @@ def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None
         raise ValueError(
             f"--init-from {path} and --restore-file {args.restore_file} exclude each other"
         )
+    if safe_getattr(args, "finetune_from_model"):
+        raise ValueError(
+            f"--init-from {path} and --finetune-from-model {args.finetune_from_model} "
+            "exclude each other"
+        )
     last = os.path.join(args.save_dir, f"checkpoint_last{args.checkpoint_suffix or ''}.pt")
     if os.path.exists(last):
         logger.info(f"--init-from {path} ignored: the run resumes from {last}")
         return
     checkpoint = read_checkpoint(path)
     dictionary_note = check_dictionary(checkpoint, dictionary, path)
+    check_options(checkpoint, args, path)
     load_parameters(model, checkpoint["model"], path, dictionary_note)
 
 
@@ -75,7 +84,9 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises can be nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to switch safety off
+            reason = "it holds more than plain data, or is no checkpoint at all"
         raise ValueError(f"{option} {path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{option} {path}: not a fairseq checkpoint, it holds no 'model'")
@@ -85,20 +96,29 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
 def load_parameters(
     model: nn.Module, state: Dict[str, Tensor], path: str, dictionary_note: str
 ) -> None:
-    """Load every matching parameter; only the memory may be new, only a replaced FFN dropped.
+    """Load every matching parameter.
+
+    Only a whole memory may be new; only a replaced FFN, and classification heads, are dropped.
 
     Raises:
         ValueError: anything else differs; the message lists it.
     """
-    state = dict(state)
+    heads = [name for name in state if name.startswith("classification_heads.")]
+    state = {name: tensor for name, tensor in state.items() if name not in heads}
     RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     surplus = [name for name in state if name not in own]
-    new = [name for name in missing if MEMORY_PARAMETER.search(name)]
-    dropped = [name for name in surplus if _is_replaced_ffn(name, own)]
+    known = {_memory_of(name) for name in state}
+    new = [name for name in missing if _memory_of(name) and _memory_of(name) not in known]
+    dropped = heads + [name for name in surplus if _is_replaced_ffn(name, own)]
     problems = [f"{name} is missing" for name in missing if name not in new]
     problems += [f"{name} is not in the model" for name in surplus if name not in dropped]
+    problems += [
+        f"{name} and {other} differ, but are one tensor in the model"
+        for name, other in _shared(own)
+        if name in state and other in state and not torch.equal(state[name], state[other])
+    ]
     problems += [
         f"{name} is {tuple(state[name].shape)}, must be {tuple(own[name].shape)}"
         for name in own
@@ -114,6 +134,21 @@ def load_parameters(
     )
 
 
+def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
+    """Compare the options that decide what a model computes, but that no shape shows.
+
+    Raises:
+        ValueError: one differs.
+    """
+    theirs = (checkpoint.get("cfg") or {}).get("model") or checkpoint.get("args")
+    theirs = theirs if isinstance(theirs, dict) else vars(theirs or argparse.Namespace())
+    for name in ("encoder_attention_heads", "activation_fn", "encoder_normalize_before"):
+        before, now = theirs.get(name), getattr(args, name)
+        if before is not None and str(before) != str(now):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--init-from {path}: trained with {flag} {before}, not {now}")
+
+
 def complete_plain_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
     """Complete a memory-less state in place, so that fairseq's strict loading takes it.
 
@@ -123,9 +158,31 @@ def complete_plain_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> Non
     if any(MEMORY_PARAMETER.search(name) for name in state_dict):
         return
     own = model.state_dict()
-    state_dict.update({n: tensor for n, tensor in own.items() if MEMORY_PARAMETER.search(n)})
-    for name in [name for name in state_dict if _is_replaced_ffn(name, own)]:
+    new = [name for name in own if MEMORY_PARAMETER.search(name)]
+    dropped = [name for name in state_dict if _is_replaced_ffn(name, own)]
+    state_dict.update({name: own[name] for name in new})
+    for name in dropped:
         del state_dict[name]
+    if new:
+        logger.info(
+            f"the checkpoint holds no memory: dropped {_listed(_modules(dropped))}; "
+            f"newly initialised {_listed(_modules(new))}"
+        )
+
+
+def _memory_of(name: str) -> Optional[str]:
+    """The memory that a parameter belongs to, as the start of its name; None if to none."""
+    match = MEMORY_PARAMETER.search(name)
+    return name[: match.end()] if match else None
+
+
+def _shared(own: Dict[str, Tensor]) -> Iterator[Tuple[str, str]]:
+    """Pairs of names in a model's state that are one and the same tensor."""
+    first: Dict[int, str] = {}
+    for name, tensor in own.items():
+        other = first.setdefault(tensor.data_ptr(), name)
+        if other != name and tensor.numel():
+            yield other, name
 
 
 def _is_replaced_ffn(name: str, own: Dict[str, Tensor]) -> bool:

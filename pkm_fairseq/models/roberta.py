@@ -15,6 +15,8 @@ from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
 from .init_from import apply_init_from, complete_plain_state
 
+HALF_PRECISION = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
+
 
 @register_model("pkm_roberta", dataclass=PkmRobertaConfig)
 class PkmRobertaModel(RobertaModel):
@@ -118,11 +120,12 @@ def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
 
 
 def _check_unsupported(args: Any, mode: str) -> None:
-    if _optimizer_name(args) == "pkm_adam" and _trains_float32_copies(args):
+    half = [name for name in HALF_PRECISION if safe_getattr(args, name, False)]
+    if _optimizer_name(args) == "pkm_adam" and half:
+        flag = "--" + half[-1].replace("_", "-")
         raise ValueError(
-            "--optimizer pkm_adam does not work with --fp16 and --bf16, which train float32 copies "
-            "in which the value tables cannot be told apart; use --memory-efficient-fp16 or "
-            "--memory-efficient-bf16"
+            f"{flag} does not work with --optimizer pkm_adam: fairseq would round small gradients "
+            "of values to zero or hide which parameters are values; use --amp, or --optimizer adam"
         )
     for name, default in (("ffn_reg_scale_factor", 0.0), ("ffn_blocks_to_remove", -1)):
         if mode == "replace" and safe_getattr(args, name, default) != default:
@@ -133,13 +136,6 @@ def _check_unsupported(args: Any, mode: str) -> None:
 def _optimizer_name(args: Any) -> Optional[str]:
     optimizer = safe_getattr(args, "optimizer")  # a config that has a name, or the name
     return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
-
-
-def _trains_float32_copies(args: Any) -> bool:
-    def given(*names: str) -> bool:
-        return any(safe_getattr(args, name, False) for name in names)
-
-    return given("fp16", "bf16") and not given("memory_efficient_fp16", "memory_efficient_bf16")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class PkmAdamConfig(FairseqDataclass):
         default=1e-3,
         metadata={
             "help": "learning rate of the memories' values, constant: --lr and its schedule do "
-            "not touch it (default 1e-3: Lample et al. 2019; Kim & Jung 2020)"
+            "not touch it (default 1e-3: Lample et al. 2019; Kim & Jung 2020 by a secondary source)"
         },
     )
     lr: List[float] = II("optimization.lr")
@@ -74,6 +74,14 @@ class PkmAdam(FairseqAdam):
     ) -> None:
         """Load as fairseq's adam does; the values' learning rate is that of this run's options."""
         super().load_state_dict(state_dict, optimizer_overrides)
+        self._pin_values()
+
+    def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
+        """Perform one update; schedulers that reach into the groups do not reach values."""
+        self._pin_values()
+        super().step(closure, scale, groups)
+
+    def _pin_values(self) -> None:
         for group in self.param_groups:
             if group.get("lazy"):
                 group["lr"], group["weight_decay"] = self.cfg.memory_value_lr, 0.0
@@ -106,10 +114,11 @@ class LazyAdam(Adam):
 
     def step(self, closure: Any = None) -> Any:
         """Perform one update."""
+        loss = None if closure is None else closure()
         lazy = [(g, p, p.grad) for g in self.param_groups if g.get("lazy") for p in g["params"]]
         for _, param, _ in lazy:
             param.grad = None  # fairseq's Adam skips it
-        loss = super().step(closure)
+        super().step()
         for group, param, grad in lazy:
             if grad is not None:
                 self._update_rows(group, param, grad)
@@ -123,6 +132,8 @@ class LazyAdam(Adam):
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+        for moment in ("exp_avg", "exp_avg_sq"):  # a checkpoint is loaded to the CPU
+            state[moment] = state[moment].to(param.device, torch.float32)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         rows = (grad != 0).any(dim=1).nonzero().squeeze(1)  # (R,)

@@ -25,7 +25,11 @@ OPTIONS = {
         ["--init-from", "a.pt", "--restore-file", "b.pt"],
         "--init-from a.pt and --restore-file b.pt exclude each other",
     ),
-    "fp16 with pkm_adam": (["--fp16"], "use --memory-efficient-fp16"),
+    "fp16 with pkm_adam": (["--fp16"], "use --amp, or --optimizer adam"),
+    "another start": (
+        ["--init-from", "a.pt", "--finetune-from-model", "b.pt"],
+        "--init-from a.pt and --finetune-from-model b.pt exclude each other",
+    ),
 }
 
 

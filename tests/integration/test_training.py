@@ -215,7 +215,8 @@ def test_two_workers_report_the_usage_of_one(data_bin: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [["--memory-efficient-fp16"], ["--store-ema", "--ema-decay", "0.9"]]
+    "options",
+    [["--memory-efficient-fp16", "--optimizer", "adam"], ["--store-ema", "--ema-decay", "0.9"]],
 )
 def test_fairseqs_other_ways_to_train_work_and_resume(
     data_bin: Path, tmp_path: Path, options: "list[str]"

@@ -100,6 +100,17 @@ def test_one_file_is_cut_into_contiguous_blocks(tmp_path):
     assert [line for block in documents for line in block] == [f"line {i}" for i in range(205)]
 
 
+def test_a_document_of_more_than_its_share_is_cut(tmp_path):
+    for i in range(19):
+        (tmp_path / f"small{i}.txt").write_text("one line\n")
+    (tmp_path / "giant.txt").write_text("".join(f"a longer line {i}\n" for i in range(2000)))
+    documents = read_documents(sorted(tmp_path.glob("*.txt")))
+    assert sum(map(len, documents)) == 2019
+    assert max(map(len, documents)) <= 110
+    splits = split_documents(documents)
+    assert len(splits["train"]) > 1700 and splits["valid"] and splits["test"]
+
+
 def test_splits_are_whole_documents_and_lose_nothing():
     documents = [[f"document {d} line {i}" for i in range(5 + d % 3)] for d in range(60)]
     splits = split_documents(documents)

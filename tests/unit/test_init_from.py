@@ -430,3 +430,63 @@ def test_a_plain_state_that_lacks_something_else_is_refused(plain):
     del state[f"{LAYER}fc1.bias"]
     with pytest.raises(RuntimeError, match=r"fc1\.bias"):
         build("resm_roberta_tiny").load_state_dict(state, strict=True)
+
+
+# --- what could load silently wrong --------------------------------------------------------------
+
+
+def saved(model, tmp_path, change=lambda state: None, **more):
+    """A checkpoint of a model's parameters, changed."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change(state)
+    file = tmp_path / "changed.pt"
+    torch.save({"model": state, **more}, file)
+    return str(file)
+
+
+def test_a_memory_that_is_there_in_part_is_refused(tmp_path):
+    def lose_keys(state):
+        del state["encoder.sentence_encoder.layers.1.memory.keys"]
+
+    file = saved(build("resm_roberta_tiny"), tmp_path, lose_keys)
+    assert "layers.1.memory.keys is missing" in refusal(init_from=file)
+
+
+def test_a_memory_with_another_query_norm_is_refused(tmp_path):
+    file = saved(build("resm_roberta_tiny", memory_query_norm="none"), tmp_path)
+    assert "query_norm.weight is missing" in refusal(init_from=file)
+
+
+def test_two_tables_do_not_go_into_a_shared_one(tmp_path):
+    file = saved(build("resm_roberta_tiny", memory_layers=[0, 1]), tmp_path)
+    message = refusal(init_from=file, memory_layers=[0, 1], memory_share_values=True)
+    assert "memory.values.weight differ, but are one tensor in the model" in message
+
+
+def test_an_untied_head_does_not_go_into_a_tied_one(plain, tmp_path):
+    def untie(state):
+        state["encoder.lm_head.weight"] += 1
+
+    assert "are one tensor in the model" in refusal(init_from=saved(plain, tmp_path, untie))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("encoder_attention_heads", 1), ("activation_fn", "relu")]
+)
+def test_an_option_that_no_shape_shows_is_compared(plain, tmp_path, name, value):
+    file = saved(plain, tmp_path, args=Namespace(**{name: value}))
+    message = refusal(init_from=file)
+    assert f"trained with --{name.replace('_', '-')} {value}, not" in message
+
+
+def test_a_classification_head_is_dropped_and_said_to_be(plain, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
+    def add_head(state):
+        state["classification_heads.x.dense.weight"] = torch.zeros(4, 4)
+        state["classification_heads.x.out_proj.weight"] = torch.zeros(2, 4)
+
+    build(
+        "pkm_roberta_tiny", init_from=saved(plain, tmp_path, add_head), load_checkpoint_heads=True
+    )
+    assert "dropped classification_heads.x" in init_line(caplog)

@@ -454,3 +454,13 @@ def test_a_model_moves_the_rows_it_read_and_only_them(share):
     still = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
     # the padding rows have no gradient; every parameter as a whole moves
     assert not still
+
+
+def test_a_scheduler_that_reaches_into_the_groups_does_not_reach_values():
+    net = Net()
+    optimizer = PkmAdam(options(), net.parameters())
+    for group in optimizer.param_groups:  # as torch's ReduceLROnPlateau does
+        group["lr"] = 1e-9
+    net.table.grad = gradients(1)[0]
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-9, options().memory_value_lr]

@@ -368,8 +368,12 @@ IMPOSSIBLE = [
     ({"memory_query_norm": "group"}, ["query_norm", "group", "batch, layer, none"]),
     ({"memory_values_init": "one"}, ["values_init", "one", "normal, zero"]),
     ({"memory_read_dropout": 1.0}, ["read_dropout", "1.0", "[0, 1)"]),
-    ({"optimizer": "pkm_adam", "fp16": True}, ["pkm_adam", "--fp16", "memory-efficient-fp16"]),
-    ({"optimizer": "pkm_adam", "bf16": True}, ["pkm_adam", "--bf16", "memory-efficient-bf16"]),
+    ({"optimizer": "pkm_adam", "fp16": True}, ["pkm_adam", "--fp16", "--amp"]),
+    ({"optimizer": "pkm_adam", "bf16": True}, ["pkm_adam", "--bf16", "--amp"]),
+    (
+        {"optimizer": "pkm_adam", "fp16": True, "memory_efficient_fp16": True},
+        ["pkm_adam", "--memory-efficient-fp16", "--amp"],
+    ),
     ({"ffn_reg_scale_factor": 0.1}, ["--ffn-reg-scale-factor", "replace"]),
     ({"ffn_blocks_to_remove": 2}, ["--ffn-blocks-to-remove", "replace"]),
 ]
@@ -391,8 +395,8 @@ def test_impossible_options_stop_with_one_line_that_names_them(options, named):
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer": "pkm_adam", "fp16": True, "memory_efficient_fp16": True},
-        {"optimizer": "pkm_adam", "bf16": True, "memory_efficient_bf16": True},
+        {"optimizer": "adam", "fp16": True, "memory_efficient_fp16": True},
+        {"optimizer": "adam", "bf16": True, "memory_efficient_bf16": True},
         {"optimizer": "adam", "fp16": True},
         {"optimizer": "adam", "bf16": True},
         {"optimizer": "pkm_adam", "fp16": True, "memory_layers": []},
