@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 MARKER = "made_with.json"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -42,8 +42,7 @@ def begin(folder: Path, key: str) -> bool:
     Raises:
         ValueError: the folder holds files that are not this program's.
     """
-    marker = folder / MARKER
-    made_with = json.loads(marker.read_text()) if marker.is_file() else {}
+    made_with = _made_with(folder)
     if made_with.get("key") == key:
         return not made_with["finished"]
     if made_with:
@@ -60,9 +59,7 @@ def begin(folder: Path, key: str) -> bool:
 
 def is_finished(folder: Path, key: str) -> bool:
     """Whether the folder holds what a finished step made with these settings."""
-    marker = folder / MARKER
-    made_with = json.loads(marker.read_text()) if marker.is_file() else {}
-    return made_with.get("key") == key and bool(made_with["finished"])
+    return _made_with(folder) == {"key": key, "finished": True}
 
 
 def finish(folder: Path, key: str) -> None:
@@ -75,6 +72,11 @@ def write_file(file: Path, text: str) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def _made_with(folder: Path) -> Dict[str, Any]:
+    marker = folder / MARKER
+    return json.loads(marker.read_text()) if marker.is_file() else {}
 
 
 def _mark(folder: Path, key: str, finished: bool) -> None:

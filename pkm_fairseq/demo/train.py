@@ -54,6 +54,8 @@ def train_arms(preset: Preset, data: Path, folder: Path) -> None:
     flags = {arm: arm_flags(arm, preset) for arm in ARMS}
     key = key_of(key_of_files(*inputs), code, flags, preset.half)
     unfinished = [arm for arm in ARMS if begin(folder / arm, key)]
+    for arm in unfinished:
+        _mend_last(folder / arm)
     n = preset.half
     runs = [Run("plain", n, False), Run("pkm", 2 * n, False)]
     runs += [Run("plain", 2 * n, True), Run("resm_init", n, True)]
@@ -118,7 +120,6 @@ def _start(run: Run, preset: Preset, data: Path, folder: Path) -> subprocess.Pop
 def _is_trained(run: Run, folder: Path) -> bool:
     """Whether a run is done; keeps plain's checkpoint after N updates."""
     last, half = folder / run.arm / LAST, folder / run.arm / HALF
-    _mend_last(folder / run.arm)
     if not last.exists() or updates_of(last) < run.updates:
         return False
     if run.arm == "plain" and not half.exists():

@@ -90,8 +90,8 @@ class PkmAdam(FairseqAdam):
         """Clip the gradient of everything but values.
 
         Returns:
-            Its norm; infinity if the gradient of any value is not finite, by which fairseq
-            notices an overflow in half precision, and stops on one in full precision.
+            Its norm; infinity if the gradient of any value is not finite, so that fairseq stops,
+            or lowers the loss scale with --amp.
         """
         params = [p for group in self._dense_groups() for p in group["params"]]
         norm = utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
@@ -132,7 +132,7 @@ class LazyAdam(Adam):
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-        for moment in ("exp_avg", "exp_avg_sq"):  # a checkpoint is loaded to the CPU
+        for moment in ("exp_avg", "exp_avg_sq"):  # loading casts them to the parameter's dtype
             state[moment] = state[moment].to(param.device, torch.float32)
         state["step"] += 1
         beta1, beta2 = group["betas"]

@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -144,17 +144,19 @@ def test_values_keep_their_learning_rate_while_the_schedule_warms_up(
     assert [group["lr"] for group in groups] == pytest.approx([2e-4, 1e-3])
 
 
+def hydra_command(data: Path, save_dir: Path) -> List[Any]:
+    """fairseq-hydra-train with the configuration of the pretraining example."""
+    configs = ROOT / "user_dir_examples/pretraining/config"
+    command = [BIN / "fairseq-hydra-train", "--config-dir", configs, "--config-name", "resm_tiny"]
+    command += [f"common.user_dir={USER_DIR}", f"task.data={data}"]
+    return [*command, f"checkpoint.save_dir={save_dir}", f"hydra.run.dir={save_dir}"]
+
+
 def test_hydra_and_the_command_line_train_the_same_model(data_bin: Path, tmp_path: Path) -> None:
     hydra = run_well(
-        *(
-            BIN / "fairseq-hydra-train",
-            "--config-dir",
-            ROOT / "user_dir_examples/pretraining/config",
-        ),
-        *("--config-name", "resm_tiny", f"common.user_dir={USER_DIR}", f"task.data={data_bin}"),
-        *(f"checkpoint.save_dir={tmp_path / 'hydra'}", "optimization.max_update=4"),
-        *("common.log_interval=1", "common.cpu=true", "lr_scheduler.warmup_updates=2"),
-        *(f"hydra.run.dir={tmp_path / 'hydra'}",),
+        *hydra_command(data_bin, tmp_path / "hydra"),
+        *("optimization.max_update=4", "lr_scheduler.warmup_updates=2"),
+        *("common.log_interval=1", "common.cpu=true"),
         cwd=tmp_path,
     )
     cli = run_well(
@@ -170,17 +172,8 @@ def test_hydra_and_the_command_line_train_the_same_model(data_bin: Path, tmp_pat
 
 
 def test_hydra_refuses_a_mistyped_option(data_bin: Path, tmp_path: Path) -> None:
-    wrong = run(
-        *(
-            BIN / "fairseq-hydra-train",
-            "--config-dir",
-            ROOT / "user_dir_examples/pretraining/config",
-        ),
-        *("--config-name", "resm_tiny", f"common.user_dir={USER_DIR}", f"task.data={data_bin}"),
-        *(f"checkpoint.save_dir={tmp_path}", "+model.memory_n_kyes=8", f"hydra.run.dir={tmp_path}"),
-        cwd=tmp_path,
-    )
-    assert wrong.status != 0 and "memory_n_kyes" in wrong.output
+    wrong = run(*hydra_command(data_bin, tmp_path), "+model.memory_n_kyes=8", cwd=tmp_path)
+    assert wrong.status != 0 and "Key 'memory_n_kyes' not in" in wrong.output
 
 
 def test_two_workers_report_the_usage_of_one(data_bin: Path, tmp_path: Path) -> None:

@@ -117,11 +117,8 @@ def test_splits_are_whole_documents_and_lose_nothing():
     assert sorted(chain(*splits.values())) == sorted(chain(*documents))
     size = sum(len(line) for lines in documents for line in lines)
     for split, share in corpus.HELD_OUT.items():
-        of = {line.rsplit(" line", 1)[0] for line in splits[split]}
-        assert sum(
-            len(document) for document in documents if document[0].rsplit(" line", 1)[0] in of
-        )
-        assert of.isdisjoint(line.rsplit(" line", 1)[0] for line in splits["train"])
+        lines = set(splits[split])
+        assert all(set(document) <= lines or lines.isdisjoint(document) for document in documents)
         assert share <= sum(map(len, splits[split])) / size < share + 0.05
     assert splits == split_documents(documents)
     assert splits != split_documents(documents, seed=2)
