@@ -92,7 +92,8 @@ class ProductKeyMemory(nn.Module):
         if real is not None:
             tokens = tokens[real]  # (N, input_dim)
         slots, weights = self.search(tokens)  # (N, H, K)
-        read = self.read_dropout(self.output_proj(self.values(slots, weights)))
+        read = self.values(slots, weights).to(x.dtype)  # (N, v_dim)
+        read = self.read_dropout(self.output_proj(read))  # (N, input_dim)
         read = _restore(read.to(x.dtype), real, 0).view(x.shape)
         if not return_lookup:
             return read

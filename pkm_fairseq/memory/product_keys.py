@@ -1,10 +1,13 @@
 """From queries and sub-keys to the exact top-k slots (Lample et al. 2019)."""
 
 from functools import lru_cache
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 from torch import Tensor
+
+from . import kernels
+from .dtypes import compute_dtype
 
 
 def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
@@ -27,35 +30,56 @@ def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]
         with equal scores is kept is not specified.
 
     Raises:
-        ValueError: shapes do not fit, or knn is out of range.
+        ValueError: shapes do not fit, knn is out of range, or, on the CPU, a score is NaN. On a
+            GPU, where looking would make the host wait, the NaN is returned among the scores.
     """
     _check_search(query, keys, knn)
-    n_keys = keys.shape[2]
-    top, index = half_scores(query, keys).topk(knn, dim=-1)  # (..., H, 2, K), descending
-    rank1, rank2 = candidate_ranks(knn, top.device)  # (C,), (C,)
-    candidate_scores = top[..., 0, :].index_select(-1, rank1) + top[..., 1, :].index_select(
-        -1, rank2
-    )  # (..., H, C)
-    scores, best = candidate_scores.topk(knn, dim=-1)  # (..., H, K)
-    index1 = index[..., 0, :].gather(-1, rank1[best])  # (..., H, K)
-    index2 = index[..., 1, :].gather(-1, rank2[best])  # (..., H, K)
-    return scores, slot_of(index1, index2, n_keys)
+    dtype = torch.promote_types(compute_dtype(query.dtype), compute_dtype(keys.dtype))
+    tokens = query.reshape(-1, *query.shape[-3:]).to(dtype)  # (N, H, 2, D)
+    keys = keys.to(dtype)
+    scores, slots = _Search.apply(tokens, keys, knn)  # type: ignore[no-untyped-call]  # (N, H, K)
+    if scores.device.type == "cpu" and scores.isnan().any():
+        raise ValueError(_where_nan_comes_from(tokens, keys))
+    shape = (*query.shape[:-2], knn)
+    return scores.view(shape), slots.view(shape)
+
+
+class _Search(torch.autograd.Function):
+    """The search, differentiable in its scores; half scores are not kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
+        half = half_scores(query, keys).permute(1, 2, 0, 3)  # (H, 2, N, S)
+        ranks = candidate_ranks(knn, query.device)
+        scores, index1, index2 = kernels.topk_pairs(half, knn, *ranks)  # each (N, H, K)
+        ctx.save_for_backward(query, keys, index1, index2)
+        slots = slot_of(index1, index2, keys.shape[2])
+        ctx.mark_non_differentiable(slots)
+        return scores, slots
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> Tuple[Tensor, Tensor, None]:
+        query, keys, index1, index2 = ctx.saved_tensors
+        grads = kernels.score_gradients(query, keys, index1, index2, grad_scores)
+        return (*grads, None)
 
 
 def half_scores(query: Tensor, keys: Tensor) -> Tensor:
     """Score each half of a query against its sub-keys, in at least float32.
 
     Args:
-        query: (..., H, 2, D).
+        query: (N, H, 2, D).
         keys: (H, 2, S, D).
 
     Returns:
-        (..., H, 2, S).
+        (N, H, 2, S); the halves of a head lie together in memory, token by token.
     """
-    dtype = torch.promote_types(at_least_float32(query).dtype, at_least_float32(keys).dtype)
+    dtype = torch.promote_types(compute_dtype(query.dtype), compute_dtype(keys.dtype))
     query, keys = query.to(dtype), keys.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        return torch.einsum("...hpd,hpsd->...hps", query, keys)
+        by_half = query.permute(1, 2, 0, 3) @ keys.transpose(-1, -2)  # (H, 2, N, S)
+    return by_half.permute(2, 0, 1, 3)
 
 
 def slot_of(index1: Tensor, index2: Tensor, n_keys: int) -> Tensor:
@@ -72,9 +96,16 @@ def candidate_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
         return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def _where_nan_comes_from(query: Tensor, keys: Tensor) -> str:
+    """A message for scores that are not a number; query (N, H, 2, D)."""
+    n_queries = int((~query.isfinite()).flatten(1).any(dim=1).sum())
+    n_keys = int((~keys.isfinite()).any(dim=-1).sum())
+    if not n_queries + n_keys:
+        return "scores are NaN: infinite half scores were added, queries or keys are too large"
+    return (
+        f"scores are NaN: {n_queries} of {len(query)} queries and {n_keys} of "
+        f"{keys[..., 0].numel()} sub-keys are not finite"
+    )
 
 
 def _check_search(query: Tensor, keys: Tensor, knn: int) -> None:

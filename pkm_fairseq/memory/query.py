@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .product_keys import at_least_float32
+from .dtypes import at_least_float32
 
 
 def build_query_norm(config: MemoryConfig) -> nn.Module:

@@ -8,12 +8,22 @@ from typing import Any, Dict, Iterable, List, Optional
 import torch
 from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from fairseq.optim.adam import Adam, FairseqAdam
 from omegaconf import II
 from torch import Tensor, nn
 
+from ..memory import kernels
+from ..memory.dtypes import compute_dtype
+from ..memory.gradient import ValueGradient
+from ..memory.kernels import Entries
+from ..memory.values import allocate
+
 logger = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -34,6 +44,13 @@ class PkmAdamConfig(FairseqDataclass):
             "not touch it (default 1e-3: Lample et al. 2019; Kim & Jung 2020 by a secondary source)"
         },
     )
+    memory_value_clip_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "clip the gradient of all memories' values to this norm, apart from "
+            "--clip-norm, which is for the rest (default: no clipping; our choice)"
+        },
+    )
     lr: List[float] = II("optimization.lr")
 
 
@@ -43,25 +60,31 @@ class PkmAdam(FairseqAdam):
 
     Value tables are updated lazily (the papers' sparse updates): a row moves if and only if its
     accumulated gradient has a non-zero element. They have a constant learning rate, no weight
-    decay, one step count per table, and stand outside gradient clipping, which sees the rest
-    (our choice: a norm over the table would let few rows that were read scale all others).
+    decay, one step count per table, and stand outside --clip-norm, which sees the rest (our choice:
+    a norm over the table would let few rows that were read scale all others). Their gradient is
+    kept as factors and never has the size of a table.
     """
 
     def __init__(self, cfg: PkmAdamConfig, params: Iterable[nn.Parameter]) -> None:
         FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's would build its own Adam
         params = list(params)
-        values = [p for p in params if getattr(p, "is_value_table", False)]
-        rest = [p for p in params if not getattr(p, "is_value_table", False)]
-        if not values:
+        self._values = [p for p in params if hasattr(p, "value_gradient")]
+        rest = [p for p in params if not hasattr(p, "value_gradient")]
+        if not self._values:
             logger.warning(
                 "pkm_adam found no value table among the parameters: --memory-value-lr has no "
                 "effect and it is fairseq's adam"
             )
-        groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
-        if values:
-            groups.append(
-                {"params": values, "lr": cfg.memory_value_lr, "weight_decay": 0.0, "lazy": True}
+        if cfg.memory_value_clip_norm < 0:
+            raise ValueError(
+                f"memory-value-clip-norm is {cfg.memory_value_clip_norm}, must be at least 0"
             )
+        groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
+        if self._values:
+            lr = cfg.memory_value_lr
+            groups.append({"params": self._values, "lr": lr, "weight_decay": 0.0, "lazy": True})
+        for values in self._values:
+            gradient_of(values).factored = True
         self._optimizer = LazyAdam(groups, **self.optimizer_config)
 
     def set_lr(self, lr: float) -> None:
@@ -86,19 +109,64 @@ class PkmAdam(FairseqAdam):
             if group.get("lazy"):
                 group["lr"], group["weight_decay"] = self.cfg.memory_value_lr, 0.0
 
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        super().zero_grad()
+        for values in self._values:
+            gradient_of(values).clear()
+
+    def multiply_grads(self, c: Any) -> None:
+        """Multiply all gradients; fairseq divides by the number of tokens like this."""
+        super().multiply_grads(c)
+        for values in self._values:
+            gradient_of(values).multiply(c)
+
+    def all_reduce_grads(self, module: nn.Module) -> None:
+        """Average gradients over data-parallel workers; those of values as factors."""
+        own = {id(p) for p in module.parameters()}
+        tables = [p for p in self._values if id(p) in own and p.requires_grad]
+        for values in tables:  # else legacy_ddp would make, and send, a dense gradient of zeros
+            values.requires_grad_(False)
+        try:
+            super().all_reduce_grads(module)
+        finally:
+            for values in tables:
+                values.requires_grad_(True)
+        group = distributed_utils.get_data_parallel_group()
+        if distributed_utils.get_world_size(group) > 1:
+            for values in tables:
+                gradient_of(values).gather(values, group)
+
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Clip the gradient of everything but values.
+        """Clip the gradient of everything but values, and values on their own if so asked.
 
         Returns:
-            Its norm; infinity if the gradient of any value is not finite, so that fairseq stops,
-            or lowers the loss scale with --amp.
+            The norm of everything but values; infinity if the gradient of any value is not finite,
+            so that fairseq stops, or lowers the loss scale with --amp.
         """
         params = [p for group in self._dense_groups() for p in group["params"]]
         norm = utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
-        values = [p for group in self.param_groups if group.get("lazy") for p in group["params"]]
-        extremes = [torch.stack(p.grad.aminmax()) for p in values if p.grad is not None]
-        is_finite = all(bool(pair.isfinite().all()) for pair in extremes)
-        return norm if is_finite else torch.full_like(norm, math.inf)
+        dense = [torch.stack(p.grad.aminmax()) for p in self._values if p.grad is not None]
+        is_finite = all(bool(pair.isfinite().all()) for pair in dense)
+        if not (is_finite and all(gradient_of(p).is_finite() for p in self._values)):
+            return torch.full_like(norm, math.inf)
+        if self.cfg.memory_value_clip_norm > 0:
+            self._clip_values(self.cfg.memory_value_clip_norm)
+        return norm
+
+    def _clip_values(self, max_norm: float) -> None:
+        squares = [
+            kernels.squared_norm(p, gradient_of(p).entries(p.grad))
+            for p in self._values
+            if gradient_of(p) or p.grad is not None
+        ]
+        norm = math.sqrt(sum(float(square) for square in squares))
+        metrics.log_scalar("value_gnorm", norm, weight=0, priority=401, round=3)
+        if norm > max_norm:
+            for p in self._values:
+                gradient_of(p).multiply(max_norm / norm)
+                if p.grad is not None:
+                    p.grad.mul_(max_norm / norm)
 
     def _dense_groups(self) -> List[Dict[str, Any]]:
         return [group for group in self.param_groups if not group.get("lazy")]
@@ -112,36 +180,51 @@ class LazyAdam(Adam):
         """A flat parameter has no rows."""
         return False
 
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Load as torch does, which would cast moments to the precision of the values."""
+        super().load_state_dict(state_dict)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for place, param in zip(places, params, strict=True):
+            if hasattr(param, "value_gradient") and place in state_dict["state"]:
+                for moment in MOMENTS:
+                    saved = state_dict["state"][place][moment]
+                    self.state[param][moment] = new_moment(param).copy_(saved)
+
     def step(self, closure: Any = None) -> Any:
-        """Perform one update."""
+        """Perform one update; factors of gradients are used up by it."""
         loss = None if closure is None else closure()
         lazy = [(g, p, p.grad) for g in self.param_groups if g.get("lazy") for p in g["params"]]
         for _, param, _ in lazy:
             param.grad = None  # fairseq's Adam skips it
         super().step()
         for group, param, grad in lazy:
-            if grad is not None:
-                self._update_rows(group, param, grad)
+            if gradient_of(param) or grad is not None:
+                self._update_rows(group, param, gradient_of(param).entries(grad))
+            gradient_of(param).clear()
             param.grad = grad
         return loss
 
-    @torch.no_grad()
-    def _update_rows(self, group: Dict[str, Any], param: nn.Parameter, grad: Tensor) -> None:
+    def _update_rows(self, group: Dict[str, Any], param: nn.Parameter, entries: Entries) -> None:
         state = self.state[param]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-        for moment in ("exp_avg", "exp_avg_sq"):  # loading casts them to the parameter's dtype
-            state[moment] = state[moment].to(param.device, torch.float32)
+            for moment in MOMENTS:
+                state[moment] = new_moment(param).zero_()
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        rows = (grad != 0).any(dim=1).nonzero().squeeze(1)  # (R,)
-        g = grad[rows].float()  # (R, V)
-        exp_avg = state["exp_avg"][rows].mul_(beta1).add_(g, alpha=1 - beta1)
-        exp_avg_sq = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        delta = exp_avg / (exp_avg_sq.sqrt() + group["eps"]) * (group["lr"] * correction)
-        state["exp_avg"][rows] = exp_avg
-        state["exp_avg_sq"][rows] = exp_avg_sq
-        param[rows] = (param[rows].float() - delta).to(param.dtype)
+        moments = [state[moment] for moment in MOMENTS]
+        step_size = group["lr"] * correction
+        kernels.update_rows(param, *moments, entries, step_size, group["betas"], group["eps"])
+
+
+def gradient_of(values: nn.Parameter) -> ValueGradient:
+    """The gradient of a value table, by its parameter."""
+    gradient: ValueGradient = values.value_gradient  # type: ignore[attr-defined]
+    return gradient
+
+
+def new_moment(values: Tensor) -> Tensor:
+    """Memory for a moment of a table, in at least float32."""
+    return allocate(*values.shape, compute_dtype(values.dtype), values.device)

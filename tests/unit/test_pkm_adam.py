@@ -26,6 +26,7 @@ def options(**settings):
         adam_eps=EPS,
         weight_decay=0.0,
         memory_value_lr=0.1,
+        memory_value_clip_norm=0.0,
         lr=[0.01],
         use_old_adam=True,
         fp16_adam_stats=False,
@@ -352,9 +353,6 @@ def resumed(net, optimizer, tmp_path, overrides=None, **settings):
     """A new optimizer with a saved and loaded state, on a copy of the net."""
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     twin = copy.deepcopy(net)
-    for parameter, original in zip(twin.parameters(), net.parameters(), strict=True):
-        if hasattr(original, "is_value_table"):
-            parameter.is_value_table = True  # deepcopy drops attributes of parameters
     other = PkmAdam(options(**settings), twin.parameters())
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt"), overrides)
     return twin, other

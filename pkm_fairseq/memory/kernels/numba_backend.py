@@ -1,0 +1,104 @@
+"""The memory's operations on the CPU, compiled by numba; the loops are in ``numba_kernels``."""
+
+import logging
+import threading
+from typing import Any, Callable, Tuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import numba_kernels as loops
+from .entries import Entries
+
+Array = Any  # numpy's arrays; their types say nothing that numba would read
+
+DEVICES = ("cpu",)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of tables
+
+TASKS_PER_THREAD = 4
+logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output drowns all other
+_one_at_a_time = threading.Lock()  # numba's simplest thread pool aborts when entered twice
+
+
+def topk_pairs(
+    half_scores: Tensor, knn: int, rank1: Tensor, rank2: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """See :func:`pkm_fairseq.memory.kernels.topk_pairs`."""
+    heads, _, n, _ = half_scores.shape
+    scores = torch.empty(n, heads, knn, dtype=half_scores.dtype)
+    index1, index2 = torch.empty(2, n, heads, knn, dtype=torch.int64)
+    _run(loops.topk_pairs, *map(_array, (half_scores, rank1, rank2, scores, index1, index2)))
+    return scores, index1, index2
+
+
+def score_gradients(
+    query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """See :func:`pkm_fairseq.memory.kernels.score_gradients`."""
+    grad_query, grad_keys = torch.empty_like(query), torch.zeros_like(keys)
+    _run(loops.grad_query, *map(_array, (keys, index1, index2, grad_scores, grad_query)))
+    _run(loops.grad_keys, *map(_array, (query, index1, index2, grad_scores, grad_keys)))
+    return grad_query, grad_keys
+
+
+def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.read`."""
+    out = weights.new_empty(len(slots), values.shape[1])
+    _run(loops.read, *map(_array, (values, slots, weights, out)))
+    return out
+
+
+def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.weight_gradient`."""
+    out = grad_read.new_empty(slots.shape)
+    rows, starts, order = loops.group(_array(slots.view(-1)), len(values))
+    given = _array(values), rows, starts, order, _array(grad_read)
+    _run(loops.weight_gradient, *given, slots.shape[1], _array(out.view(-1)))
+    return out
+
+
+def update_rows(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    entries: Entries,
+    step_size: float,
+    betas: Tuple[float, float],
+    eps: float,
+) -> None:
+    """See :func:`pkm_fairseq.memory.kernels.update_rows`."""
+    number = _array(exp_avg).dtype.type
+    settings = map(number, (step_size, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps))
+    table = map(_array, (values, exp_avg, exp_avg_sq))
+    _run(loops.update_rows, *table, *_row_entries(entries, len(values)), *settings)
+
+
+def squared_norm(entries: Entries, n_slots: int) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.squared_norm`."""
+    rows, *given = _row_entries(entries, n_slots)
+    squares = np.empty(len(rows), dtype=np.float64)
+    _run(loops.row_squares, *given, squares)
+    return torch.tensor(squares.sum())
+
+
+def _row_entries(entries: Entries, n_slots: int) -> Tuple[Array, ...]:
+    """Rows that were read (R,), where their entries start (R + 1,), and those, sorted by row."""
+    rows, starts, order = loops.group(_array(entries.slots), n_slots)
+    bags, weights = _array(entries.bags)[order], _array(entries.weights)[order]
+    return rows, starts, bags, weights, _array(entries.grads)
+
+
+def _array(x: Tensor) -> Array:
+    """The tensor's memory as numpy sees it; bfloat16 as uint16."""
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _run(kernel: Callable[..., None], *args: Any) -> None:
+    """Run a kernel on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    with _one_at_a_time:
+        numba.set_num_threads(threads)
+        kernel(*args, threads * TASKS_PER_THREAD)

@@ -1,0 +1,121 @@
+"""The memory's operations in plain torch, on any device.
+
+Gathered rows are held a chunk at a time, and no gradient of the size of the table is ever made.
+"""
+
+from typing import Iterator, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes import at_least_float32
+from .entries import Entries
+
+DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
+
+CHUNK = 8 << 20  # elements of gathered rows that are held at once
+
+
+def topk_pairs(
+    half_scores: Tensor, knn: int, rank1: Tensor, rank2: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """See :func:`pkm_fairseq.memory.kernels.topk_pairs`."""
+    top, index = half_scores.permute(2, 0, 1, 3).topk(knn, dim=-1)  # (N, H, 2, K), descending
+    top1, top2 = top.unbind(dim=2)
+    candidate_scores = top1.index_select(-1, rank1) + top2.index_select(-1, rank2)  # (N, H, C)
+    scores, best = candidate_scores.topk(knn, dim=-1)  # (N, H, K)
+    index1, index2 = index.unbind(dim=2)
+    return scores, index1.gather(-1, rank1[best]), index2.gather(-1, rank2[best])
+
+
+def score_gradients(
+    query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """See :func:`pkm_fairseq.memory.kernels.score_gradients`."""
+    index = torch.stack((index1, index2), dim=2)  # (N, H, 2, K)
+    grad_half = query.new_zeros(*query.shape[:3], keys.shape[2])  # (N, H, 2, S)
+    grad_half.scatter_add_(-1, index, grad_scores.unsqueeze(2).expand_as(index))
+    grad_half = grad_half.permute(1, 2, 0, 3)  # (H, 2, N, S)
+    grad_query = (grad_half @ keys).permute(2, 0, 1, 3)  # (N, H, 2, D)
+    return grad_query, grad_half.transpose(-1, -2) @ query.permute(1, 2, 0, 3)
+
+
+def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.read`."""
+    if values.dtype == weights.dtype:
+        return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+    out = weights.new_empty(len(slots), values.shape[1])
+    for start in range(0, len(slots), _rows(slots.shape[1] * values.shape[1])):
+        part = slice(start, start + _rows(slots.shape[1] * values.shape[1]))
+        rows = values[slots[part]].to(weights.dtype)  # (n, T, V)
+        out[part] = torch.bmm(weights[part].unsqueeze(1), rows).squeeze(1)
+    return out
+
+
+def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.weight_gradient`."""
+    out = grad_read.new_empty(slots.shape)
+    for start in range(0, len(slots), _rows(slots.shape[1] * values.shape[1])):
+        part = slice(start, start + _rows(slots.shape[1] * values.shape[1]))
+        rows = values[slots[part]].to(grad_read.dtype)  # (n, T, V)
+        out[part] = torch.bmm(rows, grad_read[part].unsqueeze(2)).squeeze(2)
+    return out
+
+
+def update_rows(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    entries: Entries,
+    step_size: float,
+    betas: Tuple[float, float],
+    eps: float,
+) -> None:
+    """See :func:`pkm_fairseq.memory.kernels.update_rows`."""
+    beta1, beta2 = betas
+    for rows, g in row_gradients(entries):
+        moves = (g != 0).any(dim=1)
+        rows, g = rows[moves], g[moves].to(exp_avg.dtype)  # (R,), (R, V)
+        avg = exp_avg[rows].mul_(beta1).add_(g, alpha=1 - beta1)
+        avg_sq = exp_avg_sq[rows].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        moved = at_least_float32(values[rows]) - step_size * avg / (avg_sq.sqrt() + eps)
+        exp_avg[rows], exp_avg_sq[rows] = avg, avg_sq
+        values[rows] = moved.to(values.dtype)
+
+
+def squared_norm(entries: Entries, n_slots: int) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.squared_norm`."""
+    total = torch.zeros((), dtype=torch.float64, device=entries.grads.device)
+    for _, g in row_gradients(entries):
+        total += g.double().square().sum()
+    return total
+
+
+def row_gradients(entries: Entries) -> Iterator[Tuple[Tensor, Tensor]]:
+    """The rows that were read and their gradients, (R,) and (R, V), a chunk of rows at a time."""
+    slots, order = entries.slots.sort(stable=True)
+    rows, counts = torch.unique_consecutive(slots, return_counts=True)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    bags, weights = entries.bags[order], entries.weights[order]
+    step = _rows(entries.grads.shape[1])
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        low, high = int(starts[part][0]), int(ends[part][-1])
+        yield (
+            rows[part],
+            F.embedding_bag(
+                bags[low:high],
+                entries.grads,
+                offsets=starts[part] - low,
+                per_sample_weights=weights[low:high],
+                mode="sum",
+            ),
+        )
+
+
+def _rows(width: int) -> int:
+    """Rows of this width in a chunk."""
+    return max(1, CHUNK // width)
