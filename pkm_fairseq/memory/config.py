@@ -5,6 +5,7 @@ from typing import Optional
 
 QUERY_NORMS = ("batch", "layer", "none")
 VALUES_INITS = ("normal", "zero")
+VALUE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class MemoryConfig:
             width adds an output projection.
         query_norm: normalisation of the query: "batch", "layer" or "none".
         values_init: "normal", N(0, v_dim ** -0.5), or "zero".
+        value_dtype: what values are stored in: "float32", or "bfloat16", half as large and read
+            in half the time, but small updates are rounded away; computed in float32 both.
         input_dropout: dropout on what the query network sees.
         query_dropout: dropout on the normalised query.
         read_dropout: dropout on what was read.
@@ -38,6 +41,7 @@ class MemoryConfig:
     v_dim: Optional[int] = None
     query_norm: str = "batch"
     values_init: str = "normal"
+    value_dtype: str = "float32"
     input_dropout: float = 0.0
     query_dropout: float = 0.0
     read_dropout: float = 0.0
@@ -61,6 +65,7 @@ class MemoryConfig:
             raise ValueError(f"k_dim is {self.k_dim}, must be even: a query is split in two halves")
         _check_choice("query_norm", self.query_norm, QUERY_NORMS)
         _check_choice("values_init", self.values_init, VALUES_INITS)
+        _check_choice("value_dtype", self.value_dtype, VALUE_DTYPES)
         for name in ("input_dropout", "query_dropout", "read_dropout"):
             _check_dropout(name, getattr(self, name))
         if not isinstance(self.share_values, bool):

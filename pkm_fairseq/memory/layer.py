@@ -89,7 +89,7 @@ class ProductKeyMemory(nn.Module):
         leading = x.shape[:-1]
         tokens = x.reshape(-1, self.input_dim)  # (all, input_dim)
         real = None if padding_mask is None else ~padding_mask.reshape(-1).bool()  # (all,)
-        if real is not None:
+        if real is not None and _drops_padding(self.training, x.device):
             tokens = tokens[real]  # (N, input_dim)
         slots, weights = self.search(tokens)  # (N, H, K)
         read = self.values(slots, weights).to(x.dtype)  # (N, v_dim)
@@ -129,12 +129,25 @@ def value_dim(input_dim: int, config: MemoryConfig) -> int:
 
 def build_values(input_dim: int, config: MemoryConfig) -> ValueTable:
     """The value table that a memory of this width and these settings reads."""
-    return ValueTable(config.n_slots, value_dim(input_dim, config), config.values_init)
+    dtype = getattr(torch, config.value_dtype)
+    return ValueTable(config.n_slots, value_dim(input_dim, config), config.values_init, dtype)
+
+
+def _drops_padding(training: bool, device: torch.device) -> bool:
+    """Whether padding leaves the batch, or its read is computed and then overwritten.
+
+    It must leave where statistics are taken. Where they are not, a GPU would have to tell the host
+    how many tokens remain, and the host to wait for it.
+    """
+    return training or device.type == "cpu"
 
 
 def _restore(rows: Tensor, real: Optional[Tensor], fill: int) -> Tensor:
     """Put the rows of real tokens (N, ...) back among padding (all, ...), which gets ``fill``."""
     if real is None:
         return rows
+    if len(rows) == len(real):  # nothing was dropped
+        padding = ~real.view(-1, *[1] * (rows.dim() - 1))
+        return rows.masked_fill(padding, fill)
     restored = rows.new_full((len(real), *rows.shape[1:]), fill)
     return restored.index_put((real,), rows)

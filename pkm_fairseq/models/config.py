@@ -13,7 +13,7 @@ from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 from omegaconf import II
 
 from ..memory import MemoryConfig
-from ..memory.config import QUERY_NORMS, VALUES_INITS
+from ..memory.config import QUERY_NORMS, VALUE_DTYPES, VALUES_INITS
 from .encoder_layer import MEMORY_MODES
 
 ACTIVATION_FNS = ChoiceEnum(utils.get_available_activation_fns())
@@ -104,6 +104,10 @@ class PkmRobertaConfig(FairseqDataclass):
         "normal: N(0, v_dim^-1/2) (default; published code of Lample et al. 2019); zero: a "
         "residual memory then starts as the plain model (our choice)"
     )
+    memory_value_dtype: Optional[ChoiceEnum(VALUE_DTYPES)] = option(  # type: ignore[valid-type]
+        "what values are stored in (default: float32); bfloat16 halves the table, and rounds "
+        "small updates away (our choice)"
+    )
     memory_input_dropout: Optional[float] = option(
         "dropout on the input of the query network (default: 0; our choice)"
     )
@@ -138,6 +142,6 @@ def memory_config(args: Any) -> MemoryConfig:
         ValueError: a setting is impossible.
     """
     settings = {f.name: getattr(args, f"memory_{f.name}") for f in fields(MemoryConfig)}
-    for choice in ("query_norm", "values_init"):
+    for choice in ("query_norm", "values_init", "value_dtype"):
         settings[choice] = str(settings[choice])  # hydra hands over an Enum
     return MemoryConfig(**settings)

@@ -9,7 +9,7 @@ from fairseq.models.roberta import base_architecture as roberta_base_architectur
 from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 
-from ..memory import MemoryConfig, MemoryUsage
+from ..memory import MemoryConfig, MemoryUsage, ValueTable
 from .config import PkmRobertaConfig, memory_config
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
@@ -43,10 +43,23 @@ class PkmRobertaModel(RobertaModel):
                 layers, mode, config = check_memory_options(args)
                 encoder = MemoryRobertaEncoder(args, task.source_dictionary, layers, mode, config)
                 model = cls(args, encoder)
+            model._keep_factored_gradients_out_of_ddp(args)
             apply_init_from(model, args, task.source_dictionary)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             raise SystemExit(f"pkm_roberta: {error}") from None
         return model
+
+    def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
+        """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
+
+        It would hand ``pkm_adam`` dense gradients of zeros. The attribute is DDP's own.
+        """
+        if _optimizer_name(args) == "pkm_adam":
+            self._ddp_params_and_buffers_to_ignore = [
+                f"{name}.weight"
+                for name, module in self.named_modules(remove_duplicate=False)
+                if isinstance(module, ValueTable)
+            ]
 
     def memory_layers(self) -> Dict[int, MemoryEncoderLayer]:
         """The layers with a memory, by their index."""

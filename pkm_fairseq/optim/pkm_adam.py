@@ -76,8 +76,9 @@ class PkmAdam(FairseqAdam):
                 "effect and it is fairseq's adam"
             )
         if cfg.memory_value_clip_norm < 0:
-            raise ValueError(
-                f"memory-value-clip-norm is {cfg.memory_value_clip_norm}, must be at least 0"
+            raise SystemExit(
+                f"pkm_adam: memory-value-clip-norm is {cfg.memory_value_clip_norm}, "
+                "must be at least 0"
             )
         groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
         if self._values:

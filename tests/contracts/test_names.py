@@ -38,6 +38,8 @@ FLAGS = {
     "--memory-query-dropout",
     "--memory-read-dropout",
     "--memory-share-values",
+    "--memory-value-clip-norm",
+    "--memory-value-dtype",
     "--memory-value-lr",
     "--init-from",
 }
@@ -128,6 +130,7 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-mode": "residual",
         "--memory-query-norm": "layer",
         "--memory-values-init": "zero",
+        "--memory-value-dtype": "bfloat16",
         "--init-from": "plain.pt",
         "--memory-share-values": None,
     }

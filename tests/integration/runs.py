@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -75,6 +76,30 @@ def train(data: Path, save_dir: Path, *options: Any) -> Run:
     """Run fairseq-train with memory in a tiny model; it must succeed."""
     command = [BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, *MODEL, "--save-dir", save_dir]
     return run_well(*command, *options)
+
+
+def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
+    """Run fairseq-train in two processes that exchange gradients; both must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    command = [BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, *MODEL, "--save-dir", save_dir]
+    command += ["--distributed-world-size", "2", "--distributed-backend", "gloo"]
+    command += ["--distributed-init-method", address, "--distributed-no-spawn"]
+    command += ["--ddp-backend", "legacy_ddp", *options, "--distributed-rank"]
+    workers = [
+        subprocess.Popen(
+            [str(part) for part in (*command, rank)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+    return [Run(0, output) for output in outputs]
 
 
 def write_sentences(file: Path, n_lines: int, seed: int) -> None:

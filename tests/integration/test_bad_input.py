@@ -18,6 +18,15 @@ OPTIONS = {
     "no keys": (["--memory-n-keys", "0"], "n_keys is 0, must be an integer of at least 2"),
     "no heads": (["--memory-heads", "0"], "heads is 0, must be an integer of at least 1"),
     "dropout of one": (["--memory-read-dropout", "1"], "read_dropout is 1.0, must be a number in"),
+    "a table larger than memory": (
+        ["--memory-n-keys", "1000000"],
+        "takes 128,000,000,000,000 bytes (119,209.3 GiB), which could not be had",
+    ),
+    "negative norm": (
+        ["--memory-value-clip-norm", "-1"],
+        "memory-value-clip-norm is -1.0, must be at least 0",
+    ),
+    "unknown dtype": (["--memory-value-dtype", "float16"], "invalid choice: 'float16'"),
     "unknown mode": (["--memory-mode", "both"], "invalid choice: 'both'"),
     "unknown norm": (["--memory-query-norm", "group"], "invalid choice: 'group'"),
     "missing checkpoint": (["--init-from", "missing.pt"], "--init-from missing.pt: no such file"),

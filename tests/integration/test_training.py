@@ -1,8 +1,6 @@
 """fairseq-train, fairseq-validate and fairseq-hydra-train with memories, end to end."""
 
 import os
-import socket
-import subprocess
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -13,7 +11,6 @@ from .runs import (
     BIN,
     MASKED_LM,
     MEMORY,
-    MODEL,
     ROOT,
     TRAIN,
     USER_DIR,
@@ -22,6 +19,7 @@ from .runs import (
     run,
     run_well,
     train,
+    train_on_two_workers,
 )
 
 USAGE_KEYS = {
@@ -182,27 +180,8 @@ def test_two_workers_report_the_usage_of_one(data_bin: Path, tmp_path: Path) -> 
     # with rates of next to zero and no batch statistics all workers keep the same model
     options += ["--memory-value-lr", "0", "--memory-query-norm", "layer", "--batch-size-valid", "8"]
     one = train(data_bin, tmp_path / "one", *options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    workers = [
-        subprocess.Popen(
-            [
-                *map(str, (BIN / "fairseq-train", data_bin, *TRAIN, *MASKED_LM, *MODEL, *options)),
-                *("--save-dir", str(tmp_path / "two"), "--distributed-world-size", "2"),
-                *("--distributed-backend", "gloo", "--distributed-init-method", address),
-                *("--distributed-no-spawn", "--distributed-rank", str(rank)),
-                *("--ddp-backend", "legacy_ddp"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
-    (alone,), (together,) = one.logged("valid"), Run(0, outputs[0]).logged("valid")
+    workers = train_on_two_workers(data_bin, tmp_path / "two", *options)
+    (alone,), (together,) = one.logged("valid"), workers[0].logged("valid")
     assert float(alone["valid_memory1_tokens"]) > 0
     assert {key: together[key] for key in USAGE_KEYS} == {key: alone[key] for key in USAGE_KEYS}
 

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from pkm_fairseq.memory import MemoryConfig
-from pkm_fairseq.memory.config import QUERY_NORMS, VALUES_INITS
+from pkm_fairseq.memory.config import QUERY_NORMS, VALUE_DTYPES, VALUES_INITS
 
 # (settings, what the message must name)
 IMPOSSIBLE = [
@@ -30,6 +30,7 @@ IMPOSSIBLE = [
     ({"query_norm": "bacth"}, ["query_norm", "'bacth'", *QUERY_NORMS]),
     ({"query_norm": None}, ["query_norm", "None", *QUERY_NORMS]),
     ({"values_init": "ones"}, ["values_init", "'ones'", *VALUES_INITS]),
+    ({"value_dtype": "float16"}, ["value_dtype", "'float16'", *VALUE_DTYPES]),
     *[
         ({name: value}, [name, repr(value), "[0, 1)"])
         for name in ("input_dropout", "query_dropout", "read_dropout")
@@ -60,6 +61,7 @@ def test_defaults_are_those_of_the_papers():
     assert (config.n_keys, config.heads, config.knn, config.k_dim) == (512, 4, 32, 256)
     assert config.v_dim is None
     assert (config.query_norm, config.values_init) == ("batch", "normal")
+    assert config.value_dtype == "float32"
     assert (config.input_dropout, config.query_dropout, config.read_dropout) == (0, 0, 0)
     assert config.share_values is False
 
@@ -72,6 +74,7 @@ def test_defaults_are_those_of_the_papers():
         {"input_dropout": 0, "query_dropout": 0.999, "read_dropout": 0.5},
         *[{"query_norm": norm} for norm in QUERY_NORMS],
         *[{"values_init": init} for init in VALUES_INITS],
+        *[{"value_dtype": dtype} for dtype in VALUE_DTYPES],
         {"share_values": True},
     ],
 )

@@ -439,3 +439,45 @@ def test_padding_mask_of_another_shape_is_an_error_that_names_both(shape):
         memory_of()(inputs(2, 3), torch.zeros(shape, dtype=torch.bool))
     assert str(shape) in str(error.value)
     assert "(2, 3)" in str(error.value)
+
+
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "none"])
+def test_padding_that_stays_in_the_batch_changes_nothing_in_evaluation(monkeypatch, query_norm):
+    """As on a GPU, where dropping it would make the host wait."""
+    memory = memory_of(query_norm=query_norm).eval()
+    x, mask = inputs(3, 5), padding(3, 5, 5, 2, 0)
+    expected, lookup = memory(x, mask, return_lookup=True)
+    monkeypatch.setattr(layer_module, "_drops_padding", lambda *_: False)
+    x = x.masked_fill(mask[..., None], 7.0)
+    read, found = memory(x, mask, return_lookup=True)
+    assert torch.allclose(read, expected, atol=1e-12)
+    assert torch.equal(found.slots, lookup.slots)
+    assert torch.allclose(found.weights, lookup.weights, atol=1e-12)
+
+
+def test_padding_leaves_the_batch_wherever_statistics_are_taken_or_waiting_is_free():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    drops = layer_module._drops_padding
+    assert (drops(True, gpu), drops(False, gpu), drops(False, cpu)) == (True, False, True)
+
+
+def test_input_that_is_not_a_number_is_an_error_that_says_where_it_is_from():
+    memory = memory_of(query_norm="layer")
+    x = inputs(4)
+    x[2, 0] = float("nan")
+    with pytest.raises(ValueError, match="scores are NaN: 1 of 4 queries and 0 of"):
+        memory(x)
+    x[2, 0] = 0
+    memory(x)
+    with torch.no_grad():
+        memory.keys[1, 0, 3] = float("nan")
+    with pytest.raises(ValueError, match="0 of 4 queries and 1 of"):
+        memory(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_are_stored_in_the_dtype_asked_for_and_read_in_that_of_the_input(dtype):
+    memory = ProductKeyMemory(WIDTH, replace(SMALL, value_dtype=dtype, v_dim=7))
+    assert memory.values.weight.dtype == getattr(torch, dtype)
+    assert memory.keys.dtype == torch.float32
+    assert memory(torch.randn(3, WIDTH)).dtype == torch.float32

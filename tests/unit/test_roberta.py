@@ -165,6 +165,7 @@ def test_an_option_wins_over_the_architecture(arch):
         memory_v_dim=9,
         memory_query_norm="layer",
         memory_values_init="zero",
+        memory_value_dtype="bfloat16",
         memory_input_dropout=0.1,
         memory_query_dropout=0.2,
         memory_read_dropout=0.3,
@@ -173,7 +174,7 @@ def test_an_option_wins_over_the_architecture(arch):
     model = build(arch, **chosen)
     (layer,) = model.memory_layers().values()
     assert layer.mode == chosen["memory_mode"]
-    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", 0.1, 0.2, 0.3, True)
+    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, True)
     assert layer.memory.config == expected
 
 
@@ -188,7 +189,7 @@ def test_flags_reach_the_model():
     flags = (
         "--memory-layers 0,2 --memory-mode residual --memory-n-keys 6 --memory-heads 3 "
         "--memory-knn 2 --memory-k-dim 8 --memory-v-dim 9 --memory-query-norm layer "
-        "--memory-values-init zero --memory-input-dropout 0.1 --memory-query-dropout 0.2 "
+        "--memory-values-init zero --memory-value-dtype bfloat16 --memory-input-dropout 0.1 --memory-query-dropout 0.2 "
         "--memory-read-dropout 0.3 --memory-share-values --encoder-embed-dim 16 "
         "--encoder-normalize-before --optimizer pkm_adam --memory-value-lr 0.5"
     )
@@ -201,7 +202,7 @@ def test_flags_reach_the_model():
     layer = model.memory_layers()[0]
     assert layer.mode == "residual"
     assert layer.normalize_before
-    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", 0.1, 0.2, 0.3, True)
+    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, True)
     assert layer.memory.config == expected
     assert model.memory_layers()[2].memory.values is layer.memory.values
 
@@ -367,6 +368,7 @@ IMPOSSIBLE = [
     ({"memory_k_dim": 5}, ["k_dim", "5", "even"]),
     ({"memory_query_norm": "group"}, ["query_norm", "group", "batch, layer, none"]),
     ({"memory_values_init": "one"}, ["values_init", "one", "normal, zero"]),
+    ({"memory_value_dtype": "float16"}, ["value_dtype", "float16", "float32, bfloat16"]),
     ({"memory_read_dropout": 1.0}, ["read_dropout", "1.0", "[0, 1)"]),
     ({"optimizer": "pkm_adam", "fp16": True}, ["pkm_adam", "--fp16", "--amp"]),
     ({"optimizer": "pkm_adam", "bf16": True}, ["pkm_adam", "--bf16", "--amp"]),
@@ -426,3 +428,14 @@ def test_args_helper_completes_options_as_the_architecture_does():
     args = model_args("resm_roberta_tiny")
     assert args.memory_mode == "residual"
     assert args.memory_query_norm == "batch"
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_torchs_ddp_is_told_to_leave_factored_gradients_alone(share):
+    """It asks for every name of a parameter, shared or not."""
+    options = {"memory_layers": [0, 2], "memory_share_values": share}
+    model = build("resm_roberta_tiny", optimizer="pkm_adam", **options)
+    layers = [f"encoder.sentence_encoder.layers.{i}.memory.values.weight" for i in (0, 2)]
+    assert model._ddp_params_and_buffers_to_ignore == layers
+    dense = build("resm_roberta_tiny", optimizer="adam", **options)
+    assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore")

@@ -98,7 +98,10 @@ def _array(x: Tensor) -> Array:
 
 def _run(kernel: Callable[..., None], *args: Any) -> None:
     """Run a kernel on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    threads = torch.get_num_threads()
+    used = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     with _one_at_a_time:
-        numba.set_num_threads(threads)
-        kernel(*args, threads * TASKS_PER_THREAD)
+        numba.set_num_threads(used)
+        kernel(*args, used * TASKS_PER_THREAD)
+    if torch.get_num_threads() != threads:  # when numba starts, it sets OpenMP's for all
+        torch.set_num_threads(threads)

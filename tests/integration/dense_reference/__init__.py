@@ -1,0 +1,23 @@
+"""A user dir: pkm_adam as it is, but with dense gradients of values, the reference of the tests."""
+
+from dataclasses import dataclass
+
+from fairseq.optim import register_optimizer
+
+import pkm_fairseq  # noqa: F401  (registers models, tasks and criteria)
+from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig, gradient_of
+
+
+@dataclass
+class DenseConfig(PkmAdamConfig):
+    """The same options; fairseq wants a class of their own for each name."""
+
+
+@register_optimizer("dense_pkm_adam", dataclass=DenseConfig)
+class DensePkmAdam(PkmAdam):
+    """pkm_adam whose backward passes leave a dense ``.grad``."""
+
+    def __init__(self, cfg, params):
+        super().__init__(cfg, params)
+        for values in self._values:
+            gradient_of(values).factored = False
