@@ -18,17 +18,33 @@ class ValueGradient:
     optimizer finds it.
 
     Attributes:
-        factored: whether backward passes leave factors here instead of a dense ``.grad``. Set by
-            an optimizer that can use them.
+        scale: its ``.grad`` is what all factors are to be multiplied by. An optimizer lists it
+            among its parameters, so that whatever multiplies or resets gradients, as fairseq
+            and loss scalers do, reaches the factors. None, the normal state: backward passes
+            leave a dense ``.grad`` of the table.
     """
 
     def __init__(self) -> None:
-        self.factored = False
+        self.scale: Optional[Tensor] = None
         self._parts: List[Entries] = []
 
+    @property
+    def factored(self) -> bool:
+        """Whether backward passes leave factors here instead of a dense ``.grad``."""
+        return self.scale is not None
+
+    def keep_factors(self, device: Optional[torch.device] = None) -> Tensor:
+        """Ask for factors instead of dense gradients.
+
+        Returns:
+            :attr:`scale`, which whoever asks must treat as one of its parameters.
+        """
+        self.scale = torch.zeros((), device=device, requires_grad=True)
+        return self.scale
+
     def __bool__(self) -> bool:
-        """Was anything read?"""
-        return bool(self._parts)
+        """Is there any factor?"""
+        return bool(self._parts) and self.scale is not None and self.scale.grad is not None
 
     def add(self, slots: Tensor, weights: Tensor, grad_read: Tensor) -> None:
         """Add what one read contributes: ``gradient[slots[n, t]] += weights[n, t] * grad_read[n]``.
@@ -42,21 +58,37 @@ class ValueGradient:
         bags = torch.arange(n, device=slots.device).repeat_interleave(reads)
         weights = at_least_float32(weights.detach()).flatten()
         grads = at_least_float32(grad_read.detach()).contiguous()
+        self._apply_scale()
         self._parts.append(Entries(slots.flatten(), weights, bags, grads))
 
+    def _apply_scale(self) -> None:
+        """Multiply the factors by the scale, which is 1 then."""
+        assert self.scale is not None, "factors were not asked for"
+        scale, self.scale.grad = self.scale.grad, torch.ones_like(self.scale)
+        self._parts = [  # none if gradients were reset
+            part._replace(weights=part.weights * scale) for part in self._parts if scale is not None
+        ]
+
     def multiply(self, factor: float) -> None:
-        """Multiply the gradient."""
-        factor = float(factor)
-        self._parts = [part._replace(weights=part.weights * factor) for part in self._parts]
+        """Multiply the gradient, if there is one."""
+        if self.scale is not None and self.scale.grad is not None:
+            self.scale.grad.mul_(factor)
 
     def clear(self) -> None:
         """Forget the gradient."""
         self._parts = []
+        if self.scale is not None:
+            self.scale.grad = None
 
     def is_finite(self) -> bool:
         """Are all factors finite?"""
-        factors = [x for part in self._parts for x in (part.weights, part.grads) if x.numel()]
-        return all(bool(torch.stack(x.aminmax()).isfinite().all()) for x in factors)
+        if not self:
+            return True
+        assert self.scale is not None and self.scale.grad is not None
+        factors = [self.scale.grad] + [
+            x for part in self._parts for x in (part.weights, part.grads)
+        ]
+        return all(bool(torch.stack(x.aminmax()).isfinite().all()) for x in factors if x.numel())
 
     def entries(self, dense: Optional[Tensor] = None) -> Entries:
         """The gradient in the form that kernels take; there must be one.
@@ -64,12 +96,21 @@ class ValueGradient:
         Args:
             dense: (n_slots, V), a gradient to add.
         """
-        parts = self._parts
+        if self:
+            self._apply_scale()
+        parts = self._parts if self else []
         if dense is not None:
-            whole = ValueGradient()
-            rows = (dense != 0).any(dim=1).nonzero()  # (R, 1)
-            whole.add(rows, torch.ones_like(rows, dtype=dense.dtype), dense[rows[:, 0]])
-            parts = parts + whole._parts
+            rows = (dense != 0).any(dim=1).nonzero().squeeze(1)  # (R,), each read once
+            grads = at_least_float32(dense[rows])
+            parts = [
+                *parts,
+                Entries(
+                    rows,
+                    grads.new_ones(len(rows)),
+                    torch.arange(len(rows), device=rows.device),
+                    grads,
+                ),
+            ]
         return _join(parts)
 
     def gather(self, values: Tensor, group: Any = None) -> None:
@@ -87,13 +128,14 @@ class ValueGradient:
             values.new_empty(0, dtype=torch.int64),
             at_least_float32(values.new_empty(0, values.shape[1])),
         )
-        own = _join(self._parts) if self._parts else none
+        own = self.entries() if self else none
         world = dist.get_world_size(group)
         fields = [_all_gather(x.contiguous(), group) for x in own]
         parts = [Entries(*of_worker) for of_worker in zip(*fields, strict=True)]
-        was_read = any(len(part.slots) for part in parts)
-        self._parts = [_join(parts)] if self._parts or was_read else []
-        self.multiply(1 / world)
+        if any(len(part.slots) for part in parts):
+            self._apply_scale()
+            self._parts = [_join(parts)]
+            self.multiply(1 / world)
 
 
 def _join(parts: List[Entries]) -> Entries:

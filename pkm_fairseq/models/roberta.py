@@ -140,6 +140,11 @@ def _check_unsupported(args: Any, mode: str) -> None:
             f"{flag} does not work with --optimizer pkm_adam: fairseq would round small gradients "
             "of values to zero or hide which parameters are values; use --amp, or --optimizer adam"
         )
+    if "pkm_adam" in _grouped_optimizer_names(args):
+        raise ValueError(
+            "optimizer composite does not work with pkm_adam in a group: use pkm_adam alone, "
+            "which gives values a learning rate of their own"
+        )
     for name, default in (("ffn_reg_scale_factor", 0.0), ("ffn_blocks_to_remove", -1)):
         if mode == "replace" and safe_getattr(args, name, default) != default:
             flag = "--" + name.replace("_", "-")
@@ -149,6 +154,13 @@ def _check_unsupported(args: Any, mode: str) -> None:
 def _optimizer_name(args: Any) -> Optional[str]:
     optimizer = safe_getattr(args, "optimizer")  # a config that has a name, or the name
     return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
+
+
+def _grouped_optimizer_names(args: Any) -> List[Optional[str]]:
+    """The optimizers of fairseq's composite, which hydra alone can configure."""
+    optimizer = safe_getattr(args, "optimizer")
+    groups = (safe_getattr(optimizer, "groups") or {}) if OmegaConf.is_dict(optimizer) else {}
+    return [safe_getattr(group.optimizer, "_name") for group in groups.values()]
 
 
 @contextmanager

@@ -84,8 +84,6 @@ class PkmAdam(FairseqAdam):
         if self._values:
             lr = cfg.memory_value_lr
             groups.append({"params": self._values, "lr": lr, "weight_decay": 0.0, "lazy": True})
-        for values in self._values:
-            gradient_of(values).factored = True
         self._optimizer = LazyAdam(groups, **self.optimizer_config)
 
     def set_lr(self, lr: float) -> None:
@@ -109,18 +107,6 @@ class PkmAdam(FairseqAdam):
         for group in self.param_groups:
             if group.get("lazy"):
                 group["lr"], group["weight_decay"] = self.cfg.memory_value_lr, 0.0
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        super().zero_grad()
-        for values in self._values:
-            gradient_of(values).clear()
-
-    def multiply_grads(self, c: Any) -> None:
-        """Multiply all gradients; fairseq divides by the number of tokens like this."""
-        super().multiply_grads(c)
-        for values in self._values:
-            gradient_of(values).multiply(c)
 
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Average gradients over data-parallel workers; those of values as factors."""
@@ -170,21 +156,41 @@ class PkmAdam(FairseqAdam):
                     p.grad.mul_(max_norm / norm)
 
     def _dense_groups(self) -> List[Dict[str, Any]]:
-        return [group for group in self.param_groups if not group.get("lazy")]
+        return [g for g in self.param_groups if not (g.get("lazy") or g.get("scales"))]
 
 
 class LazyAdam(Adam):
-    """fairseq's Adam; parameters of groups with ``lazy`` move only rows with a gradient."""
+    """fairseq's Adam; of groups with ``lazy``, which hold value tables, it moves only rows read.
+
+    Backward passes then keep the gradient of those tables as factors. Their scales (see
+    :class:`~pkm_fairseq.memory.gradient.ValueGradient`) are a group of their own, so that whatever
+    walks the gradients of this optimizer, as fairseq and loss scalers do, meets them.
+    """
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        tables = [p for group in self.param_groups if group.get("lazy") for p in group["params"]]
+        if tables:
+            scales = [gradient_of(p).keep_factors(p.device) for p in tables]
+            self.add_param_group({"params": scales, "lr": 0.0, "weight_decay": 0.0, "scales": True})
 
     @property
     def supports_flat_params(self) -> bool:
         """A flat parameter has no rows."""
         return False
 
+    def state_dict(self) -> Dict[str, Any]:
+        """What there is to save; the scales of gradients are not."""
+        saved = super().state_dict()
+        groups = [group for group in saved["param_groups"] if not group.get("scales")]
+        return {**saved, "param_groups": groups}
+
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Load as torch does, which would cast moments to the precision of the values."""
-        super().load_state_dict(state_dict)
-        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        scales = [group for group in super().state_dict()["param_groups"] if group.get("scales")]
+        groups = [*state_dict["param_groups"], *scales]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        places = [place for group in groups for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for place, param in zip(places, params, strict=True):
             if hasattr(param, "value_gradient") and place in state_dict["state"]:
@@ -196,13 +202,17 @@ class LazyAdam(Adam):
         """Perform one update; factors of gradients are used up by it."""
         loss = None if closure is None else closure()
         lazy = [(g, p, p.grad) for g in self.param_groups if g.get("lazy") for p in g["params"]]
-        for _, param, _ in lazy:
-            param.grad = None  # fairseq's Adam skips it
-        super().step()
+        updates = []
         for group, param, grad in lazy:
-            if gradient_of(param) or grad is not None:
-                self._update_rows(group, param, gradient_of(param).entries(grad))
-            gradient_of(param).clear()
+            gradient = gradient_of(param)
+            if gradient or grad is not None:
+                updates.append((group, param, gradient.entries(grad)))
+            gradient.clear()
+            param.grad = None  # fairseq's Adam skips it, and the scale
+        super().step()
+        for update in updates:
+            self._update_rows(*update)
+        for _, param, grad in lazy:
             param.grad = grad
         return loss
 

@@ -22,6 +22,7 @@ OPTIONS = {
     "values clipped": ["--memory-value-clip-norm", "1e-3", "--clip-norm", "0.5"],
     "two tables": TWO,
     "one table for two layers": [*TWO, "--memory-share-values", "--update-freq", "2"],
+    "scaled by --amp": ["--amp", "--update-freq", "2"],
     "replacing, other width": ["--memory-mode", "replace", "--memory-v-dim", "24"],
 }
 

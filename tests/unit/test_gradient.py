@@ -28,6 +28,13 @@ def reads(n_tokens=5, reads=7, seed=0):
     return slots, weights, grads
 
 
+def factors():
+    """A gradient that keeps factors."""
+    gradient = ValueGradient()
+    gradient.keep_factors()
+    return gradient
+
+
 def dense(*parts):
     """The gradient that these reads leave, written as a loop."""
     total = torch.zeros(N_SLOTS, WIDTH, dtype=torch.float64)
@@ -47,7 +54,7 @@ def total_of(entries):
 
 
 def test_entries_are_the_gradient():
-    gradient = ValueGradient()
+    gradient = factors()
     assert not gradient
     gradient.add(*reads())
     assert gradient
@@ -55,14 +62,14 @@ def test_entries_are_the_gradient():
 
 
 def test_gradients_of_several_reads_add_up_even_with_other_numbers_of_reads():
-    gradient, first, second = ValueGradient(), reads(), reads(n_tokens=3, reads=4, seed=1)
+    gradient, first, second = factors(), reads(), reads(n_tokens=3, reads=4, seed=1)
     gradient.add(*first)
     gradient.add(*second)
     assert torch.allclose(total_of(gradient.entries()), dense(first, second))
 
 
 def test_a_factor_reaches_what_was_read_before_and_not_what_comes_after():
-    gradient, first, second = ValueGradient(), reads(), reads(seed=1)
+    gradient, first, second = factors(), reads(), reads(seed=1)
     gradient.add(*first)
     gradient.multiply(torch.tensor(0.25))
     gradient.add(*second)
@@ -70,17 +77,36 @@ def test_a_factor_reaches_what_was_read_before_and_not_what_comes_after():
     assert torch.allclose(total_of(gradient.entries()), expected)
 
 
+def test_whatever_scales_and_resets_gradients_reaches_the_factors():
+    """As fairseq's trainer, torch's loss scalers and optimizers' zero_grad do."""
+    gradient = factors()
+    gradient.add(*reads())
+    gradient.scale.grad.mul_(3)
+    assert torch.allclose(total_of(gradient.entries()), 3 * dense(reads()))
+    gradient.scale.grad = None
+    assert not gradient
+    gradient.add(*reads(seed=1))
+    assert torch.allclose(total_of(gradient.entries()), dense(reads(seed=1)))
+
+
+def test_a_scale_that_is_not_finite_is_seen():
+    gradient = factors()
+    gradient.add(*reads())
+    gradient.scale.grad.mul_(float("inf"))
+    assert not gradient.is_finite()
+
+
 def test_a_dense_gradient_can_be_added():
-    gradient = ValueGradient()
+    gradient = factors()
     gradient.add(*reads())
     other = dense(reads(n_tokens=1, seed=3))
     assert torch.allclose(total_of(gradient.entries(other)), dense(reads()) + other)
-    assert torch.allclose(total_of(ValueGradient().entries(other)), other)
+    assert torch.allclose(total_of(factors().entries(other)), other)
     assert torch.allclose(total_of(gradient.entries()), dense(reads()))  # and is not kept
 
 
 def test_what_was_cleared_is_gone():
-    gradient = ValueGradient()
+    gradient = factors()
     gradient.add(*reads())
     gradient.clear()
     assert not gradient
@@ -89,11 +115,11 @@ def test_what_was_cleared_is_gone():
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", [1, 2])
 def test_factors_that_are_not_finite_are_seen(wrong, where):
-    gradient, factors = ValueGradient(), reads()
-    gradient.add(*factors)
+    gradient, parts = factors(), reads()
+    gradient.add(*parts)
     assert gradient.is_finite()
-    factors[where][2, 3] = wrong
-    gradient.add(*factors)
+    parts[where][2, 3] = wrong
+    gradient.add(*parts)
     assert not gradient.is_finite()
 
 
@@ -102,18 +128,21 @@ def test_a_read_leaves_its_factors_and_no_dense_gradient():
     slots, weights, grads = reads()
     weights.requires_grad_()
     found = []
-    for table.gradient.factored in (True, False):
+    for factored in (True, False):
         weights.grad = None
+        table.gradient.scale = table.gradient.keep_factors() if factored else None
         table(slots[:, None], weights[:, None]).backward(grads)
         found.append(weights.grad.clone())
-        assert bool(table.gradient) and (table.weight.grad is None) == table.gradient.factored
+        assert bool(table.gradient) == (table.weight.grad is None) == factored
+        if factored:
+            entries = table.gradient.entries()
     assert torch.allclose(*found)
-    assert torch.allclose(total_of(table.gradient.entries()), table.weight.grad)
+    assert torch.allclose(total_of(entries), table.weight.grad)
 
 
 def test_a_frozen_table_leaves_no_factors_and_passes_the_gradient_on():
     table = ValueTable(N_SLOTS, WIDTH).double()
-    table.gradient.factored = True
+    table.gradient.keep_factors()
     table.weight.requires_grad_(False)
     slots, weights, grads = reads()
     table(slots[:, None], weights.requires_grad_()[:, None]).backward(grads)
@@ -123,7 +152,7 @@ def test_a_frozen_table_leaves_no_factors_and_passes_the_gradient_on():
 
 def test_frozen_keys_still_train_values():
     table = ValueTable(N_SLOTS, WIDTH).double()
-    table.gradient.factored = True
+    table.gradient.keep_factors()
     slots, weights, grads = reads()
     table(slots[:, None], weights[:, None]).backward(grads)
     assert torch.allclose(total_of(table.gradient.entries()), dense(reads()))
@@ -132,7 +161,7 @@ def test_frozen_keys_still_train_values():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_leaves_nothing_behind(context):
     table = ValueTable(N_SLOTS, WIDTH)
-    table.gradient.factored = True
+    table.gradient.keep_factors()
     slots, weights, _ = reads()
     with context():
         read = table(slots[:, None], weights[:, None])
@@ -141,7 +170,7 @@ def test_inference_leaves_nothing_behind(context):
 
 def test_a_copy_of_a_table_has_a_gradient_of_its_own():
     table = ValueTable(N_SLOTS, WIDTH).double()
-    table.gradient.factored = True
+    table.gradient.keep_factors()
     slots, weights, grads = reads()
     table(slots[:, None], weights[:, None]).backward(grads)
     twin = copy.deepcopy(table)  # as fairseq's moving averages make one
@@ -154,10 +183,11 @@ def trainer_of(factored, n_keys=64):
     """A step of training of a memory whose table is far larger than anything else."""
     config = MemoryConfig(n_keys=n_keys, heads=2, knn=4, k_dim=8, query_norm="layer")
     memory = ProductKeyMemory(64, config)
-    memory.values.gradient.factored = factored
     values = {"params": [memory.values.weight], "lazy": True}
     rest = [p for p in memory.parameters() if p is not memory.values.weight]
     optimizer = LazyAdam([{"params": rest}, values])
+    if not factored:
+        memory.values.gradient.scale = None
     x = torch.randn(8, 64)
 
     def step():
@@ -209,7 +239,7 @@ def test_a_table_that_does_not_fit_is_an_error_that_says_how_large_it_is():
 
 def test_the_squared_norm_is_that_of_the_dense_gradient():
     table = ValueTable(N_SLOTS, WIDTH).double()
-    gradient = ValueGradient()
+    gradient = factors()
     gradient.add(*reads())
     found = kernels.squared_norm(table.weight, gradient.entries())
     assert float(found) == pytest.approx(float(dense(reads()).square().sum()), rel=1e-12)
@@ -242,14 +272,13 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from pkm_fairseq.memory.gradient import ValueGradient
-from tests.unit.test_gradient import N_SLOTS, WIDTH, dense, reads, total_of
+from tests.unit.test_gradient import N_SLOTS, WIDTH, dense, factors, reads, total_of
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
 values = torch.empty(N_SLOTS, WIDTH, dtype=torch.float64)
 parts = [reads(), reads(n_tokens=2, reads=3, seed=1)]  # the third worker read nothing
-gradient = ValueGradient()
+gradient = factors()
 if rank < 2:
     gradient.add(*parts[rank])
 gradient.gather(values)

@@ -10,7 +10,7 @@ from fairseq.optim import build_optimizer
 from fairseq.optim.adam import FairseqAdam
 from torch import nn
 
-from pkm_fairseq.memory import ValueTable
+from pkm_fairseq.memory import ValueTable, kernels
 from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig
 from tests.helpers import batch, build, small_dictionary
 
@@ -381,8 +381,8 @@ def test_a_state_that_is_not_loaded_would_be_noticed(tmp_path):
 
 def test_a_changed_rate_of_values_takes_effect_on_resuming(tmp_path):
     net, optimizer = trained(memory_value_lr=0.1)
-    _, other = resumed(net, optimizer, tmp_path, memory_value_lr=0.7)
-    assert other.param_groups[-1]["lr"] == 0.7
+    twin, other = resumed(net, optimizer, tmp_path, memory_value_lr=0.7)
+    assert lr_of(other, twin.table) == 0.7
     assert len(other.optimizer.state) == 3
 
 
@@ -392,7 +392,7 @@ def test_overrides_of_fairseq_do_not_reach_values(tmp_path):
     twin, other = resumed(net, optimizer, tmp_path, overrides, memory_value_lr=0.1)
     assert lr_of(other, twin.linear.weight) == 0.3
     assert lr_of(other, twin.table) == 0.1
-    assert [group["weight_decay"] for group in other.param_groups] == [0.2, 0.0]
+    assert [group["weight_decay"] for group in other.param_groups[:2]] == [0.2, 0.0]
 
 
 # --- without tables, with models --------------------------------------------------------------
@@ -461,4 +461,108 @@ def test_a_scheduler_that_reaches_into_the_groups_does_not_reach_values():
         group["lr"] = 1e-9
     net.table.grad = gradients(1)[0]
     optimizer.step()
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-9, options().memory_value_lr]
+    assert lr_of(optimizer, net.linear.weight) == 1e-9
+    assert lr_of(optimizer, net.table) == options().memory_value_lr
+
+
+# --- factors ----------------------------------------------------------------------------------
+
+
+def read_table(net):
+    """A loss that reads some rows of the table, one of them twice."""
+    slots = torch.tensor([[[0, 2, 2]], [[2, 5, 0]]])
+    weights = torch.tensor([[[0.5, 1.0, -0.25]], [[2.0, 0.125, 1.0]]])
+    return (net.tables[0](slots, weights) * torch.arange(1.0, WIDTH + 1)).sum()
+
+
+def test_factors_move_what_a_dense_gradient_moves():
+    tables = []
+    for factored in (True, False):
+        torch.manual_seed(1)
+        net = Net()
+        optimizer = PkmAdam(options(), net.parameters())
+        if not factored:
+            net.tables[0].gradient.scale = None
+        for _ in range(3):
+            optimizer.zero_grad()
+            read_table(net).backward()
+            assert (net.table.grad is None) == factored
+            optimizer.step()
+        tables.append(net.table.detach())
+    assert torch.allclose(*tables, atol=1e-6)
+
+
+def test_a_loss_scaler_reaches_factors():
+    """fairseq's --amp: torch scales the loss, and divides what is in the optimizer's groups."""
+    tables = []
+    for init_scale in (None, 2.0**10):
+        torch.manual_seed(1)
+        net = Net()
+        optimizer = PkmAdam(options(adam_eps=1.0), net.parameters())  # so that sizes count
+        scaler = torch.amp.GradScaler("cpu", init_scale or 1.0, enabled=init_scale is not None)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(read_table(net)).backward()
+            scaler.unscale_(optimizer.optimizer)
+            optimizer.clip_grad_norm(0.0)
+            scaler.step(optimizer.optimizer)
+            scaler.update()
+        tables.append(net.table.detach())
+    assert torch.allclose(*tables, atol=1e-6)
+
+
+def test_what_wraps_the_optimizer_and_walks_its_parameters_reaches_factors():
+    """As fairseq's AMPOptimizer, which does not call multiply_grads of what it wraps."""
+    tables = []
+    for factor in (1.0, 0.5):
+        torch.manual_seed(1)
+        net = Net()
+        optimizer = PkmAdam(options(adam_eps=1.0), net.parameters())
+        read_table(net).backward()
+        for parameter in optimizer.params:
+            if parameter.grad is not None:
+                parameter.grad.data.mul_(factor)
+        optimizer.step()
+        tables.append(net.table.detach())
+    assert not torch.allclose(*tables, atol=1e-4)
+
+
+def test_what_is_saved_does_not_depend_on_factors(tmp_path):
+    net, optimizer = trained()
+    saved = optimizer.state_dict()
+    assert [len(group["params"]) for group in saved["param_groups"]] == [2, 1]
+    twin, other = resumed(net, optimizer, tmp_path)
+    read_table(twin).backward()
+    assert twin.tables[0].gradient
+    other.step()
+    assert not torch.equal(net.table, twin.table)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_values_are_clipped_to_their_own_norm(limit):
+    net = Net(n_tables=2)
+    optimizer = PkmAdam(options(memory_value_clip_norm=limit), net.parameters())
+    read_table(net).backward()
+    net.tables[1].weight.grad = gradients(1)[0]
+    net.linear.weight.grad = torch.full_like(net.linear.weight, 7.0)
+    whole = [net.tables[0].gradient, net.tables[1].weight.grad.clone()]
+    entries = whole[0].entries()
+    squares = float(kernels.squared_norm(net.table, entries)) + float(whole[1].square().sum())
+    optimizer.clip_grad_norm(0.0)
+    factor = min(1.0, limit / squares**0.5)
+    assert factor == (1.0 if limit > 1 else pytest.approx(limit / squares**0.5))
+    assert torch.allclose(whole[0].entries().weights, entries.weights * factor)
+    assert torch.allclose(net.tables[1].weight.grad, whole[1] * factor)
+    assert (net.linear.weight.grad == 7).all()
+
+
+def test_moments_are_loaded_in_their_own_precision(tmp_path):
+    net, optimizer = trained()
+    twin = copy.deepcopy(net)
+    twin.tables.bfloat16()
+    other = PkmAdam(options(), twin.parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        ours = other.optimizer.state[twin.table][moment]
+        assert torch.equal(ours, optimizer.optimizer.state[net.table][moment])

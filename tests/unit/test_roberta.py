@@ -7,6 +7,7 @@ import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from omegaconf import OmegaConf
 from torch import nn
 
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage
@@ -189,7 +190,8 @@ def test_flags_reach_the_model():
     flags = (
         "--memory-layers 0,2 --memory-mode residual --memory-n-keys 6 --memory-heads 3 "
         "--memory-knn 2 --memory-k-dim 8 --memory-v-dim 9 --memory-query-norm layer "
-        "--memory-values-init zero --memory-value-dtype bfloat16 --memory-input-dropout 0.1 --memory-query-dropout 0.2 "
+        "--memory-values-init zero --memory-value-dtype bfloat16 --memory-input-dropout 0.1 "
+        "--memory-query-dropout 0.2 "
         "--memory-read-dropout 0.3 --memory-share-values --encoder-embed-dim 16 "
         "--encoder-normalize-before --optimizer pkm_adam --memory-value-lr 0.5"
     )
@@ -370,6 +372,14 @@ IMPOSSIBLE = [
     ({"memory_values_init": "one"}, ["values_init", "one", "normal, zero"]),
     ({"memory_value_dtype": "float16"}, ["value_dtype", "float16", "float32, bfloat16"]),
     ({"memory_read_dropout": 1.0}, ["read_dropout", "1.0", "[0, 1)"]),
+    (
+        {
+            "optimizer": OmegaConf.create(
+                {"_name": "composite", "groups": {"a": {"optimizer": {"_name": "pkm_adam"}}}}
+            )
+        },
+        ["composite", "pkm_adam alone"],
+    ),
     ({"optimizer": "pkm_adam", "fp16": True}, ["pkm_adam", "--fp16", "--amp"]),
     ({"optimizer": "pkm_adam", "bf16": True}, ["pkm_adam", "--bf16", "--amp"]),
     (

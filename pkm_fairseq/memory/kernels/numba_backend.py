@@ -99,7 +99,7 @@ def _array(x: Tensor) -> Array:
 def _run(kernel: Callable[..., None], *args: Any) -> None:
     """Run a kernel on as many threads as torch uses."""
     threads = torch.get_num_threads()
-    used = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    used = min(threads, numba.config.NUMBA_NUM_THREADS)
     with _one_at_a_time:
         numba.set_num_threads(used)
         kernel(*args, used * TASKS_PER_THREAD)

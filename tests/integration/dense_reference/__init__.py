@@ -20,4 +20,4 @@ class DensePkmAdam(PkmAdam):
     def __init__(self, cfg, params):
         super().__init__(cfg, params)
         for values in self._values:
-            gradient_of(values).factored = False
+            gradient_of(values).scale = None
