@@ -6,16 +6,18 @@ FAIRSEQ ?= $(firstword $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/insta
 # text file(s) to use instead of the demo's own corpus
 CORPUS ?=
 OUT ?= demo_out
+# where make benchmark writes
+BENCHMARK ?= runs/benchmark
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(FAIRSEQ)
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-triton check benchmark benchmark-quick clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 install: $(INSTALLED) ## make .venv with torch, fairseq and the plugin (FAIRSEQ=ve|fixed)
 
@@ -40,10 +42,25 @@ demo: install ## pretrain three arms on real text and write demo_out/report.html
 test: install ## run every test
 	$(BIN)/python -m pytest
 
+test-triton: install ## run triton's kernels in its interpreter, on the CPU, against plain loops
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/triton.txt
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/test_kernels.py -k triton
+
 check: install ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmark: install ## measure speed and memory into BENCHMARK, about an hour on an idle machine
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/benchmark.txt
+	mkdir -p $(BENCHMARK)
+	$(BIN)/python scripts/benchmark_memory.py --json $(BENCHMARK)/benchmark.json \
+		--markdown $(BENCHMARK)/benchmark.md --plot $(BENCHMARK)/benchmark.svg
+
+benchmark-quick: install ## the same with small sizes, in less than two minutes
+	mkdir -p $(BENCHMARK)
+	$(BIN)/python scripts/benchmark_memory.py --quick --json $(BENCHMARK)/quick.json \
+		--markdown $(BENCHMARK)/quick.md --plot $(BENCHMARK)/quick.svg
 
 clean: ## remove the environment and what the demo wrote
 	rm -rf $(VENV) $(OUT)

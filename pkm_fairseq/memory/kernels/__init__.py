@@ -9,7 +9,8 @@ token, C candidate pairs, E entries of a gradient. Nothing here is differentiabl
 functions that use these operations are in ``product_keys`` and ``values``.
 """
 
-from typing import Tuple
+from functools import wraps
+from typing import Any, Callable, Tuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..dtypes import compute_dtype
 from .backends import backend_for
 from .entries import Entries
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 __all__ = [
     "Entries",
@@ -31,6 +34,18 @@ __all__ = [
 ]
 
 
+def _without_autocast(operation: Operation) -> Operation:
+    """Operations choose their precision themselves, also where a model is run under autocast."""
+
+    @wraps(operation)
+    def run(x: Tensor, *args: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return operation(x, *args)
+
+    return cast(Operation, run)
+
+
+@_without_autocast
 def topk_pairs(
     half_scores: Tensor, knn: int, rank1: Tensor, rank2: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
@@ -50,6 +65,7 @@ def topk_pairs(
     return backend_for(half_scores).topk_pairs(half_scores, knn, rank1, rank2)  # type: ignore[no-any-return]
 
 
+@_without_autocast
 def score_gradients(
     query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
 ) -> Tuple[Tensor, Tensor]:
@@ -69,6 +85,7 @@ def score_gradients(
     return backend_for(given[0]).score_gradients(*given)  # type: ignore[no-any-return]
 
 
+@_without_autocast
 def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """``sum over t of weights[n, t] * values[slots[n, t]]``.
 
@@ -91,6 +108,7 @@ def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return backend.read(values.detach(), slots.contiguous(), weights)  # type: ignore[no-any-return]
 
 
+@_without_autocast
 def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     """``values[slots[n, t]] . grad_read[n]``: the gradient of :func:`read` for its weights.
 
@@ -101,12 +119,23 @@ def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
 
     Returns:
         (N, T), in at least float32.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.
     """
+    _check_table(values)
+    _check_slots(slots, len(values))
+    if tuple(grad_read.shape) != (len(slots), values.shape[1]):
+        raise ValueError(
+            f"the gradient of what was read has shape {tuple(grad_read.shape)}, must be "
+            f"{(len(slots), values.shape[1])}"
+        )
     grad_read = grad_read.detach().to(compute_dtype(values.dtype)).contiguous()
     backend = backend_for(values)
     return backend.weight_gradient(values.detach(), slots.contiguous(), grad_read)  # type: ignore[no-any-return]
 
 
+@_without_autocast
 def update_rows(
     values: Tensor,
     exp_avg: Tensor,
@@ -132,7 +161,7 @@ def update_rows(
         eps: added to the root.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes or dtypes do not fit, or, on the CPU, an entry is out of range.
     """
     for table in (values, exp_avg, exp_avg_sq):
         _check_table(table)
@@ -141,11 +170,19 @@ def update_rows(
             f"moments have shapes {tuple(exp_avg.shape)} and {tuple(exp_avg_sq.shape)}, "
             f"must be that of the values, {tuple(values.shape)}"
         )
+    for moment in (exp_avg, exp_avg_sq):
+        if moment.dtype != compute_dtype(values.dtype):
+            raise ValueError(
+                f"a moment has dtype {moment.dtype}, must be {compute_dtype(values.dtype)} "
+                f"for values in {values.dtype}"
+            )
+    _check_entries(values, entries)
     tables = (values.detach(), exp_avg, exp_avg_sq)
     backend_for(values).update_rows(*tables, entries, step_size, betas, eps)
     torch.autograd.graph.increment_version(values)  # kernels write past torch
 
 
+@_without_autocast
 def squared_norm(values: Tensor, entries: Entries) -> Tensor:
     """The squared Euclidean norm of the gradient that the entries are.
 
@@ -155,7 +192,11 @@ def squared_norm(values: Tensor, entries: Entries) -> Tensor:
 
     Returns:
         A float64 scalar.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or, on the CPU, an entry is out of range.
     """
+    _check_entries(values, entries)
     return backend_for(values).squared_norm(entries, len(values))  # type: ignore[no-any-return]
 
 
@@ -173,17 +214,57 @@ def _check_table(table: Tensor) -> None:
 
 
 def check_reads(slots: Tensor, weights: Tensor, n_slots: int) -> None:
-    if slots.dtype != torch.int64:
-        raise ValueError(f"slots have dtype {slots.dtype}, must be torch.int64")
+    """Complain of slots and weights that :func:`read` cannot take.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.
+    """
     if not weights.is_floating_point():
         raise ValueError(f"weights have dtype {weights.dtype}, must be floating")
-    if slots.dim() != 2 or slots.shape != weights.shape:
+    if slots.shape != weights.shape:
         raise ValueError(
             f"slots have shape {tuple(slots.shape)} and weights {tuple(weights.shape)}, "
             "both must be (tokens, reads per token)"
         )
-    if slots.device.type == "cpu" and slots.numel():
-        least, most = (int(x) for x in slots.aminmax())
-        if least < 0 or most >= n_slots:
+    _check_slots(slots, n_slots)
+
+
+def _check_slots(slots: Tensor, n_slots: int) -> None:
+    if slots.dim() != 2:
+        raise ValueError(
+            f"slots have shape {tuple(slots.shape)}, must be (tokens, reads per token)"
+        )
+    _check_index("slots", "slot", slots, n_slots)
+
+
+def _check_entries(values: Tensor, entries: Entries) -> None:
+    slots, weights, bags, grads = entries
+    if not (slots.dim() == 1 and slots.shape == weights.shape == bags.shape):
+        raise ValueError(
+            f"slots, weights and bags of entries have shapes {tuple(slots.shape)}, "
+            f"{tuple(weights.shape)} and {tuple(bags.shape)}, must be alike, (entries,)"
+        )
+    dtype = compute_dtype(values.dtype)
+    if grads.dim() != 2 or grads.shape[1] != values.shape[1] or not grads.is_contiguous():
+        raise ValueError(
+            f"gradients of entries have shape {tuple(grads.shape)}, must be contiguous and "
+            f"(reads, {values.shape[1]})"
+        )
+    if not weights.dtype == grads.dtype == dtype:
+        raise ValueError(
+            f"weights and gradients of entries have dtypes {weights.dtype} and {grads.dtype}, "
+            f"must be {dtype} for values in {values.dtype}"
+        )
+    _check_index("slots", "slot", slots, len(values))
+    _check_index("bags", "bag", bags, len(grads))
+
+
+def _check_index(names: str, name: str, index: Tensor, size: int) -> None:
+    """Complain of a wrong dtype, and on the CPU, where looking is free, of a wrong number."""
+    if index.dtype != torch.int64:
+        raise ValueError(f"{names} have dtype {index.dtype}, must be torch.int64")
+    if index.device.type == "cpu" and index.numel():
+        least, most = (int(x) for x in index.aminmax())
+        if least < 0 or most >= size:
             wrong = least if least < 0 else most
-            raise ValueError(f"slot {wrong} is out of range, must be in 0..{n_slots - 1}")
+            raise ValueError(f"{name} {wrong} is out of range, must be in 0..{size - 1}")

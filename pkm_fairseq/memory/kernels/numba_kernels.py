@@ -163,6 +163,13 @@ def _add(total, factor, x):
         total[v] += factor * x[v]
 
 
+@numba.njit(cache=True, fastmath={"nsz"})
+def _add_rounded(total, factor, x):
+    """As :func:`_add`, each product rounded before it is added: so what cancels is exactly 0."""
+    for v in range(len(total)):
+        total[v] += factor * x[v]
+
+
 # ---------------------------------------------------------------- values
 
 
@@ -273,7 +280,7 @@ def _row_gradient(r, starts, bags, weights, grads, gradient):
     """Sum a row's entries into ``gradient``; is any element other than zero?"""
     gradient[:] = 0
     for e in range(starts[r], starts[r + 1]):
-        _add(gradient, weights[e], grads[bags[e]])
+        _add_rounded(gradient, weights[e], grads[bags[e]])
     nonzero = np.int32(0)
     for v in range(len(gradient)):
         nonzero |= np.int32(gradient[v] != 0)

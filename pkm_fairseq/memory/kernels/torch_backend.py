@@ -1,6 +1,8 @@
 """The memory's operations in plain torch, on any device.
 
 Gathered rows are held a chunk at a time, and no gradient of the size of the table is ever made.
+Products may be fused into sums: where gradients cancel exactly, a rounding error can remain and
+move a row. On CUDA the gradient of scores is summed in an order that differs from run to run.
 """
 
 from typing import Iterator, Tuple
