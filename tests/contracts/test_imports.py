@@ -22,13 +22,14 @@ ALLOWED = {
     "optim": {"memory", "models", "compat"},
     "data": {"memory"},
     "demo": {"memory", "data", "models"},
+    "benchmark": {"memory", "models", "optim"},
 }
 # part -> packages it must never import
 FORBIDDEN = {
     "memory": {"fairseq", "faiss", "omegaconf", "hydra"},
     "validation": {"fairseq", "omegaconf", "hydra"},
     **{part: {"faiss"} for part in ("compat", "models", "criterions", "tasks", "optim")},
-    **{part: {"faiss"} for part in ("data", "demo")},
+    **{part: {"faiss"} for part in ("data", "demo", "benchmark")},
 }
 
 

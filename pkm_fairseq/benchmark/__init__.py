@@ -1,0 +1,1 @@
+"""How fast the memory is, beside what others do and beside the machine's own memcpy."""

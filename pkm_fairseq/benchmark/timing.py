@@ -1,0 +1,97 @@
+"""Two or more computations in turns on one clock, and what their times say."""
+
+import gc
+import time
+from contextlib import contextmanager
+from statistics import median, quantiles
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+# Prepares round i, which is not timed, and returns what is.
+Prepare = Callable[[int], Callable[[], object]]
+Clock = Callable[[], float]
+
+WARM_UP = 2  # rounds that are not counted: compiling, first touches of memory, moments
+
+
+def interleave(
+    contestants: Dict[str, Prepare],
+    rounds: int,
+    warm_up: int = WARM_UP,
+    clock: Clock = time.perf_counter,
+) -> Dict[str, List[float]]:
+    """Time contestants in turns, so that whatever slows the machine down meets all of them.
+
+    Who comes first changes from round to round. Nothing is searched for cyclic garbage meanwhile,
+    which with fairseq imported takes longer than a step.
+
+    Args:
+        contestants: what to time, by name.
+        rounds: turns that count.
+        warm_up: turns before that do not.
+        clock: returns seconds.
+
+    Returns:
+        The seconds of every counted turn, by name.
+
+    Raises:
+        ValueError: there is no round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, must be at least 1")
+    names = list(contestants)
+    seconds: Dict[str, List[float]] = {name: [] for name in names}
+    with _no_collection():
+        for turn in range(-warm_up, rounds):
+            first = turn % len(names)
+            for name in (*names[first:], *names[:first]):
+                took = time_once(contestants[name](turn + warm_up), clock)
+                if turn >= 0:
+                    seconds[name].append(took)
+    return seconds
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def time_once(step: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Seconds that one call takes, its garbage included."""
+    start = clock()
+    step()
+    return clock() - start
+
+
+def compare(subject: Sequence[float], against: Sequence[float]) -> Dict[str, Any]:
+    """What pairs of times say; a ratio above 1 means that the subject is faster.
+
+    Args:
+        subject: seconds, one for each pair.
+        against: seconds of the other of each pair.
+
+    Returns:
+        The medians in milliseconds, the median of the ratios against / subject, their quartiles
+        as ``spread``, and the number of pairs.
+    """
+    ratios = [b / a for a, b in zip(subject, against, strict=True)]
+    return {
+        "ratio": median(ratios),
+        "subject_ms": 1e3 * median(subject),
+        "against_ms": 1e3 * median(against),
+        "spread": quartiles(ratios),
+        "pairs": len(ratios),
+    }
+
+
+def quartiles(numbers: Sequence[float]) -> List[float]:
+    """The first and the third quartile."""
+    if len(numbers) < 2:
+        return [numbers[0], numbers[0]]
+    low, _, high = quantiles(numbers, n=4, method="inclusive")
+    return [low, high]

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Measure the memory: the layer, its parts, whole models and peak memory, against other ways.
+
+Both sides of a comparison take turns; a ratio above 1 means that the memory of this plugin is
+faster. Exit status: 0 measured, 1 the sides do not compute the same, 2 any other error.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
+
+
+def parse(argv: Optional[List[str]]) -> Any:
+    """Read the command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--what",
+        type=words,
+        metavar="NAME,NAME",
+        help="of layer, parts, model, memory (default: all)",
+    )
+    parser.add_argument(
+        "--tokens", type=numbers, metavar="N,N", help="per batch (default: 256,1024,4096)"
+    )
+    parser.add_argument(
+        "--n-keys", type=numbers, metavar="N,N", help="sub-keys (default: 128,256,512,1024)"
+    )
+    parser.add_argument("--pairs", type=int, metavar="N", help="of each comparison (default: 11)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, few pairs: less than two minutes"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: as torch chooses")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and inputs (default: 1)")
+    for name in ("json", "markdown", "plot"):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="write results there")
+    return parser.parse_args(argv)
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"benchmark_memory: error: {message}\n")
+
+
+def words(text: str) -> Tuple[str, ...]:
+    """Names separated by commas, each once."""
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def numbers(text: str) -> Tuple[int, ...]:
+    """Integers separated by commas, each once."""
+    try:
+        return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError:
+        message = f"{text!r} is not a list of numbers, such as 256,1024"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def run(args: Any) -> None:
+    """Check the options, measure, write."""
+    from pkm_fairseq.benchmark import report
+    from pkm_fairseq.benchmark.run import count
+    from pkm_fairseq.benchmark.run import run as measure
+    from pkm_fairseq.benchmark.settings import WHAT, Settings
+
+    settings = Settings(
+        args.what or WHAT, args.tokens, args.n_keys, args.pairs, args.threads, args.seed, args.quick
+    )
+    check_files(args, settings.what, report.FORMATS)
+
+    def save(found: Any, as_dict: Any) -> None:
+        report.save(found.entries, as_dict, args.json, args.markdown, args.plot)
+
+    with progress_bar(count(settings)) as tell:
+        measure(settings, tell, save)
+
+
+def check_files(args: Any, what: Tuple[str, ...], formats: Tuple[str, ...]) -> None:
+    """Complain before hours of measuring rather than after."""
+    for option, file in (("json", args.json), ("markdown", args.markdown), ("plot", args.plot)):
+        if file and not file.absolute().parent.is_dir():
+            raise ValueError(f"--{option} {file}: its folder does not exist")
+        if file and file.is_dir():
+            raise ValueError(f"--{option} {file} is a folder")
+    if args.plot and args.plot.suffix not in formats:
+        raise ValueError(f"--plot is {args.plot}, must end in {', '.join(formats)}")
+    if args.plot and "layer" not in what:
+        raise ValueError("--plot shows the layer's training step: --what must name layer")
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """Show progress on stderr; yields a function that takes the line of each result."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+
+        def tell(line: str) -> None:
+            progress.advance(task)
+            console.print(line, markup=False)
+
+        yield tell
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run; a user's mistake is one line and status 2."""
+    args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError, MemoryError, SystemExit) as error:
+        print(f"benchmark_memory: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from pkm_fairseq.benchmark.textbook import MismatchError
+
+        if not isinstance(error, MismatchError):
+            raise
+        print(f"benchmark_memory: NOT THE SAME: {error}; nothing was compared", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("benchmark_memory: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)  # fairseq's notes when it is imported
+    warnings.simplefilter("ignore")  # hydra's and torch's, of what fairseq calls
+    sys.exit(main())
