@@ -100,26 +100,20 @@ class ValueGradient:
             self._apply_scale()
         parts = self._parts if self else []
         if dense is not None:
-            rows = (dense != 0).any(dim=1).nonzero().squeeze(1)  # (R,), each read once
+            rows = (dense != 0).any(dim=1).nonzero().squeeze(1)  # (R,), as if each was read once
             grads = at_least_float32(dense[rows])
-            parts = [
-                *parts,
-                Entries(
-                    rows,
-                    grads.new_ones(len(rows)),
-                    torch.arange(len(rows), device=rows.device),
-                    grads,
-                ),
-            ]
+            bags = torch.arange(len(rows), device=rows.device)
+            parts = [*parts, Entries(rows, grads.new_ones(len(rows)), bags, grads)]
         return _join(parts)
 
-    def gather(self, values: Tensor, group: Any = None) -> None:
+    def gather(self, values: Tensor, dense: Optional[Tensor] = None, group: Any = None) -> None:
         """Make this the mean over data-parallel workers, who exchange factors, not tables.
 
         Every worker must call it, and each table in the same order.
 
         Args:
             values: the table, for its width, dtype and device.
+            dense: (n_slots, v_dim), a gradient to add.
             group: the process group of the workers; None means all.
         """
         none = Entries(
@@ -128,7 +122,7 @@ class ValueGradient:
             values.new_empty(0, dtype=torch.int64),
             at_least_float32(values.new_empty(0, values.shape[1])),
         )
-        own = self.entries() if self else none
+        own = self.entries(dense) if self or dense is not None else none
         world = dist.get_world_size(group)
         fields = [_all_gather(x.contiguous(), group) for x in own]
         parts = [Entries(*of_worker) for of_worker in zip(*fields, strict=True)]

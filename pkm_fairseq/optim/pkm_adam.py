@@ -111,18 +111,20 @@ class PkmAdam(FairseqAdam):
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Average gradients over data-parallel workers; those of values as factors."""
         own = {id(p) for p in module.parameters()}
-        tables = [p for p in self._values if id(p) in own and p.requires_grad]
-        for values in tables:  # else legacy_ddp would make, and send, a dense gradient of zeros
+        tables = [p for p in self._values if id(p) in own and gradient_of(p).factored]
+        trained = [p for p in tables if p.requires_grad]
+        for values in trained:  # else legacy_ddp would make, and send, a dense gradient of zeros
             values.requires_grad_(False)
         try:
             super().all_reduce_grads(module)
         finally:
-            for values in tables:
+            for values in trained:
                 values.requires_grad_(True)
         group = distributed_utils.get_data_parallel_group()
         if distributed_utils.get_world_size(group) > 1:
-            for values in tables:
-                gradient_of(values).gather(values, group)
+            for values in trained:
+                gradient_of(values).gather(values, values.grad, group)
+                values.grad = None  # what there was is among the factors
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
         """Clip the gradient of everything but values, and values on their own if so asked.

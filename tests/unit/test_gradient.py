@@ -284,6 +284,9 @@ if rank < 2:
 gradient.gather(values)
 assert torch.allclose(total_of(gradient.entries()), dense(*parts) / 3)
 gradient.clear()
+gradient.gather(values, dense(parts[0]) if rank == 1 else None)
+assert torch.allclose(total_of(gradient.entries()), dense(parts[0]) / 3)
+gradient.clear()
 gradient.gather(values)  # nobody read anything
 assert not gradient
 print("as expected")

@@ -84,10 +84,9 @@ def squared_norm(entries: Entries, n_slots: int) -> Tensor:
 
 
 def _row_entries(entries: Entries, n_slots: int) -> Tuple[Array, ...]:
-    """Rows that were read (R,), where their entries start (R + 1,), and those, sorted by row."""
+    """Rows that were read (R,), where their entries start (R + 1,), their order, and entries."""
     rows, starts, order = loops.group(_array(entries.slots), n_slots)
-    bags, weights = _array(entries.bags)[order], _array(entries.weights)[order]
-    return rows, starts, bags, weights, _array(entries.grads)
+    return rows, starts, order, *map(_array, (entries.bags, entries.weights, entries.grads))
 
 
 def _array(x: Tensor) -> Array:

@@ -228,6 +228,7 @@ def update_rows(
     exp_avg_sq,
     rows,
     starts,
+    order,
     bags,
     weights,
     grads,
@@ -245,7 +246,7 @@ def update_rows(
     for task in numba.prange(tasks):
         wide, gradient = np.empty(width, exp_avg.dtype), np.empty(width, exp_avg.dtype)
         for r in range(bounds[task], bounds[task + 1]):
-            if not _row_gradient(r, starts, bags, weights, grads, gradient):
+            if not _row_gradient(r, starts, order, bags, weights, grads, gradient):
                 continue
             ahead = rows[min(r + 1, len(rows) - 1)]
             _prefetch(values, ahead)
@@ -262,13 +263,13 @@ def update_rows(
 
 
 @kernel
-def row_squares(starts, bags, weights, grads, squares, tasks):
+def row_squares(starts, order, bags, weights, grads, squares, tasks):
     """The squared norm of each row's gradient."""
     bounds = _shares(starts, tasks)
     for task in numba.prange(tasks):
         gradient = np.empty(grads.shape[1], grads.dtype)
         for r in range(bounds[task], bounds[task + 1]):
-            _row_gradient(r, starts, bags, weights, grads, gradient)
+            _row_gradient(r, starts, order, bags, weights, grads, gradient)
             total = 0.0
             for v in range(len(gradient)):
                 total += np.float64(gradient[v]) * np.float64(gradient[v])
@@ -276,11 +277,14 @@ def row_squares(starts, bags, weights, grads, squares, tasks):
 
 
 @part
-def _row_gradient(r, starts, bags, weights, grads, gradient):
+def _row_gradient(r, starts, order, bags, weights, grads, gradient):
     """Sum a row's entries into ``gradient``; is any element other than zero?"""
-    gradient[:] = 0
-    for e in range(starts[r], starts[r + 1]):
-        _add_rounded(gradient, weights[e], grads[bags[e]])
+    first = order[starts[r]]
+    weight, grad = weights[first], grads[bags[first]]
+    for v in range(len(gradient)):
+        gradient[v] = weight * grad[v]
+    for i in range(starts[r] + 1, starts[r + 1]):
+        _add_rounded(gradient, weights[order[i]], grads[bags[order[i]]])
     nonzero = np.int32(0)
     for v in range(len(gradient)):
         nonzero |= np.int32(gradient[v] != 0)
