@@ -60,9 +60,9 @@ class Model:
 
 MODELS = {
     "roberta_base": Model("roberta_base", None, 3.5),
-    "roberta_large": Model("roberta_large", None, 8.5),
-    "pkm_base": Model("pkm_roberta_base", 512, 8.0),
-    "resm_base": Model("resm_roberta_base", 512, 8.5),
+    "roberta_large": Model("roberta_large", None, 7.0),
+    "pkm_base": Model("pkm_roberta_base", 512, 7.0),
+    "resm_base": Model("resm_roberta_base", 512, 7.5),
 }
 PAIRS = [
     ("resm_base", "roberta_base"),
