@@ -54,7 +54,7 @@ def test_every_flag_of_the_readme_exists_and_every_memory_flag_is_in_it() -> Non
     of_ours -= {"--memory-efficient-fp16", "--memory-efficient-bf16"}  # fairseq's
     named = set(FLAG.findall(README))
     assert of_ours | {"--init-from"} <= named
-    assert len(of_ours) == 14
+    assert len(of_ours) == 16
     assert named - known == {"--help", "--checkpoint", "--data"}  # of the scripts
 
 
