@@ -11,7 +11,7 @@ from . import __version__
 PACKAGES = {
     "torch": (["torch"], "the memory"),
     "fairseq": (["ve-fairseq", "fairseq-fixed", "fairseq"], "the fairseq plugin"),
-    "numba": (["numba"], "CPU kernels (planned)"),
+    "numba": (["numba"], "CPU kernels"),
     "faiss": (["faiss-cpu", "faiss-gpu"], "validation of the search"),
     "sentencepiece": (["sentencepiece"], "the demo's tokenizer"),
     "matplotlib": (["matplotlib"], "the demo's report"),

@@ -1,12 +1,12 @@
 """The gradient of a value table, kept as what it is the product of."""
 
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple, Type
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .dtypes import at_least_float32
+from .dtypes import at_least_float32, compute_dtype
 from .kernels import Entries
 
 
@@ -33,13 +33,25 @@ class ValueGradient:
         """Whether backward passes leave factors here instead of a dense ``.grad``."""
         return self.scale is not None
 
-    def keep_factors(self, device: Optional[torch.device] = None) -> Tensor:
+    def __reduce__(self) -> Tuple[Type["ValueGradient"], Tuple[()]]:
+        """A copy, or what is loaded from a file, is dense until an optimizer asks."""
+        return ValueGradient, ()
+
+    def keep_factors(self, values: Optional[Tensor] = None) -> Tensor:
         """Ask for factors instead of dense gradients.
+
+        From then on every backward pass through a read leaves factors, also one of
+        ``torch.autograd.grad`` that does not ask for the gradient of the table.
+
+        Args:
+            values: the table, for its dtype and device; None means float32 on the CPU.
 
         Returns:
             :attr:`scale`, which whoever asks must treat as one of its parameters.
         """
-        self.scale = torch.zeros((), device=device, requires_grad=True)
+        dtype, device = (None, None) if values is None else (values.dtype, values.device)
+        dtype = compute_dtype(dtype or torch.float32)
+        self.scale = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
         return self.scale
 
     def __bool__(self) -> bool:

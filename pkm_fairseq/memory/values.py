@@ -10,6 +10,7 @@ from . import kernels
 from .dtypes import compute_dtype
 from .gradient import ValueGradient
 from .kernels.pages import advise_huge_pages
+from .kernels.torch_backend import row_gradients
 
 
 class ValueTable(nn.Module):
@@ -85,9 +86,35 @@ class ValueTable(nn.Module):
                 weights, slots, self.weight, self.gradient
             )
         kernels.check_reads(slots, weights, len(self.weight))
-        weights = weights.to(self.weight.dtype)
-        dense = F.embedding_bag(slots, self.weight, per_sample_weights=weights, mode="sum")
-        return dense.to(compute_dtype(self.weight.dtype))
+        weights = weights.to(compute_dtype(self.weight.dtype))
+        if weights.dtype != self.weight.dtype:
+            return _HalfRead.apply(weights, slots, self.weight)  # type: ignore[no-untyped-call, no-any-return]
+        return F.embedding_bag(slots, self.weight, per_sample_weights=weights, mode="sum")
+
+
+class _HalfRead(torch.autograd.Function):
+    """The read of a table in half precision, in float32, whose backward makes a dense gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, slots, values)
+        return kernels.read(values, slots, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_read: Tensor) -> Tuple[Optional[Tensor], None, Optional[Tensor]]:
+        weights, slots, values = ctx.saved_tensors
+        grad_weights = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_weights = kernels.weight_gradient(values, slots, grad_read)
+        if ctx.needs_input_grad[2]:
+            factors = ValueGradient()
+            factors.keep_factors(values)
+            factors.add(slots, weights, grad_read)
+            grad_values = torch.zeros_like(values)
+            for rows, gradient in row_gradients(factors.entries()):
+                grad_values[rows] = gradient.to(values.dtype)
+        return grad_weights, None, grad_values
 
 
 class _FactoredRead(torch.autograd.Function):

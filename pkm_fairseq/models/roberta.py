@@ -138,7 +138,8 @@ def _check_unsupported(args: Any, mode: str) -> None:
         flag = "--" + half[-1].replace("_", "-")
         raise ValueError(
             f"{flag} does not work with --optimizer pkm_adam: fairseq would round small gradients "
-            "of values to zero or hide which parameters are values; use --amp, or --optimizer adam"
+            "of values to zero or hide which parameters are values; use full precision, or "
+            "--optimizer adam"
         )
     if "pkm_adam" in _grouped_optimizer_names(args):
         raise ValueError(

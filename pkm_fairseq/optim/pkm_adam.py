@@ -137,13 +137,15 @@ class PkmAdam(FairseqAdam):
         norm = utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
         dense = [torch.stack(p.grad.aminmax()) for p in self._values if p.grad is not None]
         is_finite = all(bool(pair.isfinite().all()) for pair in dense)
-        if not (is_finite and all(gradient_of(p).is_finite() for p in self._values)):
-            return torch.full_like(norm, math.inf)
-        if self.cfg.memory_value_clip_norm > 0:
-            self._clip_values(self.cfg.memory_value_clip_norm)
-        return norm
+        if is_finite and all(gradient_of(p).is_finite() for p in self._values):
+            max_value_norm = self.cfg.memory_value_clip_norm
+            if max_value_norm <= 0 or math.isfinite(self._clip_values(max_value_norm)):
+                return norm
+        for p in self._values:
+            gradient_of(p).multiply(math.inf)  # so that torch's loss scaler skips the step
+        return torch.full_like(norm, math.inf)
 
-    def _clip_values(self, max_norm: float) -> None:
+    def _clip_values(self, max_norm: float) -> float:
         squares = [
             kernels.squared_norm(p, gradient_of(p).entries(p.grad))
             for p in self._values
@@ -151,11 +153,12 @@ class PkmAdam(FairseqAdam):
         ]
         norm = math.sqrt(sum(float(square) for square in squares))
         metrics.log_scalar("value_gnorm", norm, weight=0, priority=401, round=3)
-        if norm > max_norm:
+        if max_norm < norm < math.inf:
             for p in self._values:
                 gradient_of(p).multiply(max_norm / norm)
                 if p.grad is not None:
                     p.grad.mul_(max_norm / norm)
+        return norm
 
     def _dense_groups(self) -> List[Dict[str, Any]]:
         return [g for g in self.param_groups if not (g.get("lazy") or g.get("scales"))]
@@ -166,20 +169,29 @@ class LazyAdam(Adam):
 
     Backward passes then keep the gradient of those tables as factors. Their scales (see
     :class:`~pkm_fairseq.memory.gradient.ValueGradient`) are a group of their own, so that whatever
-    walks the gradients of this optimizer, as fairseq and loss scalers do, meets them.
+    walks the gradients of this optimizer, as fairseq and loss scalers do, meets them. A model whose
+    tables one optimizer of this kind has taken over must not be trained by another one, and is
+    reset by the ``zero_grad`` of the optimizer, not by its own.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
         tables = [p for group in self.param_groups if group.get("lazy") for p in group["params"]]
         if tables:
-            scales = [gradient_of(p).keep_factors(p.device) for p in tables]
+            scales = [gradient_of(p).keep_factors(p) for p in tables]
             self.add_param_group({"params": scales, "lr": 0.0, "weight_decay": 0.0, "scales": True})
 
     @property
     def supports_flat_params(self) -> bool:
         """A flat parameter has no rows."""
         return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, factors too."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for param in group["params"] if group.get("lazy") else ():
+                gradient_of(param).clear()
 
     def state_dict(self) -> Dict[str, Any]:
         """What there is to save; the scales of gradients are not."""

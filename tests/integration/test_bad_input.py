@@ -34,7 +34,7 @@ OPTIONS = {
         ["--init-from", "a.pt", "--restore-file", "b.pt"],
         "--init-from a.pt and --restore-file b.pt exclude each other",
     ),
-    "fp16 with pkm_adam": (["--fp16"], "use --amp, or --optimizer adam"),
+    "fp16 with pkm_adam": (["--fp16"], "use full precision, or --optimizer adam"),
     "another start": (
         ["--init-from", "a.pt", "--finetune-from-model", "b.pt"],
         "--init-from a.pt and --finetune-from-model b.pt exclude each other",

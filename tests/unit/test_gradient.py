@@ -130,7 +130,7 @@ def test_a_read_leaves_its_factors_and_no_dense_gradient():
     found = []
     for factored in (True, False):
         weights.grad = None
-        table.gradient.scale = table.gradient.keep_factors() if factored else None
+        table.gradient.scale = table.gradient.keep_factors(table.weight) if factored else None
         table(slots[:, None], weights[:, None]).backward(grads)
         found.append(weights.grad.clone())
         assert bool(table.gradient) == (table.weight.grad is None) == factored
@@ -177,6 +177,31 @@ def test_a_copy_of_a_table_has_a_gradient_of_its_own():
     twin.gradient.clear()
     assert table.gradient
     assert twin.weight.value_gradient is twin.gradient
+    assert not twin.gradient.factored  # nobody would use factors up
+
+
+def test_a_whole_model_can_be_saved_and_loaded(tmp_path):
+    table = ValueTable(N_SLOTS, WIDTH)
+    table.gradient.keep_factors()
+    torch.save(table, tmp_path / "table.pt")
+    loaded = torch.load(tmp_path / "table.pt", weights_only=False)
+    assert torch.equal(loaded.weight, table.weight)
+    assert loaded.weight.value_gradient is loaded.gradient and not loaded.gradient.factored
+
+
+def test_a_table_in_bfloat16_reads_the_same_in_training_and_evaluation():
+    table = ValueTable(N_SLOTS, WIDTH, dtype=torch.bfloat16)
+    slots, weights, grads = reads()
+    weights = weights.float().requires_grad_()
+    read = table(slots[:, None], weights[:, None])
+    with torch.no_grad():
+        assert torch.equal(read, table(slots[:, None], weights[:, None]))
+    read.backward(grads.float())
+    exact = dense((slots, weights.detach().double(), grads))
+    assert table.weight.grad.dtype == torch.bfloat16
+    assert torch.allclose(table.weight.grad.double(), exact, rtol=2**-8, atol=1e-5)
+    expected = (table.weight.detach()[slots].double() * grads[:, None]).sum(-1)
+    assert torch.allclose(weights.grad.double(), expected, atol=1e-5)
 
 
 def trainer_of(factored, n_keys=64):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import kernels
-from pkm_fairseq.memory.kernels import Entries, backends
+from pkm_fairseq.memory.kernels import Entries, backends, torch_backend
 from pkm_fairseq.memory.product_keys import candidate_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -21,6 +21,7 @@ BAGS = [(4, 19, 1), (5, 1, 5), (1, 10, 768), (0, 3, 5)]  # tokens, reads of each
 SEARCHES = [(1, 1), (2, 2), (11, 1), (11, 2), (11, 7), (11, 11), (16, 7), (16, 16), (64, 1)]
 SEARCHES += [(64, 32), (64, 64), (130, 2), (130, 32), (512, 1), (512, 32), (512, 512)]
 N_SLOTS = 7
+INF = float("inf")
 BETAS, EPS, STEP = (0.9, 0.95), 0.3, 0.5  # eps as large as the root: it must count
 
 
@@ -549,6 +550,19 @@ def test_bad_tables_are_not_updated(place, table, message):
 
 
 @pytest.mark.parametrize(
+    ("half1", "half2"),
+    [([INF, INF], [-INF, -INF]), ([INF, 0.0], [0.0, -INF]), ([-INF, 1.0], [INF, INF])],
+)
+def test_opposite_infinities_are_not_a_number(backend, half1, half2):
+    half = torch.tensor([[[half1], [half2]]]).to(backend.device)  # (1, 2, 1, 2)
+    ranks = (rank.to(backend.device) for rank in candidate_ranks(2, torch.device("cpu")))
+    scores, index1, index2 = kernels.topk_pairs(half, 2, *ranks)
+    assert scores.isnan().any()
+    assert min(int(index1.min()), int(index2.min())) >= 0
+    assert max(int(index1.max()), int(index2.max())) < 2
+
+
+@pytest.mark.parametrize(
     ("field", "wrong", "message"),
     [
         ("slots", torch.tensor([0, 7, 1, 2]), r"slot 7 is out of range, must be in 0\.\.6"),
@@ -692,3 +706,16 @@ def test_a_fallback_is_a_warning_with_its_reason(log, monkeypatch):
     assert half.levelname == missing.levelname == "WARNING"
     assert "torch on cpu in float16, which is slower: numba does not know" in half.getMessage()
     assert "torch on cpu in float32, which is slower: numba cannot be" in missing.getMessage()
+
+
+def test_a_backend_that_fails_to_start_is_not_taken(log, monkeypatch):
+    """numba raises RuntimeError where it may write its cache nowhere."""
+
+    def fail(name):
+        if name == "numba":
+            raise RuntimeError("no locator available")
+        return torch_backend
+
+    monkeypatch.setattr(backends, "_load", fail)
+    assert backends.backend_for(torch.zeros(1)) is torch_backend
+    assert "no locator available" in log.text

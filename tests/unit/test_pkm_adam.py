@@ -566,3 +566,47 @@ def test_moments_are_loaded_in_their_own_precision(tmp_path):
     for moment in ("exp_avg", "exp_avg_sq"):
         ours = other.optimizer.state[twin.table][moment]
         assert torch.equal(ours, optimizer.optimizer.state[net.table][moment])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_that_was_skipped_leaves_nothing_behind(set_to_none):
+    tables = []
+    for skipped in (True, False):
+        torch.manual_seed(1)
+        net = Net()
+        optimizer = PkmAdam(options(), net.parameters())
+        if skipped:
+            (read_table(net) * float("inf")).backward()
+            optimizer.optimizer.zero_grad(set_to_none=set_to_none)
+            assert not net.tables[0].gradient
+        read_table(net).backward()
+        optimizer.step()
+        tables.append(net.table.detach())
+    assert torch.equal(*tables) and tables[0].isfinite().all()
+
+
+def test_a_loss_scaler_skips_a_step_whose_factors_are_not_finite():
+    net = Net()
+    optimizer = PkmAdam(options(), net.parameters())
+    scaler = torch.amp.GradScaler("cpu", 4.0)
+    before = net.table.detach().clone()
+    slots, weights = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1)
+    read = net.tables[0](slots, weights)
+    net.linear.weight.grad = torch.ones_like(net.linear.weight)  # finite
+    scaler.scale(read.sum()).backward()
+    entries = net.tables[0].gradient.entries()
+    entries.grads.fill_(float("inf"))
+    assert float(optimizer.clip_grad_norm(0.0)) == float("inf")
+    scaler.step(optimizer.optimizer)
+    scaler.update()
+    assert torch.equal(net.table, before)
+    assert scaler.get_scale() == 2.0
+
+
+def test_a_norm_of_values_that_overflows_is_seen():
+    net = Net()
+    optimizer = PkmAdam(options(memory_value_clip_norm=1.0), net.parameters())
+    slots, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.full((1, 1, 2), 3e38)
+    (net.tables[0](slots, weights) * 10).sum().backward()  # each factor is finite
+    assert net.tables[0].gradient.is_finite()
+    assert float(optimizer.clip_grad_norm(0.0)) == float("inf")

@@ -50,7 +50,7 @@ def _problem(name: str, device: str, dtype: torch.dtype) -> Optional[str]:
     """Why a backend cannot run; None if it can."""
     try:
         backend = _load(name)
-    except ImportError as error:
+    except Exception as error:  # numba raises RuntimeError where it finds no folder for its cache
         return f"{name} cannot be imported ({error})"
     if device not in backend.DEVICES:
         return f"{name} does not run on {device}"

@@ -21,8 +21,9 @@ ROW_WORK = 8  # of fetching and storing a row, in entries to add
 LINE = 64  # bytes in a cache line
 NAN_BFLOAT16 = np.uint16(0x7FC0)
 
-kernel = numba.njit(parallel=True, cache=True, fastmath=SUMS)
-part = numba.njit(cache=True, fastmath=SUMS)
+# as torch: 0 / 0 is NaN, not an exception
+kernel = numba.njit(parallel=True, cache=True, fastmath=SUMS, error_model="numpy")
+part = numba.njit(cache=True, fastmath=SUMS, error_model="numpy")
 
 
 # ---------------------------------------------------------------- search
@@ -52,6 +53,9 @@ def topk_pairs(half, rank1, rank2, out_scores, out_index1, out_index2, tasks):
                 _rank(half[h, 1, token], bound, kept, kept_at, rank, top2, at2)
                 for c in range(len(sums)):
                     sums[c] = top1[rank1[c]] + top2[rank2[c]]
+                if _has_nan(sums):  # opposite infinities
+                    out_scores[token, h], out_index1[token, h], out_index2[token, h] = np.nan, 0, 0
+                    continue
                 bound = _bisect(sums, knn)
                 _rank(sums, bound, kept, kept_at, rank, out_scores[token, h], at)
                 for k in range(knn):
