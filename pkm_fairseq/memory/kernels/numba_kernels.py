@@ -14,7 +14,7 @@ from numba.extending import intrinsic, overload
 # Sums may be reordered and fused, which vectorises them; NaN and infinity keep their meaning.
 SUMS = {"reassoc", "contract", "nsz"}
 
-GROUPS_PER_NEIGHBOUR = 2  # of scores of one half; 2 leaves about 1.4 knn scores to rank
+GROUPS_PER_NEIGHBOUR = 2  # of scores of one half; more leave fewer scores to rank
 BISECTIONS = 12
 LANES = 32  # floats that a vectorised loop takes at once
 ROW_WORK = 8  # of fetching and storing a row, in entries to add
