@@ -84,8 +84,9 @@ def validate_memory(
     """
     _check(memory, tokens)
     query = torch.cat([memory.query(part) for part in _split(tokens, CHUNK)])  # (N, H, 2, D)
+    _check_finite(query=query, keys=memory.keys)
     found = look_up(memory, tokens)
-    _check_finite(query=query, keys=memory.keys, scores=found.scores, read=found.read)
+    _check_finite(scores=found.scores, read=found.read)
     heads = memory.config.heads
     exact = []
     for head in range(heads):
