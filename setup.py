@@ -17,7 +17,11 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["pkm_fairseq", "pkm_fairseq.*"]),
-    package_data={"pkm_fairseq": ["py.typed"], "pkm_fairseq.demo": ["*.html"]},
+    package_data={
+        "pkm_fairseq": ["py.typed"],
+        "pkm_fairseq.analysis": ["*.html"],
+        "pkm_fairseq.demo": ["*.html"],
+    },
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "fairseq": ["ve-fairseq==0.12.3", "hydra-core>=1.3.2,<1.4", "omegaconf>=2.3,<2.4"],

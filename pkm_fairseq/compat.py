@@ -1,7 +1,13 @@
 """The few cures fairseq needs on current torch and numpy; importing this module applies them."""
 
 import argparse
+import atexit
+import contextlib
+import queue
+import sys
+import threading
 import types
+from typing import Any
 
 import numpy
 import torch
@@ -14,3 +20,28 @@ torch.serialization.add_safe_globals([argparse.Namespace])
 # for --sample-break-mode eos.
 if not hasattr(numpy, "compat"):
     numpy.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]
+
+JOIN_SECONDS = 10.0
+
+
+@atexit.register
+def end_prefetching() -> None:
+    """End the threads in which fairseq prepares batches that nobody will ask for.
+
+    A training that stops within an epoch leaves such a thread running. If Python ends while it is
+    inside torch, the process aborts ("terminate called without an active exception") with status
+    134 after a training that went well.
+    """
+    iterators = sys.modules.get("fairseq.data.iterators")
+    if iterators is None:
+        return
+    for thread in threading.enumerate():
+        if isinstance(thread, iterators.BackgroundConsumer):
+            thread._queue.put = _end_thread
+            with contextlib.suppress(queue.Empty):
+                thread._queue.get_nowait()  # wakes it up if it waits for room
+            thread.join(JOIN_SECONDS)
+
+
+def _end_thread(item: Any) -> None:
+    raise SystemExit  # ends a thread quietly

@@ -117,7 +117,7 @@ class Run:
             return []
         with model.record_memory_usage() as usage:
             model(**self.samples[0]["net_input"], masked_tokens=self.masked[0])
-        return [int((counts.read_count > 0).sum()) for _, counts in sorted(usage.items())]
+        return [int((counts.read_count.sum(0) > 0).sum()) for _, counts in sorted(usage.items())]
 
 
 def measure(settings: Settings, report: Report) -> None:

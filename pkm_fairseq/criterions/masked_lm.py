@@ -1,4 +1,4 @@
-"""The criterion ``pkm_masked_lm``: fairseq's masked_lm plus memory usage in validation."""
+"""The criterion ``pkm_masked_lm``: fairseq's masked_lm plus memory usage."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, List
@@ -6,16 +6,16 @@ from typing import Any, Dict, List
 from fairseq.criterions import register_criterion
 from fairseq.criterions.masked_lm import MaskedLmConfig, MaskedLmLoss
 
-from .usage import ValidationUsage, log_usage
+from .usage import UsageConfig, UsageReports, log_usage
 
 
 @dataclass
-class PkmMaskedLmConfig(MaskedLmConfig):
-    """Options of ``pkm_masked_lm``: those of masked_lm."""
+class PkmMaskedLmConfig(UsageConfig, MaskedLmConfig):
+    """Options of ``pkm_masked_lm``: those of masked_lm, and of memory usage."""
 
 
 @register_criterion("pkm_masked_lm", dataclass=PkmMaskedLmConfig)
-class PkmMaskedLmLoss(ValidationUsage, MaskedLmLoss):
+class PkmMaskedLmLoss(UsageReports, MaskedLmLoss):
     """The masked-LM loss of fairseq."""
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""The criterion ``pkm_sentence_prediction``: fairseq's, plus memory usage in validation."""
+"""The criterion ``pkm_sentence_prediction``: fairseq's, plus GLUE's metrics and memory usage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, List
 
 from fairseq.criterions import register_criterion
@@ -9,20 +9,32 @@ from fairseq.criterions.sentence_prediction import (
     SentencePredictionCriterion,
 )
 
-from .usage import ValidationUsage, log_usage
+from .glue_metrics import GlueMetrics, log_glue_metrics
+from .usage import UsageConfig, UsageReports, log_usage
 
 
 @dataclass
-class PkmSentencePredictionConfig(SentencePredictionConfig):
-    """Options of ``pkm_sentence_prediction``: those of sentence_prediction."""
+class PkmSentencePredictionConfig(UsageConfig, SentencePredictionConfig):
+    """Options of ``pkm_sentence_prediction``: those of sentence_prediction, and GLUE's metrics."""
+
+    glue_metrics: str = field(
+        default="",
+        metadata={
+            "help": "log these in validation, in percent over the whole set (GLUE, Wang et al. 2018; "
+            "default: none): comma-separated "
+            "accuracy, f1 (of class 1), mcc, or with --regression-target pearson, spearman (of "
+            "predictions clipped to 0..1, the range of the labels)"
+        },
+    )
 
 
 @register_criterion("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
-class PkmSentencePrediction(ValidationUsage, SentencePredictionCriterion):
+class PkmSentencePrediction(GlueMetrics, UsageReports, SentencePredictionCriterion):
     """The sentence-level classification or regression loss of fairseq."""
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
         """Aggregate logging outputs of all workers."""
+        log_glue_metrics(logging_outputs)
         SentencePredictionCriterion.reduce_metrics(logging_outputs)
         log_usage(logging_outputs)

@@ -1,64 +1,175 @@
-"""Memory usage over a validation set, through fairseq's logging."""
+"""Memory usage and staleness through a training, by fairseq's logging and as a file."""
 
-from typing import Any, Dict, List, Tuple
+import atexit
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+from omegaconf import II
 
-from ..memory import MemoryUsage
+from .usage_count import PREFIX, Count, finished_updates, merge_read_times
+from .usage_log import FILE, UsageLog, header_of, load_initial_values, save_initial_values
 
-PREFIX = "memory"
-LOGGED = (
-    "tokens",
-    "top1_usage",
-    "topk_usage",
-    "top1_ceiling",
-    "topk_ceiling",
-    "kl_weighted",
-    "kl_unweighted",
-    "gini",
-    "dead_slots",
-)
+logger = logging.getLogger(__name__)
+
+TRAINING = "train"
 
 
-class ValidationUsage:
-    """Mixin for a criterion: adds ``memory<layer>_<key>`` to the metrics of validation.
+@dataclass
+class UsageConfig(FairseqDataclass):
+    """Options of the criteria that report memory usage."""
 
-    The counters stay with the criterion; a batch's logging output carries what they say so far
-    over all workers, as plain numbers. Training steps count nothing. With the tasks of this
-    plugin each subset is counted on its own; with stock tasks, whose batches do not name their
-    subset, all subsets of one validation are counted together, and with several workers and
-    subsets the batches that keep idle workers busy are not recognised after the first subset.
+    memory_usage_interval: int = field(
+        default=1000,
+        metadata={
+            "help": "count the memory usage of training batches every so many updates, 0: never "
+            "(default: 1000; our choice)"
+        },
+    )
+    memory_usage_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "tokens in one count of memory usage (default: 0, as many as let uniform "
+            "routing reach 95 percent of the slots; our choice)"
+        },
+    )
+    save_dir: str = II("checkpoint.save_dir")  # no help text, no flag
+    no_save: bool = II("checkpoint.no_save")
+
+
+class UsageReports:
+    """Mixin for a criterion: counts memory usage, in validation and now and then in training.
+
+    A count is of a fixed number of tokens. What it says so far is in the logging outputs as
+    ``memory<layer>_<key>``, plain numbers over all workers; a whole count becomes a line of
+    ``memory_usage.jsonl`` beside the checkpoints. fairseq-validate writes no such line.
+
+    With the tasks of this plugin each validation subset is counted on its own; with stock tasks,
+    whose batches do not name their subset, all subsets of one validation are counted together, and
+    with several workers and subsets the batches that keep idle workers busy are not recognised
+    after the first subset.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
         super().__init__(cfg, task)
-        self._usage: Dict[str, Dict[int, MemoryUsage]] = {}  # by subset, by layer
+        # configurations in checkpoints of older versions have none of these
+        self._interval = getattr(cfg, "memory_usage_interval", 0)
+        self._tokens = getattr(cfg, "memory_usage_tokens", 0)
+        for name, value in (("interval", self._interval), ("tokens", self._tokens)):
+            if value < 0:
+                raise SystemExit(f"memory-usage-{name} is {value}, must be at least 0")
+        self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
+        self._log: Optional[UsageLog] = None
+        self._is_training = False  # whether this process trains
+        self._validation: Dict[str, Count] = {}  # by subset
         self._first_ids: Dict[str, List[int]] = {}  # by subset
+        self._window: Optional[Count] = None  # of training batches
+        self._next_window = 0  # updates
+        self._report: Dict[str, float] = {}  # of the last window
 
     def train(self, mode: bool = True) -> Any:
-        """Forget the last validation when training goes on."""
+        """When training goes on, finish the counts of the last validation and forget them."""
         if mode:
-            self._usage.clear()
+            self.finish_validation()
             self._first_ids.clear()
         return super().train(mode)
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple:
-        """Compute the parent's loss; in validation also count memory usage."""
-        if model.training or not hasattr(model, "record_memory_usage"):
+        """Compute the parent's loss, and count memory usage."""
+        if not hasattr(model, "memory_layers") or not model.memory_layers():
             return super().forward(model, sample, reduce)
-        subset = sample.get("split", "")
-        if subset not in self._usage:
-            self._usage[subset] = model.new_memory_usage()
-        usage = self._usage[subset]
-        counted = model.new_memory_usage() if self._is_filler(subset, sample) else usage
-        with model.record_memory_usage(counted):
+        if not model.training:
+            return self._validation_step(model, sample, reduce)
+        if finished_updates(model) is None:  # not trained by fairseq
+            return super().forward(model, sample, reduce)
+        return self._training_step(model, sample, reduce)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def _training_step(self, model: Any, sample: Dict[str, Any], reduce: bool) -> Tuple:
+        updates = finished_updates(model)
+        if not self._is_training:
+            self._begin_training(model, updates)
+        if self._interval and self._window is None and updates >= self._next_window:
+            self._window = Count(model, TRAINING, self._tokens)
+            self._next_window = (updates // self._interval + 1) * self._interval
+        if self._window is None:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
-        for counts in usage.values():  # a worker that has counted nothing yet has them on the CPU
-            counts.to(loss.device)
-        logging_output.update(usage_so_far(usage))
+        else:
+            with model.record_memory_usage(self._window.usage):
+                loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            self._close_window(model, updates, loss.device)
+        logging_output.update(self._report)  # in all from then on, or fairseq would log None
         return loss, sample_size, logging_output
+
+    def _begin_training(self, model: Any, updates: int) -> None:
+        self._is_training = True
+        problem = None
+        if self._folder is not None and _is_first_worker():
+            try:
+                self._log = UsageLog(self._folder / FILE, header_of(model), updates)
+                if updates == 0:
+                    save_initial_values(model, self._folder)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if distributed_utils.get_data_parallel_world_size() > 1:
+            group = distributed_utils.get_data_parallel_group()
+            problem = distributed_utils.broadcast_object(problem, 0, group)
+        if problem:
+            raise SystemExit(f"memory usage: {problem}")
+        atexit.register(self.finish_validation)  # after the last one no training follows
+
+    def _close_window(self, model: Any, updates: int, device: torch.device) -> None:
+        """Report the count of training batches if it is complete."""
+        assert self._window is not None
+        self._window.check(device)
+        if self._window.is_full:
+            merge_read_times(model)
+            self._window.updates = updates + 1
+            self._window.add_up(device)
+            self._write(self._window)
+            self._report = self._window.report()
+            self._window = None
+
+    # --- validation ---------------------------------------------------------------------------
+
+    def _validation_step(self, model: Any, sample: Dict[str, Any], reduce: bool) -> Tuple:
+        subset = sample.get("split", "")
+        if subset not in self._validation:
+            merge_read_times(model)
+            self._validation[subset] = Count(model, subset, self._tokens)
+        count = self._validation[subset]
+        if count.is_full:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        else:
+            is_filler = self._is_filler(subset, sample)
+            with model.record_memory_usage(model.new_memory_usage() if is_filler else count.usage):
+                loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            count.check(loss.device)
+            count.add_up(loss.device)
+            count.latest = count.report()
+            if count.is_full:
+                self._write(count)
+        logging_output.update(count.latest)
+        return loss, sample_size, logging_output
+
+    def finish_validation(self) -> None:
+        """Write the counts of subsets that have fewer tokens than were to be counted."""
+        for subset, count in self._validation.items():
+            if self._is_training and count.total and not count.is_full:
+                self._write(count)
+                said = next(iter(count.total.values())).summary(per_head=False)
+                logger.warning(
+                    f"memory usage: {subset or 'the validation set'} has {said['tokens']} tokens, "
+                    f"fewer than the {count.budget} to count; the top-1 ceiling is "
+                    f"{100 * said['top1_ceiling']:.1f} %"
+                )
+        self._validation.clear()
 
     def _is_filler(self, subset: str, sample: Dict[str, Any]) -> bool:
         """Whether this batch only keeps a worker busy that has run out of batches.
@@ -74,32 +185,18 @@ class ValidationUsage:
         is_first_read = at_start and distributed_utils.get_data_parallel_rank() == 0
         return ids == self._first_ids[subset] and not is_first_read
 
+    # --- both ---------------------------------------------------------------------------------
 
-def usage_so_far(usage: Dict[int, MemoryUsage]) -> Dict[str, float]:
-    """Sum the counters over all workers, and name what they say; every worker must call it."""
-    report: Dict[str, float] = {}
-    for layer, local in sorted(usage.items()):
-        total = sum_over_workers(local)
-        if total.tokens:
-            summary = total.summary()
-            report.update({f"{PREFIX}{layer}_{key}": float(summary[key]) for key in LOGGED})
-    # fairseq may sum logging outputs over workers: this says by how much
-    return {**report, f"{PREFIX}_reports": 1.0} if report else {}
+    def _write(self, count: Count) -> None:
+        if self._log is not None:
+            assert self._folder is not None
+            self._log.append(count.record(load_initial_values(self._folder)))
 
 
-def sum_over_workers(local: MemoryUsage) -> MemoryUsage:
-    """The usage of all data-parallel workers together; ``local`` is left as it is."""
+def _is_first_worker() -> bool:
     if distributed_utils.get_data_parallel_world_size() == 1:
-        return local
-    group = distributed_utils.get_data_parallel_group()
-    total = MemoryUsage(local.n_slots, local.heads).merge(local)
-    sizes = total.read_count.new_tensor([total.tokens])
-    knn = total.read_count.new_tensor([total.knn or 0])
-    for counts in (sizes, total.top1_count, total.read_count, total.read_mass):
-        distributed_utils.all_reduce(counts, group=group, op="sum")
-    distributed_utils.all_reduce(knn, group=group, op="max")
-    total.tokens, total.knn = int(sizes), int(knn) or None
-    return total
+        return True
+    return distributed_utils.get_data_parallel_rank() == 0
 
 
 def log_usage(logging_outputs: List[Dict[str, Any]]) -> None:

@@ -89,7 +89,8 @@ def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> R
     with model.record_memory_usage() as usage:
         ppl = _perplexity(model, batches, task)
     memory = [{"layer": layer, **counts.summary()} for layer, counts in sorted(usage.items())]
-    shares = {layer: counts.read_mass / counts.read_mass.sum() for layer, counts in usage.items()}
+    masses = {layer: counts.read_mass.sum(0) for layer, counts in usage.items()}
+    shares = {layer: mass / mass.sum() for layer, mass in masses.items()}
     mass = {layer: share.sort(descending=True).values.tolist() for layer, share in shares.items()}
     return Result(ppl, memory, mass)
 

@@ -26,6 +26,10 @@ def read_log(file: Path, tag: str) -> List[Dict[str, float]]:
         match = LINE.search(line)
         if match and match[1] == tag:
             logged = json.loads(match[2])
-            numbers = {name.removeprefix("valid_"): float(text) for name, text in logged.items()}
+            numbers = {  # null: what was logged before, but not since
+                name.removeprefix("valid_"): float(text)
+                for name, text in logged.items()
+                if text is not None
+            }
             by_update[int(numbers["num_updates"])] = numbers
     return [by_update[update] for update in sorted(by_update)]

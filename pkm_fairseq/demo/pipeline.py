@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from ..data.corpus import SHAKESPEARE, fetch_corpus, read_documents
 from ..data.prepare import load_sentencepiece, prepare_corpus
+from ..files import write_file
 from .evaluate import (
     Loaded,
     evaluate,
@@ -21,7 +22,7 @@ from .evaluate import (
 from .logs import read_log
 from .presets import ARMS, Preset
 from .report import write_report
-from .steps import begin, finish, is_finished, key_of, key_of_code, key_of_files, write_file
+from .steps import begin, finish, is_finished, key_of, key_of_code, key_of_files
 from .train import HALF, LAST, LOG, train_arms, updates_of
 
 TITLE = "title.txt"

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from ..files import write_file
 from .logs import read_log
 from .presets import ARMS, TITLES, Preset, arm_flags
-from .steps import write_file
 from .train import HALF, INIT_FLAGS, LOG
 
 COLOURS = {"plain": "#5b6770", "resm_init": "#0072b2", "pkm": "#d55e00"}  # Okabe and Ito

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict
 
+from ..files import write_file
+
 MARKER = "made_with.json"
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -65,13 +67,6 @@ def is_finished(folder: Path, key: str) -> bool:
 def finish(folder: Path, key: str) -> None:
     """Say that a step is finished."""
     _mark(folder, key, finished=True)
-
-
-def write_file(file: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def _made_with(folder: Path) -> Dict[str, Any]:

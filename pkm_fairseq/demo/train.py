@@ -86,7 +86,7 @@ def _run_all(
                     del running[run]
                     _check(run, process, folder)
     finally:
-        _stop(list(running.values()))
+        stop_all(list(running.values()))
 
 
 def _command(run: Run, preset: Preset, data: Path, folder: Path) -> List[str]:
@@ -163,7 +163,7 @@ def _check(run: Run, process: subprocess.Popen, folder: Path) -> None:
         )
 
 
-def _stop(processes: List[subprocess.Popen]) -> None:
+def stop_all(processes: List[subprocess.Popen]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:

@@ -3,6 +3,7 @@
 from .config import MemoryConfig
 from .layer import Lookup, ProductKeyMemory, build_values
 from .product_keys import product_topk
+from .staleness import ReadTimes
 from .usage import MemoryUsage
 from .values import ValueTable
 
@@ -11,6 +12,7 @@ __all__ = [
     "MemoryConfig",
     "MemoryUsage",
     "ProductKeyMemory",
+    "ReadTimes",
     "ValueTable",
     "build_values",
     "product_topk",

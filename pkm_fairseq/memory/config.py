@@ -28,6 +28,9 @@ class MemoryConfig:
         input_dropout: dropout on what the query network sees.
         query_dropout: dropout on the normalised query.
         read_dropout: dropout on what was read.
+        key_dropout: share of each head's sub-keys of each half that a training step searches
+            without, other ones in every step (structured dropout on keys, which Kim & Jung 2020
+            propose as future work, by a secondary source); the form is our choice.
         share_values: one value table for all memory layers of a model.
 
     Raises:
@@ -45,6 +48,7 @@ class MemoryConfig:
     input_dropout: float = 0.0
     query_dropout: float = 0.0
     read_dropout: float = 0.0
+    key_dropout: float = 0.0
     share_values: bool = False
 
     def __post_init__(self) -> None:
@@ -66,8 +70,13 @@ class MemoryConfig:
         _check_choice("query_norm", self.query_norm, QUERY_NORMS)
         _check_choice("values_init", self.values_init, VALUES_INITS)
         _check_choice("value_dtype", self.value_dtype, VALUE_DTYPES)
-        for name in ("input_dropout", "query_dropout", "read_dropout"):
+        for name in ("input_dropout", "query_dropout", "read_dropout", "key_dropout"):
             _check_dropout(name, getattr(self, name))
+        if self.n_kept_keys < self.knn:
+            raise ValueError(
+                f"key_dropout is {self.key_dropout}, which leaves {self.n_kept_keys} of "
+                f"{self.n_keys} sub-keys, must leave at least knn, which is {self.knn}"
+            )
         if not isinstance(self.share_values, bool):
             raise ValueError(f"share_values is {self.share_values!r}, must be True or False")
 
@@ -75,6 +84,11 @@ class MemoryConfig:
     def n_slots(self) -> int:
         """Number of slots, ``n_keys ** 2``."""
         return self.n_keys**2
+
+    @property
+    def n_kept_keys(self) -> int:
+        """Sub-keys per half that key dropout leaves in a training step."""
+        return self.n_keys - int(self.key_dropout * self.n_keys)
 
     @property
     def half_dim(self) -> int:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .product_keys import product_topk
-from .query import build_query_norm
+from .product_keys import draw_kept_keys, product_topk, product_topk_of
+from .query import BatchQueryNorm, build_query_norm
 from .values import ValueTable
+
+FREEZABLE = ("values", "keys", "all")
 
 
 class Lookup(NamedTuple):
@@ -103,7 +105,12 @@ class ProductKeyMemory(nn.Module):
 
     def search(self, tokens: Tensor) -> Tuple[Tensor, Tensor]:
         """Slots and softmax weights, each (N, H, K), of real tokens (N, input_dim)."""
-        scores, slots = product_topk(self.query(tokens), self.keys, self.config.knn)
+        query, config = self.query(tokens), self.config
+        if self.training and config.n_kept_keys < config.n_keys:
+            kept = draw_kept_keys(config.heads, config.n_keys, config.n_kept_keys, query.device)
+            scores, slots = product_topk_of(query, self.keys, kept, config.knn)
+        else:
+            scores, slots = product_topk(query, self.keys, config.knn)
         return slots, scores.softmax(dim=-1)  # scores are in at least float32
 
     def query(self, tokens: Tensor) -> Tensor:
@@ -111,6 +118,25 @@ class ProductKeyMemory(nn.Module):
         query: Tensor = self.query_norm(self.query_proj(self.input_dropout(tokens)))
         query = self.query_dropout(query)  # (N, H * k_dim)
         return query.view(-1, self.config.heads, 2, self.config.half_dim)
+
+    def freeze(self, part: str) -> None:
+        """Take a part of the memory out of training.
+
+        Args:
+            part: "values"; "keys", the sub-keys; or "all", the query network and the running
+                statistics of its normalisation, too.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        if part not in FREEZABLE:
+            raise ValueError(f"freeze is {part}, must be one of {', '.join(FREEZABLE)}")
+        if part == "all":
+            self.requires_grad_(False)
+            if isinstance(self.query_norm, BatchQueryNorm):
+                self.query_norm.is_frozen = True
+        else:
+            (self.keys if part == "keys" else self.values).requires_grad_(False)
 
     def _check_input(self, x: Tensor, padding_mask: Optional[Tensor]) -> None:
         if x.dim() < 1 or x.shape[-1] != self.input_dim:

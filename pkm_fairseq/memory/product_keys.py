@@ -87,6 +87,35 @@ def slot_of(index1: Tensor, index2: Tensor, n_keys: int) -> Tensor:
     return index1 * n_keys + index2
 
 
+def draw_kept_keys(heads: int, n_keys: int, n_kept: int, device: torch.device) -> Tensor:
+    """Draw which sub-keys stay in the search, for each head and half on its own.
+
+    Returns:
+        (H, 2, n_kept), int64, indices of sub-keys.
+    """
+    return torch.rand(heads, 2, n_keys, device=device).argsort(dim=-1)[..., :n_kept]
+
+
+def product_topk_of(query: Tensor, keys: Tensor, kept: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
+    """As :func:`product_topk`, among the slots both of whose sub-keys are kept.
+
+    Args:
+        query: (N, H, 2, D).
+        keys: sub-keys, (H, 2, S, D).
+        kept: (H, 2, S'), indices of sub-keys, as :func:`draw_kept_keys` draws them.
+        knn: number of slots per head, at most S'.
+
+    Returns:
+        Scores and slots, each (N, H, K); slots are those of the whole memory.
+    """
+    heads, _, n_kept = kept.shape
+    scores, found = product_topk(query, keys.take_along_dim(kept[..., None], dim=2), knn)
+    head = torch.arange(heads, device=kept.device)[:, None]  # (H, 1)
+    index1 = kept[head, 0, found // n_kept]  # (N, H, K)
+    index2 = kept[head, 1, found % n_kept]
+    return scores, slot_of(index1, index2, keys.shape[2])
+
+
 @lru_cache(maxsize=64)
 def candidate_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     """The pairs of ranks (i, j) with (i + 1)(j + 1) <= knn, as two index vectors."""

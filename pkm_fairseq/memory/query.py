@@ -26,6 +26,9 @@ class BatchQueryNorm(nn.Module):
 
     Args:
         n_features: H * k_dim.
+
+    Attributes:
+        is_frozen: whether training, too, normalises by the running statistics and leaves them.
     """
 
     eps = 1e-5
@@ -36,6 +39,7 @@ class BatchQueryNorm(nn.Module):
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
+        self.is_frozen = False
         self.weight = nn.Parameter(torch.ones(n_features))
         self.bias = nn.Parameter(torch.zeros(n_features))
         self.register_buffer("running_mean", torch.zeros(n_features))
@@ -43,7 +47,7 @@ class BatchQueryNorm(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over N."""
-        use_batch = self.training and len(query) > 1
+        use_batch = self.training and not self.is_frozen and len(query) > 1
         mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)
         normed = F.batch_norm(
             at_least_float32(query),

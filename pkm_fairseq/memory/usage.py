@@ -1,10 +1,12 @@
 """How much of a memory is used: counters that merge, and what they say."""
 
 import math
-from typing import Dict, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor
+
+COUNTERS = ("top1_count", "read_count", "read_mass", "top1_weight", "entropy")
 
 
 class MemoryUsage:
@@ -15,23 +17,38 @@ class MemoryUsage:
     Args:
         n_slots: slots of the memory.
         heads: heads of the memory.
+        max_tokens: count this many tokens and then no more; None counts all.
 
     Attributes:
         tokens: real tokens counted.
         knn: slots read per head; None before the first update.
-        top1_count: (n_slots,), int64: reads as the highest-scoring slot of a head.
-        read_count: (n_slots,), int64: reads at any rank.
-        read_mass: (n_slots,), float64: accumulated softmax weight.
+        top1_count: (H, n_slots), int64: reads as the highest-scoring slot of a head.
+        read_count: (H, n_slots), int64: reads at any rank.
+        read_mass: (H, n_slots), float64: accumulated softmax weight.
+        top1_weight: (H,), float64: accumulated weight of the first choices.
+        entropy: (H,), float64: accumulated entropy of the weights of a look-up, in nats.
     """
 
-    def __init__(self, n_slots: int, heads: int) -> None:
+    def __init__(self, n_slots: int, heads: int, max_tokens: Optional[int] = None) -> None:
         self.n_slots = n_slots
         self.heads = heads
+        self.max_tokens = max_tokens
         self.tokens = 0
         self.knn: Optional[int] = None
-        self.top1_count = torch.zeros(n_slots, dtype=torch.int64)
-        self.read_count = torch.zeros(n_slots, dtype=torch.int64)
-        self.read_mass = torch.zeros(n_slots, dtype=torch.float64)
+        self.top1_count = torch.zeros(heads, n_slots, dtype=torch.int64)
+        self.read_count = torch.zeros(heads, n_slots, dtype=torch.int64)
+        self.read_mass = torch.zeros(heads, n_slots, dtype=torch.float64)
+        self.top1_weight = torch.zeros(heads, dtype=torch.float64)
+        self.entropy = torch.zeros(heads, dtype=torch.float64)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether ``max_tokens`` were counted."""
+        return self.max_tokens is not None and self.tokens >= self.max_tokens
+
+    def counters(self) -> List[Tensor]:
+        """Everything that adds up, but for the number of tokens."""
+        return [getattr(self, name) for name in COUNTERS]
 
     @torch.no_grad()
     def update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor] = None) -> None:
@@ -50,21 +67,27 @@ class MemoryUsage:
         if padding_mask is not None:
             slots, weights = slots[~padding_mask.bool()], weights[~padding_mask.bool()]
         slots = slots.reshape(-1, *slots.shape[-2:])  # (N, H, K)
+        weights = weights.reshape(slots.shape).double()
+        if self.max_tokens is not None:
+            room = max(0, self.max_tokens - self.tokens)
+            slots, weights = slots[:room], weights[:room]
         if slots.numel():
-            low, high = int(slots.min()), int(slots.max())
-            if low < 0 or high >= self.n_slots:
-                wrong = low if low < 0 else high
-                raise ValueError(
-                    f"slot {wrong} is out of range, must be in [0, {self.n_slots}); "
-                    "slot -1 stands at padding: pass the padding_mask"
-                )
+            self._check_range(slots)
         self.to(slots.device)
         self.tokens += len(slots)
         self.knn = slots.shape[-1]
-        flat = slots.flatten()
-        self.top1_count += torch.bincount(slots[..., 0].flatten(), minlength=self.n_slots)
-        self.read_count += torch.bincount(flat, minlength=self.n_slots)
-        self.read_mass += torch.bincount(flat, weights.flatten().double(), self.n_slots)
+        first = torch.arange(self.heads, device=slots.device)[:, None] * self.n_slots  # (H, 1)
+        flat = slots + first  # (N, H, K), each head with slots of its own
+        self.top1_count += self._bincount(flat[..., 0])
+        self.read_count += self._bincount(flat)
+        self.read_mass += self._bincount(flat, weights)
+        self.top1_weight += weights[..., 0].sum(dim=0)
+        self.entropy -= torch.special.xlogy(weights, weights).sum(dim=(0, 2))
+
+    def _bincount(self, flat: Tensor, weights: Optional[Tensor] = None) -> Tensor:
+        weights = None if weights is None else weights.flatten()
+        counts = torch.bincount(flat.flatten(), weights, self.heads * self.n_slots)
+        return counts.view(self.heads, self.n_slots)
 
     def merge(self, other: "MemoryUsage") -> "MemoryUsage":
         """Add the counts of ``other`` to this one, and return this one.
@@ -81,13 +104,15 @@ class MemoryUsage:
         self.to(other.read_count.device)
         self.tokens += other.tokens
         self.knn = other.knn if self.knn is None else self.knn
-        self.top1_count += other.top1_count
-        self.read_count += other.read_count
-        self.read_mass += other.read_mass
+        for mine, its in zip(self.counters(), other.counters(), strict=True):
+            mine += its
         return self
 
-    def summary(self) -> Dict[str, Union[int, float]]:
-        """What the counts say.
+    def summary(self, per_head: bool = True) -> Dict[str, Any]:
+        """What the counts say, of the memory as a whole and of each head.
+
+        Args:
+            per_head: False leaves out ``heads``.
 
         Returns:
             ``n_slots``, ``tokens``; ``top1_usage`` and ``topk_usage``: share of slots that were
@@ -98,40 +123,71 @@ class MemoryUsage:
             ``kl_weighted`` and ``kl_unweighted``: divergence of the weight, and of the read
             counts, from uniform, in nats (Lample et al. 2019); ``gini`` of the weight;
             ``slots_50``, ``slots_90``, ``slots_99``: fewest slots that hold that percentage
-            of the weight.
+            of the weight; ``top1_weight``: mean weight of a first choice; ``entropy``: mean
+            entropy of the weights of one head's look-up, in nats, at most log knn;
+            ``subkey1_usage`` and ``subkey2_usage``: share of the heads' sub-keys of each half
+            that received weight, where n_slots is a square; ``heads``: for each head all of this
+            but ``n_slots`` and ``tokens``.
 
         Raises:
             ValueError: no token was counted.
         """
         if not self.tokens or self.knn is None:
             raise ValueError("memory usage of 0 tokens says nothing: count at least one token")
-        used = int((self.read_mass > 0).sum())
-        queries = self.tokens * self.heads
-        ascending = self.read_mass.sort().values
+        whole = {"n_slots": self.n_slots, "tokens": self.tokens, **self._describe(slice(None))}
+        if not per_head:
+            return whole
+        return {**whole, "heads": [self._describe(slice(h, h + 1)) for h in range(self.heads)]}
+
+    def _describe(self, heads: slice) -> Dict[str, Union[int, float]]:
+        """What the counts of some heads, taken together, say."""
+        assert self.knn is not None
+        top1, reads = self.top1_count[heads].sum(0), self.read_count[heads].sum(0)  # (n_slots,)
+        mass = self.read_mass[heads].sum(0)
+        used = int((mass > 0).sum())
+        queries = self.tokens * len(self.entropy[heads])
+        ascending = mass.sort().values
         held = ascending.flip(0).cumsum(0) / ascending.sum()
         return {
-            "n_slots": self.n_slots,
-            "tokens": self.tokens,
-            "top1_usage": int((self.top1_count > 0).sum()) / self.n_slots,
+            "top1_usage": int((top1 > 0).sum()) / self.n_slots,
             "topk_usage": used / self.n_slots,
             "top1_ceiling": uniform_ceiling(queries, self.n_slots),
             "topk_ceiling": uniform_ceiling(queries * self.knn, self.n_slots),
             "dead_slots": self.n_slots - used,
-            "kl_weighted": kl_from_uniform(self.read_mass),
-            "kl_unweighted": kl_from_uniform(self.read_count),
+            "kl_weighted": kl_from_uniform(mass),
+            "kl_unweighted": kl_from_uniform(reads),
             "gini": gini(ascending),
             **{
                 f"slots_{percent}": min(int((held < percent / 100).sum()) + 1, self.n_slots)
                 for percent in (50, 90, 99)
             },
+            "top1_weight": float(self.top1_weight[heads].sum()) / queries,
+            "entropy": float(self.entropy[heads].sum()) / queries,
+            **self._subkey_usage(heads),
         }
+
+    def _subkey_usage(self, heads: slice) -> Dict[str, float]:
+        n_keys = math.isqrt(self.n_slots)
+        if n_keys**2 != self.n_slots:  # no product of two halves
+            return {}
+        used = (self.read_mass[heads] > 0).view(-1, n_keys, n_keys)  # (h, S, S), slot i1 * S + i2
+        halves = used.any(dim=2), used.any(dim=1)  # each (h, S)
+        return {f"subkey{p}_usage": float(half.double().mean()) for p, half in enumerate(halves, 1)}
 
     def to(self, device: torch.device) -> "MemoryUsage":
         """Move the counters to a device, and return this object."""
-        self.top1_count = self.top1_count.to(device)
-        self.read_count = self.read_count.to(device)
-        self.read_mass = self.read_mass.to(device)
+        for name in COUNTERS:
+            setattr(self, name, getattr(self, name).to(device))
         return self
+
+    def _check_range(self, slots: Tensor) -> None:
+        low, high = int(slots.min()), int(slots.max())
+        if low < 0 or high >= self.n_slots:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"slot {wrong} is out of range, must be in [0, {self.n_slots}); "
+                "slot -1 stands at padding: pass the padding_mask"
+            )
 
     def _check_update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor]) -> None:
         if slots.dim() < 2 or slots.shape[-2] != self.heads:
@@ -156,6 +212,22 @@ class MemoryUsage:
 def uniform_ceiling(queries: int, n_slots: int) -> float:
     """Expected share of slots hit by Q uniform random draws, ``1 - exp(-Q / n_slots)``."""
     return -math.expm1(-queries / n_slots)
+
+
+def tokens_for_ceiling(n_slots: int, heads: int, ceiling: float = 0.95) -> int:
+    """Fewest tokens with which uniform routing is expected to reach this top-1 usage.
+
+    Args:
+        n_slots: slots of the memory.
+        heads: heads of the memory, each of which has one first choice per token.
+        ceiling: share of slots, in (0, 1).
+
+    Raises:
+        ValueError: the ceiling is out of range.
+    """
+    if not 0 < ceiling < 1:
+        raise ValueError(f"ceiling is {ceiling}, must be between 0 and 1")
+    return math.ceil(-math.log1p(-ceiling) * n_slots / heads)
 
 
 def kl_from_uniform(counts: Tensor) -> float:

@@ -14,6 +14,7 @@ from omegaconf import II
 
 from ..memory import MemoryConfig
 from ..memory.config import QUERY_NORMS, VALUE_DTYPES, VALUES_INITS
+from ..memory.layer import FREEZABLE
 from .encoder_layer import MEMORY_MODES
 
 ACTIVATION_FNS = ChoiceEnum(utils.get_available_activation_fns())
@@ -71,7 +72,7 @@ class PkmRobertaConfig(FairseqDataclass):
     mha_heads_to_keep: int = option("attention heads to keep per layer, -1: all", -1)
     ffn_blocks_to_remove: int = option("FFN units to remove per layer, -1: none", -1)
 
-    # the memory; each name is "memory_" + a field of MemoryConfig, but for the first two
+    # the memory; each name is "memory_" + a field of MemoryConfig, but for layers, mode, freeze
     memory_layers: Optional[List[int]] = option(
         "encoder layers with a memory, 0-based, as in 3,7; [] for none (default of the base size: "
         "3,7, the paper's 4th and 8th block as recalled, unverified)"
@@ -114,6 +115,15 @@ class PkmRobertaConfig(FairseqDataclass):
     memory_query_dropout: Optional[float] = option("dropout on the query (default: 0; our choice)")
     memory_read_dropout: Optional[float] = option(
         "dropout on what was read (default: 0; our choice)"
+    )
+    memory_key_dropout: Optional[float] = option(
+        "share of the sub-keys that a training step searches without (default: 0; structured "
+        "dropout on keys: future work of Kim & Jung 2020 by a secondary source, the form is our "
+        "choice)"
+    )
+    memory_freeze: Optional[ChoiceEnum(FREEZABLE)] = option(  # type: ignore[valid-type]
+        "do not train the memory's values, its sub-keys (keys), or all of it (default: train all; "
+        "our choice)"
     )
     memory_share_values: bool = option(
         "one value table for all memory layers (Memory Layers at Scale, 2024)", False

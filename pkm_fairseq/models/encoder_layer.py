@@ -6,7 +6,7 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
-from ..memory import MemoryUsage, ProductKeyMemory
+from ..memory import MemoryUsage, ProductKeyMemory, ReadTimes
 
 MEMORY_MODES = ("replace", "residual")
 
@@ -23,6 +23,7 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
 
     Attributes:
         usage: counters of the look-ups; None, the normal state, counts nothing.
+        reads: when each slot was last read in training by fairseq.
     """
 
     def __init__(self, cfg: TransformerConfig, memory: ProductKeyMemory, mode: str) -> None:
@@ -31,6 +32,7 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         self.memory = memory
         self.mode = mode
         self.usage: Optional[MemoryUsage] = None
+        self.reads = ReadTimes(memory.config.n_slots)
         if mode == "replace":
             self.fc1 = self.fc2 = None
 
@@ -71,8 +73,12 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
 
     def _read_memory(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         by_position = None if padding_mask is None else padding_mask.t()  # (T, B), as x
-        if self.usage is None:
+        is_update = self.training and self.reads.updates is not None
+        if self.usage is None and not is_update:
             return self.memory(x, by_position)
         read, lookup = self.memory(x, by_position, return_lookup=True)
-        self.usage.update(lookup.slots, lookup.weights, by_position)
+        if self.usage is not None:
+            self.usage.update(lookup.slots, lookup.weights, by_position)
+        if is_update:
+            self.reads.record(lookup.slots, by_position)
         return read

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # parameters that only a model with memory has, and those that a replacing memory removes
 MEMORY_PARAMETER = re.compile(r"\.layers\.\d+\.memory\.")
+READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # of a training, not of a model
 FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")
 MAX_NAMED = 8
 
@@ -106,7 +107,9 @@ def load_parameters(
     heads = [name for name in state if name.startswith("classification_heads.")]
     state = {name: tensor for name, tensor in state.items() if name not in heads}
     RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
-    own = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not READ_TIMES.search(name)}
+    full = model.state_dict()
+    own = {name: tensor for name, tensor in full.items() if not READ_TIMES.search(name)}
     missing = [name for name in own if name not in state]
     surplus = [name for name in state if name not in own]
     known = {_memory_of(name) for name in state}
@@ -126,7 +129,7 @@ def load_parameters(
     ]
     if problems:
         raise ValueError(f"--init-from {path} does not fit the model: {_listed(problems)}")
-    model.load_state_dict({**own, **{n: t for n, t in state.items() if n in own}}, strict=True)
+    model.load_state_dict({**full, **{n: t for n, t in state.items() if n in own}}, strict=True)
     logger.info(
         f"--init-from {path}: loaded {len(own) - len(new)} tensors; "
         f"dropped {_listed(_modules(dropped))}; newly initialised {_listed(_modules(new))}; "
@@ -149,15 +152,19 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
             raise ValueError(f"--init-from {path}: trained with {flag} {before}, not {now}")
 
 
-def complete_plain_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
-    """Complete a memory-less state in place, so that fairseq's strict loading takes it.
+def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
+    """Complete a state of an older version, or without memory, in place.
 
-    The model keeps its initial memory and its replaced FFNs are dropped. A state that holds any
-    memory is left alone, and so stays subject to strict checks.
+    fairseq's strict loading then takes it. Times of reads that are missing start anew. Of a
+    memory-less state the replaced FFNs are dropped, and the model keeps its initial memory. A
+    state that holds any memory stays subject to strict checks.
     """
+    own = model.state_dict()
+    for name in own:
+        if READ_TIMES.search(name):
+            state_dict.setdefault(name, own[name])
     if any(MEMORY_PARAMETER.search(name) for name in state_dict):
         return
-    own = model.state_dict()
     new = [name for name in own if MEMORY_PARAMETER.search(name)]
     dropped = [name for name in state_dict if _is_replaced_ffn(name, own)]
     state_dict.update({name: own[name] for name in new})

@@ -13,7 +13,7 @@ from ..memory import MemoryConfig, MemoryUsage, ValueTable
 from .config import PkmRobertaConfig, memory_config
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
-from .init_from import apply_init_from, complete_plain_state
+from .init_from import apply_init_from, complete_state
 
 HALF_PRECISION = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
@@ -43,11 +43,17 @@ class PkmRobertaModel(RobertaModel):
                 layers, mode, config = check_memory_options(args)
                 encoder = MemoryRobertaEncoder(args, task.source_dictionary, layers, mode, config)
                 model = cls(args, encoder)
+            model._freeze_memory(safe_getattr(args, "memory_freeze"))
             model._keep_factored_gradients_out_of_ddp(args)
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
             raise SystemExit(f"pkm_roberta: {error}") from None
         return model
+
+    def _freeze_memory(self, part: Any) -> None:
+        if part is not None:  # hydra hands over an Enum
+            for layer in self.memory_layers().values():
+                layer.memory.freeze(str(part))
 
     def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
@@ -97,10 +103,10 @@ class PkmRobertaModel(RobertaModel):
         return {index: MemoryUsage(c.n_slots, c.heads) for index, c in configs.items()}
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> None:
-        """Let ``--restore-file`` and ``--finetune-from-model`` take a memory-less checkpoint."""
+        """Take checkpoints of older versions, and memory-less ones, as the start of a run."""
         super().upgrade_state_dict_named(state_dict, name)
         if name == "":
-            complete_plain_state(self, state_dict)
+            complete_state(self, state_dict)
 
 
 def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":

@@ -17,11 +17,14 @@ ALLOWED = {
     "compat": set(),
     "validation": {"memory"},
     "models": {"memory", "compat"},
-    "criterions": {"memory", "models", "compat"},
+    "criterions": {"memory", "models", "compat", "files"},
     "tasks": {"memory", "models", "compat"},
     "optim": {"memory", "models", "compat"},
+    "files": set(),
     "data": {"memory"},
-    "demo": {"memory", "data", "models"},
+    "demo": {"memory", "data", "models", "files"},
+    "analysis": {"memory", "data", "models", "criterions", "demo", "files", "__version__"},
+    "glue": {"memory", "data", "models", "criterions", "analysis", "demo", "files"},
     "benchmark": {"memory", "models", "optim"},
 }
 # part -> packages it must never import
@@ -29,7 +32,7 @@ FORBIDDEN = {
     "memory": {"fairseq", "faiss", "omegaconf", "hydra"},
     "validation": {"fairseq", "omegaconf", "hydra"},
     **{part: {"faiss"} for part in ("compat", "models", "criterions", "tasks", "optim")},
-    **{part: {"faiss"} for part in ("data", "demo", "benchmark")},
+    **{part: {"faiss"} for part in ("data", "demo", "benchmark", "analysis", "glue", "files")},
 }
 
 

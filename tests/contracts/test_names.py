@@ -7,6 +7,7 @@ import pytest
 import torch
 from fairseq import options
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.roberta import RobertaModel
@@ -37,11 +38,16 @@ FLAGS = {
     "--memory-input-dropout",
     "--memory-query-dropout",
     "--memory-read-dropout",
+    "--memory-key-dropout",
+    "--memory-freeze",
     "--memory-share-values",
+    "--memory-usage-interval",
+    "--memory-usage-tokens",
     "--memory-value-clip-norm",
     "--memory-value-dtype",
     "--memory-value-lr",
     "--init-from",
+    "--glue-metrics",
 }
 ARCHS = {
     "pkm_roberta",
@@ -62,6 +68,10 @@ SUMMARY = {
     "slots_50",
     "slots_90",
     "slots_99",
+    "top1_weight",
+    "entropy",
+    "subkey1_usage",
+    "subkey2_usage",
 }
 
 
@@ -74,11 +84,16 @@ def flags_of(add_args):
 
 
 def our_flags():
-    return {**flags_of(PkmRobertaModel.add_args), **flags_of(PkmAdam.add_args)}
+    parts = (PkmRobertaModel, PkmAdam, PkmMaskedLmLoss, PkmSentencePrediction)
+    return {flag: action for part in parts for flag, action in flags_of(part.add_args).items()}
 
 
 def test_flags_are_the_frozen_list():
-    fairseqs = set(flags_of(RobertaModel.add_args)) | {"--adam-betas", "--adam-eps"}
+    fairseqs = {
+        *("--adam-betas", "--adam-eps"),
+        *flags_of(RobertaModel.add_args),
+        *flags_of(SentencePredictionCriterion.add_args),
+    }
     assert set(our_flags()) - fairseqs - {"--weight-decay", "--lr"} == FLAGS
 
 
@@ -133,9 +148,10 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-value-dtype": "bfloat16",
         "--init-from": "plain.pt",
         "--memory-share-values": None,
+        "--memory-freeze": "keys",
     }
     command = [*COMMAND, "--arch", arch]
-    for flag in sorted(FLAGS):
+    for flag in sorted(FLAGS - {"--glue-metrics"}):  # of the other criterion
         value = values.get(flag, "0.5" if flag.endswith(("dropout", "lr")) else "4")
         command += [flag] if value is None else [flag, value]
     args = options.parse_args_and_arch(options.get_training_parser(), command)
@@ -204,15 +220,19 @@ def test_parameters_of_a_memory_in_a_checkpoint_have_these_names(query_norm, v_d
     names = {n.removeprefix(prefix) for n in model.state_dict() if n.startswith(prefix)}
     assert names == expected
     plain = build("roberta").state_dict()
-    assert set(model.state_dict()) - set(plain) == {prefix + name for name in expected}
+    reads = {f"{prefix.removesuffix('memory.')}reads.{name}" for name in ("last_read", "last_top1")}
+    assert set(model.state_dict()) - set(plain) == {prefix + name for name in expected} | reads
 
 
 def test_usage_summary_has_these_keys():
     usage = MemoryUsage(4, 1)
     usage.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0.5, 0.5]]]))
     summary = usage.summary()
-    assert set(summary) == SUMMARY
-    assert all(type(value) in (int, float) for value in summary.values())  # goes into JSON
+    assert set(summary) == SUMMARY | {"heads"}
+    (head,) = summary.pop("heads")
+    assert set(head) == SUMMARY - {"n_slots", "tokens"}
+    for said in (summary, head):
+        assert all(type(value) in (int, float) for value in said.values())  # goes into JSON
 
 
 def test_the_core_offers_these_names():

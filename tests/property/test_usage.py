@@ -37,6 +37,8 @@ def same(ours, theirs):
         and torch.equal(ours.top1_count, theirs.top1_count)
         and torch.equal(ours.read_count, theirs.read_count)
         and torch.equal(ours.read_mass, theirs.read_mass)
+        and torch.equal(ours.top1_weight, theirs.top1_weight)
+        and torch.allclose(ours.entropy, theirs.entropy, rtol=1e-12)
     )
 
 
@@ -50,7 +52,8 @@ def test_merged_parts_are_the_whole(lookup, cuts):
         merged.merge(usage_of(n_slots, slots[part], weights[part], mask[part]))
     whole = usage_of(*lookup)
     assert same(merged, whole)
-    assert merged.summary() == whole.summary()
+    ours, theirs = merged.summary(per_head=False), whole.summary(per_head=False)
+    assert ours == pytest.approx(theirs, rel=1e-12)  # entropies are summed in another order
 
 
 @given(lookups())
@@ -100,7 +103,7 @@ def test_summary_stays_in_range_and_agrees_with_itself(lookup):
 def test_summary_equals_its_definitions_in_plain_python(lookup):
     usage = usage_of(*lookup)
     summary = usage.summary()
-    mass, counts = usage.read_mass.tolist(), usage.read_count.tolist()
+    mass, counts = usage.read_mass.sum(0).tolist(), usage.read_count.sum(0).tolist()
     for name, list_ in (("kl_weighted", mass), ("kl_unweighted", counts)):
         total, n = sum(list_), len(list_)
         kl = sum(m / total * math.log(m / total * n) for m in list_ if m)

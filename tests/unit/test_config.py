@@ -33,9 +33,10 @@ IMPOSSIBLE = [
     ({"value_dtype": "float16"}, ["value_dtype", "'float16'", *VALUE_DTYPES]),
     *[
         ({name: value}, [name, repr(value), "[0, 1)"])
-        for name in ("input_dropout", "query_dropout", "read_dropout")
+        for name in ("input_dropout", "query_dropout", "read_dropout", "key_dropout")
         for value in (-0.1, 1.0, 1.5, float("nan"), "0.1", None, True)
     ],
+    ({"n_keys": 10, "knn": 6, "key_dropout": 0.5}, ["key_dropout", "0.5", "5 of 10", "knn", "6"]),
     ({"share_values": 1}, ["share_values", "1", "True or False"]),
     ({"share_values": "false"}, ["share_values", "'false'", "True or False"]),
 ]
@@ -63,6 +64,7 @@ def test_defaults_are_those_of_the_papers():
     assert (config.query_norm, config.values_init) == ("batch", "normal")
     assert config.value_dtype == "float32"
     assert (config.input_dropout, config.query_dropout, config.read_dropout) == (0, 0, 0)
+    assert (config.key_dropout, config.n_kept_keys) == (0, 512)
     assert config.share_values is False
 
 

@@ -9,10 +9,11 @@ from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 
-from pkm_fairseq.criterions import usage as usage_module
+from pkm_fairseq.criterions import usage_count
 from pkm_fairseq.criterions.masked_lm import PkmMaskedLmLoss
 from pkm_fairseq.criterions.sentence_prediction import PkmSentencePrediction
-from pkm_fairseq.criterions.usage import LOGGED, log_usage, sum_over_workers
+from pkm_fairseq.criterions.usage import log_usage
+from pkm_fairseq.criterions.usage_count import LOGGED, Count, sum_over_workers
 from pkm_fairseq.memory import MemoryUsage
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 
@@ -23,7 +24,7 @@ CASES = {
 }
 
 
-def criterion_of(cls):
+def criterion_of(cls, tokens=10_000, interval=0, folder=None):
     cfg = Namespace(
         tpu=False,
         classification_head_name="head",
@@ -31,6 +32,11 @@ def criterion_of(cls):
         report_mcc=False,
         report_acc_and_f1=False,
         report_pearson_and_spearman=False,
+        glue_metrics="",
+        memory_usage_interval=interval,
+        memory_usage_tokens=tokens,
+        save_dir=str(folder),
+        no_save=folder is None,
     )
     return cls.build_criterion(cfg, small_task(DICTIONARY))
 
@@ -230,13 +236,7 @@ def other_worker(monkeypatch):
 
 def collectives_of(usage):
     """What a worker hands to the collectives, in their order."""
-    return [
-        torch.tensor([usage.tokens]),
-        usage.top1_count,
-        usage.read_count,
-        usage.read_mass,
-        torch.tensor([usage.knn or 0]),
-    ]
+    return [torch.tensor([usage.tokens]), *usage.counters(), torch.tensor([usage.knn or 0])]
 
 
 def counted(seed, n_tokens=5):
@@ -260,15 +260,19 @@ def test_usage_of_workers_is_that_of_their_data_together(other_worker, here, the
 
 
 def test_workers_without_any_token_report_nothing(other_worker):
-    other_worker.extend(collectives_of(counted(2, 0)))
-    assert usage_module.usage_so_far({0: counted(1, 0)}) == {}
+    count = Count(model_of(), "valid", 10)
+    for layer in count.usage.values():
+        other_worker.extend(collectives_of(MemoryUsage(layer.n_slots, layer.heads)))
+    count.add_up(torch.device("cpu"))
+    assert count.report() == {}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_that_keep_a_worker_busy_are_not_counted(monkeypatch, other_worker, rank):
     first_of_subset = sample_of("mlm", [7, 3], 1, "valid")  # what fairseq fills up with
     other = sample_of("mlm", [9], 2, "valid", first_id=2)
-    monkeypatch.setattr(usage_module, "sum_over_workers", lambda local: local)
+    monkeypatch.setattr(usage_count, "sum_over_workers", lambda local: local)
+    monkeypatch.setattr(distributed_utils, "all_reduce", lambda tensor, group, op: None)
     monkeypatch.setattr(distributed_utils, "get_data_parallel_rank", lambda: rank)
     monkeypatch.setattr(
         distributed_utils,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pkm_fairseq.models.init_from import (
-    complete_plain_state,
+    complete_state,
     dictionary_sha256,
     read_checkpoint,
 )
@@ -74,7 +74,7 @@ def test_init_loads_every_parameter_that_both_models_have(arch, plain, checkpoin
         assert torch.equal(own[name], old[name]), name
     new = set(own) - common
     assert new
-    assert all(".layers.1.memory." in name for name in new)
+    assert all(name.startswith((f"{LAYER}memory.", f"{LAYER}reads.")) for name in new)
     for name in new:  # the memory is what it is without INIT
         assert torch.equal(own[name], fresh.state_dict()[name]), name
     dropped = set(old) - common
@@ -405,14 +405,15 @@ def test_a_plain_state_is_completed_so_that_strict_loading_takes_it(arch, plain)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.load_state_dict(plain.state_dict(), strict=True)
     for name, tensor in model.state_dict().items():
-        expected = before[name] if ".memory." in name else plain.state_dict()[name]
+        is_new = ".memory." in name or ".reads." in name
+        expected = before[name] if is_new else plain.state_dict()[name]
         assert torch.equal(tensor, expected), name
 
 
 def test_completing_adds_the_memory_and_drops_the_replaced_ffn_only(plain):
     for arch, dropped in (("pkm_roberta_tiny", FFN), ("resm_roberta_tiny", set())):
         model, state = build(arch), plain.state_dict()
-        complete_plain_state(model, state)
+        complete_state(model, state)
         assert set(state) == set(model.state_dict())
         assert set(plain.state_dict()) - set(state) == dropped
 

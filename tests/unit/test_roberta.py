@@ -170,12 +170,13 @@ def test_an_option_wins_over_the_architecture(arch):
         memory_input_dropout=0.1,
         memory_query_dropout=0.2,
         memory_read_dropout=0.3,
+        memory_key_dropout=0.4,
         memory_share_values=True,
     )
     model = build(arch, **chosen)
     (layer,) = model.memory_layers().values()
     assert layer.mode == chosen["memory_mode"]
-    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, True)
+    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, 0.4, True)
     assert layer.memory.config == expected
 
 
@@ -192,7 +193,8 @@ def test_flags_reach_the_model():
         "--memory-knn 2 --memory-k-dim 8 --memory-v-dim 9 --memory-query-norm layer "
         "--memory-values-init zero --memory-value-dtype bfloat16 --memory-input-dropout 0.1 "
         "--memory-query-dropout 0.2 "
-        "--memory-read-dropout 0.3 --memory-share-values --encoder-embed-dim 16 "
+        "--memory-read-dropout 0.3 --memory-key-dropout 0.4 --memory-share-values "
+        "--encoder-embed-dim 16 "
         "--encoder-normalize-before --optimizer pkm_adam --memory-value-lr 0.5"
     )
     parser = options.get_training_parser(default_task="pkm_masked_lm")
@@ -204,7 +206,7 @@ def test_flags_reach_the_model():
     layer = model.memory_layers()[0]
     assert layer.mode == "residual"
     assert layer.normalize_before
-    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, True)
+    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, 0.4, True)
     assert layer.memory.config == expected
     assert model.memory_layers()[2].memory.values is layer.memory.values
 

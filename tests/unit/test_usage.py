@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import MemoryUsage
-from pkm_fairseq.memory.usage import uniform_ceiling
-
-COUNTERS = ("top1_count", "read_count", "read_mass")
+from pkm_fairseq.memory.usage import COUNTERS, tokens_for_ceiling, uniform_ceiling
 
 
 def summary_of(slots, weights, n_slots):
@@ -17,6 +15,11 @@ def summary_of(slots, weights, n_slots):
     usage = MemoryUsage(n_slots, slots.shape[1])
     usage.update(slots, weights)
     return usage.summary()
+
+
+def entropy_of(share):
+    """Entropy in nats of two weights."""
+    return -sum(w * math.log(w) for w in (share, 1 - share) if w)
 
 
 def random_lookup(n_tokens, heads=2, knn=3, n_slots=30):
@@ -31,9 +34,12 @@ def test_counters_count():
     usage.update(slots, weights)
     assert usage.tokens == 2
     assert usage.knn == 2
-    assert usage.top1_count.tolist() == [1, 3, 0, 0]
-    assert usage.read_count.tolist() == [3, 4, 0, 1]
-    assert usage.read_mass.tolist() == [0.875, 2.625, 0.0, 0.5]
+    assert usage.top1_count.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0]]
+    assert usage.read_count.tolist() == [[2, 2, 0, 0], [1, 2, 0, 1]]
+    assert usage.read_mass.tolist() == [[0.875, 1.125, 0.0, 0.0], [0.0, 1.5, 0.0, 0.5]]
+    assert usage.top1_weight.tolist() == [1.625, 1.5]
+    entropies = [[entropy_of(0.75) + entropy_of(0.875)], [entropy_of(0.5) + entropy_of(1.0)]]
+    assert usage.entropy.tolist() == pytest.approx([x for (x,) in entropies])
 
 
 def test_slots_read_equally_often_are_uniform():
@@ -162,7 +168,7 @@ def test_weights_in_half_precision_are_summed_in_double():
     usage = MemoryUsage(2, 1)
     weights = torch.tensor([[[1.0, 0.0]]]).bfloat16().expand(1000, 1, 2)
     usage.update(torch.tensor([[[0, 1]]]).expand(1000, 1, 2), weights)
-    assert usage.read_mass[0] == 1000  # bfloat16 stops at 256
+    assert usage.read_mass[0, 0] == 1000  # bfloat16 stops at 256
 
 
 def test_merged_halves_are_the_whole():
@@ -175,7 +181,10 @@ def test_merged_halves_are_the_whole():
     assert left.tokens == whole.tokens
     for name in COUNTERS:
         assert torch.allclose(getattr(left, name).double(), getattr(whole, name).double()), name
-    assert left.summary() == pytest.approx(whole.summary())
+    merged, expected = left.summary(), whole.summary()
+    for ours, theirs in zip(merged.pop("heads"), expected.pop("heads"), strict=True):
+        assert ours == pytest.approx(theirs)
+    assert merged == pytest.approx(expected)
 
 
 def test_merging_leaves_the_other_as_it_was():
@@ -253,3 +262,92 @@ def test_another_knn_than_before_is_an_error_that_names_both():
 def test_a_summary_of_no_token_is_an_error():
     with pytest.raises(ValueError, match="0 tokens"):
         MemoryUsage(30, 2).summary()
+
+
+# --- heads, halves, weights -----------------------------------------------------------------
+
+
+def test_a_head_is_described_as_if_it_were_alone():
+    slots, weights = random_lookup(40, heads=3, knn=4, n_slots=36)
+    usage = MemoryUsage(36, 3)
+    usage.update(slots, weights)
+    for head, said in enumerate(usage.summary()["heads"]):
+        alone = MemoryUsage(36, 1)
+        alone.update(slots[:, head : head + 1], weights[:, head : head + 1])
+        expected = alone.summary(per_head=False)
+        assert said == pytest.approx({key: expected[key] for key in said})
+        assert set(expected) - set(said) == {"n_slots", "tokens"}
+
+
+def test_sub_keys_of_each_half_are_told_apart():
+    # 4 x 4 slots, i1 * 4 + i2: head 0 reads (0, 1), (2, 1); head 1 reads (3, 3), (3, 0) at weight 0
+    summary = summary_of([[[1, 9], [15, 12]]], [[[0.5, 0.5], [1.0, 0.0]]], n_slots=16)
+    assert [head["subkey1_usage"] for head in summary["heads"]] == [2 / 4, 1 / 4]
+    assert [head["subkey2_usage"] for head in summary["heads"]] == [1 / 4, 1 / 4]
+    assert summary["subkey1_usage"] == 3 / 8  # each head has sub-keys of its own
+    assert summary["subkey2_usage"] == 2 / 8
+
+
+def test_slots_that_are_no_product_have_no_halves():
+    assert "subkey1_usage" not in summary_of([[[0, 1]]], [[[0.5, 0.5]]], n_slots=10)
+
+
+def test_first_weights_and_entropies_are_means_over_look_ups():
+    summary = summary_of(
+        [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
+        [[[0.75, 0.25], [1.0, 0.0]], [[0.5, 0.5], [0.875, 0.125]]],
+        n_slots=9,
+    )
+    assert summary["top1_weight"] == (0.75 + 1 + 0.5 + 0.875) / 4
+    entropies = [entropy_of(share) for share in (0.75, 1, 0.5, 0.875)]
+    assert summary["entropy"] == pytest.approx(sum(entropies) / 4)
+    assert summary["heads"][1]["top1_weight"] == (1 + 0.875) / 2
+
+
+def test_uniform_weights_have_the_entropy_of_their_number():
+    summary = summary_of([[[0, 1, 2, 3]]] * 3, [[[0.25] * 4]] * 3, n_slots=9)
+    assert summary["entropy"] == pytest.approx(math.log(4))
+
+
+# --- budgets --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[7, 7, 7], [10, 4], [3, 20], [25]])
+def test_a_budget_counts_the_first_tokens_and_no_more(sizes):
+    slots, weights = random_lookup(sum(sizes))
+    usage, expected = MemoryUsage(30, 2, max_tokens=10), MemoryUsage(30, 2)
+    for part, theirs in zip(slots.split(sizes), weights.split(sizes), strict=True):
+        usage.update(part, theirs)
+    expected.update(slots[:10], weights[:10])
+    assert usage.is_full
+    assert usage.tokens == 10
+    for name in COUNTERS:
+        assert torch.allclose(getattr(usage, name), getattr(expected, name)), name
+
+
+def test_a_budget_is_of_tokens_and_not_of_padding():
+    slots, weights = random_lookup(8)
+    mask = torch.tensor([True, False] * 4)
+    usage, expected = MemoryUsage(30, 2, max_tokens=3), MemoryUsage(30, 2)
+    usage.update(slots, weights, mask)
+    expected.update(slots[~mask][:3], weights[~mask][:3])
+    assert usage.summary() == expected.summary()
+
+
+def test_no_budget_is_never_full():
+    usage = MemoryUsage(30, 2)
+    usage.update(*random_lookup(100))
+    assert not usage.is_full
+
+
+@pytest.mark.parametrize(("n_slots", "heads"), [(262_144, 4), (65_536, 4), (4_096, 4), (25, 2)])
+def test_budget_for_a_ceiling_is_the_smallest_that_reaches_it(n_slots, heads):
+    tokens = tokens_for_ceiling(n_slots, heads)
+    assert uniform_ceiling(tokens * heads, n_slots) >= 0.95
+    assert uniform_ceiling((tokens - 1) * heads, n_slots) < 0.95
+
+
+@pytest.mark.parametrize("ceiling", [0, 1, 1.5, -0.1])
+def test_a_ceiling_out_of_range_is_an_error(ceiling):
+    with pytest.raises(ValueError, match=str(ceiling)):
+        tokens_for_ceiling(25, 2, ceiling)

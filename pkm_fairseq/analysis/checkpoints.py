@@ -1,0 +1,148 @@
+"""Checkpoints to be looked at, and the text that they are to read."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from fairseq.data import Dictionary
+from torch import Tensor
+
+from ..models.capture import _data_lines, _dictionary, _text_lines, load_model, pack
+from ..models.init_from import MEMORY_PARAMETER, read_checkpoint
+from ..models.roberta import PkmRobertaModel
+
+
+class Opened(NamedTuple):
+    """A checkpoint, ready to read text.
+
+    Attributes:
+        name: what reports call it.
+        file: the checkpoint.
+        model: in eval mode.
+        dictionary: that of its training.
+        updates: finished updates; None if the checkpoint does not say.
+        has_read_times: whether it knows when its slots were last read in training.
+    """
+
+    name: str
+    file: Path
+    model: PkmRobertaModel
+    dictionary: Dictionary
+    updates: Optional[int]
+    has_read_times: bool
+
+
+def named_files(arguments: Sequence[str]) -> List[Tuple[str, Path]]:
+    """Read ``[NAME=]FILE`` arguments; a file without a name is called as its folder.
+
+    Returns:
+        Names, each once, and files.
+
+    Raises:
+        ValueError: a name is empty or given twice.
+    """
+    given: List[Tuple[Optional[str], Path]] = []
+    for argument in arguments:
+        name, equals, file = argument.partition("=")
+        if not equals or Path(argument).exists():  # a path may hold a =, too
+            given.append((None, Path(argument)))
+        elif not name or not file:
+            raise ValueError(f"{argument!r} must be FILE or NAME=FILE")
+        else:
+            given.append((name, Path(file)))
+    folders = [file.absolute().parent.name for name, file in given if name is None]
+    names = []
+    for name, file in given:
+        folder = file.absolute().parent.name
+        is_unique = folders.count(folder) == 1
+        names.append(name or (folder if is_unique else f"{folder}/{file.stem}"))
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two files are called {name}: give them names with NAME=FILE")
+    return list(zip(names, (file for _, file in given), strict=True))
+
+
+def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
+    """Load a checkpoint of a model with memory.
+
+    Args:
+        name: what reports call it.
+        file: the checkpoint.
+        args: ``data``, ``text`` and ``dict`` of the command line.
+
+    Raises:
+        ValueError: the file is missing, holds no memory, or the dictionary does not fit.
+    """
+    checkpoint = read_checkpoint(str(file), "--checkpoint")
+    if not any(MEMORY_PARAMETER.search(parameter) for parameter in checkpoint["model"]):
+        raise ValueError(f"--checkpoint {file}: the model has no memory")
+    dictionary = _dictionary(args, checkpoint)
+    has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])
+    model = load_model(checkpoint, dictionary, str(file))
+    return Opened(name, file, model, dictionary, updates_of(checkpoint), has_read_times)
+
+
+def updates_of(checkpoint: Dict[str, Any]) -> Optional[int]:
+    """Finished updates of a checkpoint, if it says."""
+    history = checkpoint.get("optimizer_history") or [{}]
+    return history[-1].get("num_updates")
+
+
+def read_text(args: Namespace, dictionary: Dictionary, length: int) -> Iterator[Tensor]:
+    """The sequences, each (T,) with T <= length, of ``data`` or ``text`` of the command line.
+
+    Raises:
+        ValueError: there is no such text or split, or it is not made of the dictionary's symbols.
+    """
+    if args.text and not Path(args.text).is_file():
+        raise ValueError(f"--text {args.text}: no such file")
+    lines = _data_lines(args, dictionary) if args.data else _text_lines(args, dictionary)
+    return pack(lines, length, dictionary.bos())
+
+
+def first_tokens(sequences: Iterable[Tensor], n_tokens: int) -> List[Tensor]:
+    """The sequences that hold the first ``n_tokens`` tokens, the last one cut; fewer if all."""
+    taken: List[Tensor] = []
+    room = n_tokens
+    for sequence in sequences:
+        if room <= 0:
+            break
+        taken.append(sequence[:room])
+        room -= len(taken[-1])
+    return taken
+
+
+def count_tokens(sequences: Iterable[Tensor]) -> int:
+    """Tokens of all sequences."""
+    return sum(map(len, sequences))
+
+
+def joined(pieces: Sequence[str], has_pieces: bool) -> str:
+    """Symbols of a dictionary as readable text.
+
+    Args:
+        pieces: symbols.
+        has_pieces: whether they are sentencepiece's, where U+2581 begins a word.
+    """
+    if not has_pieces:
+        return " ".join(pieces)
+    marked = (f"\u2581{piece}" if _is_special(piece) else piece for piece in pieces)
+    return "".join(marked).replace("\u2581", " ").strip()
+
+
+def shown(symbol: str, has_pieces: bool) -> str:
+    """One symbol, readable: the middle or the end of a word begins with an ellipsis."""
+    if not has_pieces or _is_special(symbol):
+        return symbol
+    if symbol.startswith("\u2581"):
+        return symbol[1:] or "\u2581"
+    return f"\u2026{symbol}" if symbol[:1].isalnum() else symbol
+
+
+def is_made_of_pieces(dictionary: Dictionary) -> bool:
+    """Whether the symbols of a dictionary are sentencepiece's."""
+    return any(symbol.startswith("\u2581") for symbol in dictionary.symbols)
+
+
+def _is_special(symbol: str) -> bool:
+    return symbol.startswith("<") and symbol.endswith(">") and len(symbol) > 2

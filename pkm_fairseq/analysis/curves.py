@@ -1,0 +1,266 @@
+"""Logs of memory usage in training, side by side."""
+
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from ..criterions.usage_log import read_usage_log
+from .plots import COLOURS, Chart, chart, plain
+
+STYLES = ("-", "--", ":", "-.")
+TRAINING = "train"
+
+
+class Log(NamedTuple):
+    """The log of one training.
+
+    Attributes:
+        name: the arm.
+        file: the log.
+        header: shapes of its memories.
+        records: counts, ascending in updates, the latest of each split and update.
+        truncated: whether the last line was cut off and left out.
+    """
+
+    name: str
+    file: Path
+    header: Dict[str, Any]
+    records: List[Dict[str, Any]]
+    truncated: bool
+
+
+class Metric(NamedTuple):
+    """A number that is logged for each layer, drawn over updates.
+
+    Attributes:
+        title: what it is.
+        path: keys that lead to it in the record of a layer.
+        ceiling: key of the ceiling that uniform routing would reach, drawn dotted.
+        is_share: drawn in per cent.
+        unit: of the vertical axis.
+        meaning: what to look for.
+    """
+
+    title: str
+    path: Tuple[str, ...]
+    unit: str
+    meaning: str
+    ceiling: Optional[str] = None
+    is_share: bool = False
+
+
+_OUTDATED = "Share of slots that were not read in the latest {} updates."
+METRICS = (
+    Metric("Top-1 usage", ("top1_usage",), "slots used",
+           "Share of slots that were a head's first choice.", "top1_ceiling", True),
+    Metric("Top-k usage", ("topk_usage",), "slots used",
+           "Share of slots that received any weight.", "topk_ceiling", True),
+    Metric("KL from uniform", ("kl_weighted",), "nats",
+           "Divergence of the slots' weights from uniform; 0 is perfectly even."),
+    Metric("Gini coefficient", ("gini",), "Gini",
+           "Inequality of the slots' weights: 0 all equal, near 1 one slot has all."),
+    Metric("Dead slots", ("dead_slots",), "slots", "Slots that received no weight in the count."),
+    Metric("Weight of the first choice", ("top1_weight",), "mean weight",
+           "Near 1 a head reads one slot, at 1/knn it reads all its slots alike."),
+    Metric("Entropy of a look-up", ("entropy",), "nats",
+           "Mean entropy of a head's weights, at most log knn."),
+    Metric("Sub-keys used, first half", ("subkey1_usage",), "sub-keys used",
+           "Share of the heads' sub-keys of the first half that were read.", None, True),
+    Metric("Sub-keys used, second half", ("subkey2_usage",), "sub-keys used",
+           "Share of the heads' sub-keys of the second half that were read.", None, True),
+    *(
+        Metric(f"Staleness, {name}", ("staleness", "read", key), "updates",
+               "Updates since a slot was last read; one never read counts from the start.")
+        for name, key in (("median", "p50"), ("90th percentile", "p90"), ("99th percentile", "p99"))
+    ),
+    *(
+        Metric(f"Outdated by more than {limit} updates",
+               ("staleness", "read", "outdated", str(limit)), "slots",
+               _OUTDATED.format(f"{limit:,}"), None, True)
+        for limit in (10, 100, 1000, 10_000)
+    ),
+    Metric("Values moved, median", ("staleness", "moved", "p50"), "L2 distance",
+           "Distance of a slot's value from its initial value."),
+    Metric("Values moved, 99th percentile", ("staleness", "moved", "p99"), "L2 distance",
+           "Distance of a slot's value from its initial value."),
+)  # fmt: skip
+
+
+def read_log(name: str, file: Path) -> Log:
+    """Read a log and compare its counts with its header.
+
+    Raises:
+        ValueError: it is no log of memory usage, holds no count, or contradicts its header.
+    """
+    header, records = read_usage_log(file)
+    if not records:
+        raise ValueError(f"{file} holds no count of memory usage yet")
+    for number, record in enumerate(records, 2):
+        _check_record(f"{file}: line {number}", header, record)
+    latest = {(record["update"], str(record.get("split"))): record for record in records}
+    truncated = not file.read_bytes().endswith(b"\n")
+    ordered = sorted(latest.values(), key=lambda record: record["update"])
+    return Log(name, file, header, ordered, truncated)
+
+
+def shapes_of(log: Log) -> str:
+    """The memories of a log in a few words."""
+    layers: Dict[str, List[str]] = {}
+    for layer, shape in log.header["layers"].items():
+        text = f"{shape['n_slots']:,} slots, {shape['heads']} heads, knn {shape['knn']}"
+        layers.setdefault(text, []).append(layer)
+    parts = [f"layer {', '.join(numbers)}: {text}" for text, numbers in layers.items()]
+    shared = ", shared values" if log.header.get("shared_values") else ""
+    return ("; ".join(parts) if len(parts) > 1 else next(iter(layers))) + shared
+
+
+def series(log: Log, split: str, layer: str, path: Sequence[str]) -> Tuple[List[int], List[float]]:
+    """Updates, and what a metric was then, where it is known; layer "shared": the one table."""
+    updates, numbers = [], []
+    for record in log.records:
+        found: Any = _layer(record, layer) if record["split"] == split else None
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            updates.append(record["update"])
+            numbers.append(float(found))
+    return updates, numbers
+
+
+def splits_of(log: Log) -> List[str]:
+    """Splits that were counted: validation first, training last."""
+    return sorted({record["split"] for record in log.records}, key=lambda s: (s == TRAINING, s))
+
+
+def layers_of(log: Log) -> List[str]:
+    """The layers of a log, and "shared" if it counts the one table that they share."""
+    shared = [record for record in log.records if record.get("shared")]
+    return [*log.header["layers"], *(["shared"] if shared else [])]
+
+
+def draw_curves(logs: Sequence[Log]) -> List[Chart]:
+    """One chart for each metric that any log knows."""
+    charts = []
+    for metric in METRICS:
+        known = [
+            (log, split, layer)
+            for log in logs
+            for split in splits_of(log)
+            for layer in layers_of(log)
+            if series(log, split, layer, metric.path)[0]
+        ]
+        if known:
+            alt = f"{metric.title} over updates. " + _latest(known, metric)
+            charts.append(
+                chart(
+                    metric.title,
+                    metric.meaning,
+                    alt,
+                    lambda axes, m=metric, k=known: _draw(axes, m, k, logs),
+                )
+            )
+    return charts
+
+
+def last_counts(log: Log) -> List[Dict[str, Any]]:
+    """The last count of each split."""
+    return [[r for r in log.records if r["split"] == split][-1] for split in splits_of(log)]
+
+
+def _check_record(where: str, header: Dict[str, Any], record: Dict[str, Any]) -> None:
+    if not isinstance(record.get("split"), str):
+        raise ValueError(f"{where} does not say of which split it is")
+    for layer in record["layers"]:
+        shape = header["layers"][str(layer["layer"])]
+        said = (shape["n_slots"], shape["heads"])
+        counted = (layer.get("n_slots"), len(layer.get("heads", [])))
+        if counted != said:
+            raise ValueError(
+                f"{where} counts {counted[0]} slots and {counted[1]} heads in layer "
+                f"{layer['layer']}, the header says {said[0]} and {said[1]}"
+            )
+    if record.get("shared") and not header.get("shared_values"):
+        raise ValueError(f"{where} counts a shared table, the header says there is none")
+
+
+def _layer(record: Dict[str, Any], layer: str) -> Optional[Dict[str, Any]]:
+    if layer == "shared":
+        return record.get("shared")
+    return next(found for found in record["layers"] if str(found["layer"]) == layer)
+
+
+def _draw(
+    axes: Axes, metric: Metric, known: List[Tuple[Log, str, str]], logs: Sequence[Log]
+) -> None:
+    names = [log.name for log in logs]
+    layers = sorted({layer for _, _, layer in known})
+    splits = sorted({split for _, split, _ in known}, key=lambda s: (s == TRAINING, s))
+    for log, split, layer in known:
+        look = {
+            "color": COLOURS[names.index(log.name) % len(COLOURS)],
+            "linestyle": STYLES[layers.index(layer) % len(STYLES)],
+            **_split_look(split, splits),
+        }
+        updates, numbers = series(log, split, layer, metric.path)
+        axes.plot(updates, numbers, **look)
+        if metric.ceiling:
+            ceiling = series(log, split, layer, (metric.ceiling,))
+            axes.plot(*ceiling, color="#9aa4ab", linewidth=1, linestyle=(0, (1, 1.5)))
+    axes.set(xlabel="updates", ylabel=metric.unit)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0, low), 1.03 if metric.is_share else high * 1.05)
+    if metric.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(handles=_legend(logs, known, layers, splits, metric), fontsize=9, loc="best")
+
+
+def _split_look(split: str, splits: Sequence[str]) -> Dict[str, Any]:
+    """Training thin and faint, validation bold, further subsets with marks."""
+    if split == TRAINING:
+        return {"linewidth": 1.2, "alpha": 0.45}
+    marks = ("", "o", "s", "^", "v")
+    mark = marks[list(splits).index(split) % len(marks)]
+    return {"linewidth": 2, "marker": mark or None, "markersize": 4}
+
+
+def _legend(
+    logs: Sequence[Log],
+    known: List[Tuple[Log, str, str]],
+    layers: Sequence[str],
+    splits: Sequence[str],
+    metric: Metric,
+) -> List[Line2D]:
+    differ = len({shapes_of(log) for log in logs}) > 1
+    present = {log.name for log, _, _ in known}
+    handles = [
+        Line2D([], [], color=COLOURS[i % len(COLOURS)],
+               label=plain(f"{log.name} ({shapes_of(log)})" if differ else log.name))
+        for i, log in enumerate(logs) if log.name in present
+    ]  # fmt: skip
+    grey = "#39434a"
+    if len(layers) > 1:
+        handles += [
+            Line2D([], [], color=grey, linestyle=STYLES[i % len(STYLES)],
+                   label="shared table" if layer == "shared" else f"layer {layer}")
+            for i, layer in enumerate(layers)
+        ]  # fmt: skip
+    handles += [
+        Line2D([], [], color=grey, label=plain(f"split {split}"), **_split_look(split, splits))
+        for split in splits
+    ]
+    if metric.ceiling:
+        dotted = {"color": "#9aa4ab", "linewidth": 1, "linestyle": (0, (1, 1.5))}
+        handles.append(Line2D([], [], label="ceiling of uniform routing", **dotted))
+    return handles
+
+
+def _latest(known: List[Tuple[Log, str, str]], metric: Metric) -> str:
+    parts = []
+    for log, split, layer in known:
+        updates, numbers = series(log, split, layer, metric.path)
+        where = "shared table" if layer == "shared" else f"layer {layer}"
+        parts.append(f"{log.name}, {where}, {split}: {numbers[-1]:.4g} at update {updates[-1]:,}")
+    return "; ".join(parts) + "."

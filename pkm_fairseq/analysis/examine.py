@@ -1,0 +1,133 @@
+"""Read a text with a model, and say what its memories are used for."""
+
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ..memory import MemoryUsage
+from ..memory.usage import tokens_for_ceiling
+from ..models.capture import _batches
+from .checkpoints import Opened, count_tokens
+from .readers import SlotReaders, describe_readers
+
+Advance = Callable[[int], None]
+
+
+class Examined(NamedTuple):
+    """What a checkpoint's memories are used for.
+
+    Attributes:
+        report: ready for JSON.
+        mass: by layer, the softmax weight that each slot received, (n_slots,).
+    """
+
+    report: Dict[str, Any]
+    mass: Dict[int, Tensor]
+
+
+def default_tokens(opened: Opened) -> int:
+    """Tokens with which uniform routing reaches 95 % of the slots of every memory."""
+    configs = [layer.memory.config for layer in opened.model.memory_layers().values()]
+    return max(tokens_for_ceiling(config.n_slots, config.heads) for config in configs)
+
+
+def examine(
+    opened: Opened, sequences: Sequence[Tensor], hottest: int, advance: Advance
+) -> Examined:
+    """Read the text twice: count the usage, then watch who reads the hottest slots.
+
+    Args:
+        opened: the checkpoint.
+        sequences: token ids, each (T,).
+        hottest: slots per layer to watch.
+        advance: called with the number of tokens of each batch.
+
+    Returns:
+        The report: ``name``, ``checkpoint``, ``updates``, ``tokens``; ``layers``, for each
+        ``MemoryUsage.summary`` and ``layer``, ``knn``, ``staleness`` (None if unknown) and
+        ``hot_slots``; ``shared``, the summary of the one table that layers share, or None.
+    """
+    model, pad = opened.model, opened.dictionary.pad()
+    usage = count_usage(model, sequences, pad, advance)
+    mass = {layer: counts.read_mass.sum(0) for layer, counts in usage.items()}
+    watchers = {
+        layer: SlotReaders(
+            heat.topk(min(hottest, len(heat))).indices, len(heat), len(opened.dictionary)
+        )
+        for layer, heat in mass.items()
+    }
+    watch_readers(model, sequences, pad, watchers, advance)
+    layers = [
+        {
+            "layer": layer,
+            "knn": counts.knn,
+            **counts.summary(),
+            "staleness": staleness(opened, layer),
+            "hot_slots": describe_readers(
+                watchers[layer], mass[layer], sequences, opened.dictionary
+            ),
+        }
+        for layer, counts in sorted(usage.items())
+    ]
+    report = {
+        "name": opened.name,
+        "checkpoint": str(opened.file),
+        "updates": opened.updates,
+        "tokens": count_tokens(sequences),
+        "layers": layers,
+        "shared": _shared(opened, usage),
+    }
+    return Examined(report, mass)
+
+
+@torch.no_grad()
+def count_usage(
+    model: Any, sequences: Sequence[Tensor], pad: int, advance: Advance
+) -> Dict[int, MemoryUsage]:
+    """Count the memory usage, by layer, of reading all sequences."""
+    with model.record_memory_usage() as usage:
+        for batch in _batches(sequences, pad):
+            model(batch, features_only=True)
+            advance(int(batch.ne(pad).sum()))
+    return usage
+
+
+@torch.no_grad()
+def watch_readers(
+    model: Any,
+    sequences: Sequence[Tensor],
+    pad: int,
+    watchers: Dict[int, SlotReaders],
+    advance: Advance,
+) -> None:
+    """Read all sequences and count, by layer, who reads the watched slots."""
+    with model.record_memory_usage(watchers):
+        for batch in _batches(sequences, pad):
+            for watcher in watchers.values():
+                watcher.begin(batch)
+            model(batch, features_only=True)
+            advance(int(batch.ne(pad).sum()))
+
+
+def staleness(opened: Opened, layer: int) -> Optional[Dict[str, Any]]:
+    """When the slots of a layer were last read in training; None if the checkpoint has no record.
+
+    ``updates``, ``read`` and ``top1`` as in the log of a training.
+    """
+    reads = opened.model.memory_layers()[layer].reads
+    if not opened.has_read_times or not opened.updates or not reads.last_read.any():
+        return None
+    return reads.summary(opened.updates)
+
+
+def _shared(opened: Opened, usage: Dict[int, MemoryUsage]) -> Optional[Dict[str, Any]]:
+    """The usage of the one table that all layers read, None if each has its own."""
+    first, *others = usage.values()
+    configs = [layer.memory.config for layer in opened.model.memory_layers().values()]
+    if not others or not all(config.share_values for config in configs):
+        return None
+    whole = MemoryUsage(first.n_slots, first.heads)
+    for counts in (first, *others):
+        whole.merge(counts)
+    return whole.summary()

@@ -1,0 +1,33 @@
+"""The page of a report: one file that needs nothing but a browser."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from . import tables
+from .curves import draw_curves
+from .plots import COLOURS, charts_of_checkpoints
+from .report import Analysis
+
+
+def page(analysis: Analysis) -> str:
+    """The page as HTML, with all charts in it."""
+    report = analysis.report
+    checkpoints = report["checkpoints"]
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    ).get_template("page.html")
+    return template.render(
+        **report,
+        colours=COLOURS,
+        charts=charts_of_checkpoints(checkpoints, analysis.masses),
+        curves=draw_curves(analysis.logs) if analysis.logs else [],
+        usage=(("checkpoint", "layer", "head", *tables.USAGE_COLUMNS),
+               tables.usage_rows(checkpoints)),
+        staleness=(("checkpoint", "layer", *tables.STALENESS_COLUMNS),
+                   tables.staleness_rows(checkpoints)),
+        drifts=(("checkpoints", "layer", "head", *tables.DRIFT_COLUMNS),
+                tables.drift_rows(report["drift"])),
+        last=(("log", "memories", "layer", *tables.LOG_COLUMNS), tables.log_rows(analysis.logs)),
+        last_head=tables.LAST_HEAD,
+    )  # fmt: skip

@@ -1,0 +1,182 @@
+"""The whole way: checkpoints, text and logs to a report for JSON, the terminal and a page."""
+
+import platform
+from argparse import Namespace
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..memory.usage import uniform_ceiling
+from .checkpoints import (
+    Opened,
+    count_tokens,
+    first_tokens,
+    named_files,
+    open_checkpoint,
+    read_text,
+)
+from .curves import Log, last_counts, read_log
+from .drift import drift_of_models
+from .examine import default_tokens, examine
+
+Begin = Callable[[str, int], Callable[[int], None]]  # a step's name and size -> its advance
+
+
+class Analysis(NamedTuple):
+    """What was found.
+
+    Attributes:
+        report: ready for JSON.
+        masses: of each checkpoint, by layer, the weight of each slot, (n_slots,).
+        logs: of trainings.
+    """
+
+    report: Dict[str, Any]
+    masses: List[Dict[int, Tensor]]
+    logs: List[Log]
+
+
+def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analysis:
+    """Look at all checkpoints and logs that the command line names.
+
+    Args:
+        args: ``checkpoint`` and ``log``, lists of ``[NAME=]FILE``; ``data`` or ``text`` and what
+            belongs to it; ``tokens`` (None: by the size of the memories), ``hot``, ``probe``.
+        begin: called with the name of each step and its number of tokens; returns what is called
+            with finished tokens.
+        warn: called with each warning, one line.
+
+    Raises:
+        ValueError: anything is wrong with an option or a file; the message says what.
+    """
+    notes: List[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        warn(text)
+
+    logs = [read_log(name, file) for name, file in named_files(args.log)]
+    for log in logs:
+        if log.truncated:
+            note(f"{log.file}: the last line was cut off and is left out")
+    reports, masses, drifts = _checkpoints(args, begin, note)
+    report = {
+        "text": args.data or args.text,
+        "split": args.split if args.data else None,
+        "notes": notes,
+        "checkpoints": reports,
+        "drift": drifts,
+        "logs": [
+            {"name": log.name, "file": str(log.file), "header": log.header,
+             "last": last_counts(log)}
+            for log in logs
+        ],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "pkm_fairseq": __version__,
+        },
+    }  # fmt: skip
+    return Analysis(report, masses, logs)
+
+
+def _checkpoints(
+    args: Namespace, begin: Begin, note: Callable[[str], None]
+) -> Tuple[List[Dict[str, Any]], List[Dict[int, Tensor]], List[Dict[str, Any]]]:
+    """Examine one checkpoint after the other; two models are in memory at most."""
+    reports, masses, drifts = [], [], []
+    previous: Optional[Opened] = None
+    for name, file in named_files(args.checkpoint):
+        opened = open_checkpoint(name, file, args)
+        if previous is not None:
+            drifts.append(_drift(args, previous, opened))
+        previous = None  # frees it
+        sequences = _text_for(args, opened, note)
+        advance = begin(name, 2 * count_tokens(sequences))
+        examined = examine(opened, sequences, args.hot, advance)
+        reports.append(examined.report)
+        masses.append(examined.mass)
+        previous = opened
+    return reports, masses, drifts
+
+
+def _text_for(args: Namespace, opened: Opened, note: Callable[[str], None]) -> List[Tensor]:
+    """The tokens to read; says so if there are fewer than wanted."""
+    wanted = args.tokens or default_tokens(opened)
+    source = args.data or args.text
+    length = opened.model.max_positions()
+    sequences = first_tokens(read_text(args, opened.dictionary, length), wanted)
+    n_tokens = count_tokens(sequences)
+    if not n_tokens:
+        raise ValueError(f"{source} holds no token")
+    if n_tokens < wanted:
+        for config, layers in _configs(opened).items():
+            ceiling = uniform_ceiling(n_tokens * config.heads, config.n_slots)
+            note(
+                f"{opened.name}: {source} has only {n_tokens:,} of the {wanted:,} tokens wanted; "
+                f"with these, uniform routing would reach a top-1 usage of {100 * ceiling:.1f} % "
+                f"in layer {', '.join(map(str, layers))}"
+            )
+    return sequences
+
+
+def _configs(opened: Opened) -> Dict[Any, List[int]]:
+    """Layers by the settings of their memory."""
+    configs: Dict[Any, List[int]] = {}
+    for index, layer in opened.model.memory_layers().items():
+        configs.setdefault(layer.memory.config, []).append(index)
+    return configs
+
+
+def _drift(args: Namespace, before: Opened, after: Opened) -> Dict[str, Any]:
+    """Drift over the first tokens of the text, cut into the same sequences for both."""
+    length = min(opened.model.max_positions() for opened in (before, after))
+    if before.dictionary.symbols != after.dictionary.symbols:
+        raise ValueError(
+            f"{before.name} and {after.name} were trained with different dictionaries: "
+            "they cannot read the same tokens"
+        )
+    probe = first_tokens(read_text(args, before.dictionary, length), args.probe)
+    layers = drift_of_models(before.model, after.model, probe, before.dictionary.pad(), args.probe)
+    return {"before": before.name, "after": after.name, "layers": layers}
+
+
+def check_options(args: Namespace) -> None:
+    """Refuse what is impossible, and what would have no effect.
+
+    Raises:
+        ValueError: one line that names the option.
+    """
+    source, has_text = args.data or args.text, bool(args.checkpoint)
+    if not args.checkpoint and not args.log:
+        raise ValueError(
+            "nothing to look at: name a --checkpoint with --data or --text, or a --log"
+        )
+    if has_text and not source:
+        raise ValueError("--checkpoint needs a text to read: --data or --text")
+    for option, minimum in (("tokens", 1), ("hot", 1), ("probe", 1)):
+        value = getattr(args, option)
+        if value is not None and value < minimum:
+            raise ValueError(f"--{option} is {value}, must be at least {minimum}")
+    _check_effects(args, has_text)
+    args.split = args.split or "valid"
+    args.hot = args.hot or 20
+    args.probe = args.probe or 1000
+
+
+def _check_effects(args: Namespace, has_text: bool) -> None:
+    needs: Sequence[Tuple[str, Any, bool, str]] = (
+        ("--data", args.data, has_text, "--checkpoint"),
+        ("--text", args.text, has_text, "--checkpoint"),
+        ("--tokens", args.tokens, has_text, "--checkpoint"),
+        ("--hot", args.hot, has_text, "--checkpoint"),
+        ("--probe", args.probe, len(args.checkpoint) > 1, "two or more checkpoints"),
+        ("--split", args.split, bool(args.data), "--data"),
+        ("--spm", args.sentencepiece_model, bool(args.text), "--text"),
+        ("--dict", args.dict, bool(args.text), "--text"),
+    )
+    for option, value, is_possible, other in needs:
+        if value is not None and not is_possible:
+            raise ValueError(f"{option} has no effect without {other}")

@@ -1,0 +1,211 @@
+"""Tables of memory usage for the terminal."""
+
+from typing import Any, Dict, List, Optional, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .curves import Log, last_counts, shapes_of
+
+DASH = "-"
+WORDS = 5  # tokens shown of each slot
+
+
+def usage_table(reports: Sequence[Dict[str, Any]]) -> Table:
+    """What each memory, and each of its heads, is used for; checkpoints side by side."""
+    table = _table("memory usage", ("checkpoint", "layer", "head"), USAGE_COLUMNS)
+    for row in usage_rows(reports):
+        name, layer, head, *cells = row
+        table.add_row(escape(name), layer, head, *cells, end_section=head == LAST_HEAD)
+    return table
+
+
+USAGE_COLUMNS = (
+    *("top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL", "Gini", "50/90/99 % in"),
+    *("top-1 weight", "entropy", "sub-keys"),
+)
+LAST_HEAD = "all"
+
+
+def usage_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """Rows of checkpoint, layer, head and :data:`USAGE_COLUMNS`; each layer ends with all heads."""
+    rows = []
+    layers = sorted({layer["layer"] for report in reports for layer in report["layers"]})
+    for index in layers:
+        for report in reports:
+            for layer in report["layers"]:
+                if layer["layer"] == index:
+                    rows += _memory_rows(report["name"], str(index), layer)
+    for report in reports:
+        if report["shared"]:
+            rows += _memory_rows(report["name"], "shared", report["shared"])
+    return rows
+
+
+def _memory_rows(name: str, layer: str, summary: Dict[str, Any]) -> List[List[str]]:
+    heads = [[name, layer, str(i), *usage_cells(h)] for i, h in enumerate(summary["heads"])]
+    return [*heads, [name, layer, LAST_HEAD, *usage_cells(summary)]]
+
+
+def usage_cells(counts: Dict[str, Any]) -> List[str]:
+    """Numbers of a memory or of one head, for :data:`USAGE_COLUMNS`."""
+    return [
+        *(
+            f"{percent(counts[f'{kind}_usage'])} ({percent(counts[f'{kind}_ceiling'])})"
+            for kind in ("top1", "topk")
+        ),
+        f"{counts['dead_slots']:,}",
+        f"{counts['kl_weighted']:.2f}",
+        f"{counts['gini']:.2f}",
+        " / ".join(f"{counts[f'slots_{share}']:,}" for share in (50, 90, 99)),
+        f"{counts['top1_weight']:.2f}",
+        f"{counts['entropy']:.2f}",
+        f"{percent(counts['subkey1_usage'])} / {percent(counts['subkey2_usage'])}",
+    ]
+
+
+STALENESS_COLUMNS = (
+    *("updates", "never read", "median", "p90", "p99", "outdated > 100", "> 1,000"),
+    *("never top-1", "top-1 median", "top-1 p90"),
+)
+
+
+def staleness_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """Rows of checkpoint, layer and :data:`STALENESS_COLUMNS`, where a checkpoint knows them."""
+    return [
+        [report["name"], str(layer["layer"]), *_staleness_cells(layer["staleness"])]
+        for report in reports
+        for layer in report["layers"]
+        if layer["staleness"]
+    ]
+
+
+def _staleness_cells(staleness: Dict[str, Any]) -> List[str]:
+    read, top1 = staleness["read"], staleness["top1"]
+    return [
+        f"{staleness['updates']:,}",
+        percent(read["never"]),
+        *(f"{read[key]:,.0f}" for key in ("p50", "p90", "p99")),
+        *(percent(read["outdated"][key]) for key in ("100", "1000")),
+        percent(top1["never"]),
+        *(f"{top1[key]:,.0f}" for key in ("p50", "p90")),
+    ]
+
+
+DRIFT_COLUMNS = (
+    *("tokens", "top-k Jaccard", "top-1 same", "query cosine", "queries moved", "sub-keys moved"),
+    *("values moved", "slot p50 / p90 / p99", "slots unmoved"),
+)
+
+
+def drift_rows(drifts: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """Rows of checkpoints, layer, head and :data:`DRIFT_COLUMNS`."""
+    rows = []
+    for pair in drifts:
+        name = f"{pair['before']} → {pair['after']}"
+        for layer in pair["layers"]:
+            for head in (*layer["heads"], layer):
+                is_whole = head is layer
+                who = LAST_HEAD if is_whole else str(head["head"])
+                cells = [
+                    f"{layer['tokens']:,}",
+                    *(number(head[key]) for key in ("topk_jaccard", "top1_same", "query_cosine")),
+                    *(number(head[key]) for key in ("query_moved", "keys_moved")),
+                    *(_value_cells(layer) if is_whole else ("", "", "")),
+                ]
+                rows.append([name, str(layer["layer"]), who, *cells])
+    return rows
+
+
+def _value_cells(layer: Dict[str, Any]) -> List[str]:
+    quantiles = (number(layer[f"values_moved_{q}"]) for q in ("p50", "p90", "p99"))
+    moved = number(layer["values_moved"])
+    return [moved, " / ".join(quantiles), percent(layer["values_unmoved"])]
+
+
+LOG_COLUMNS = (
+    *("split", "update", "top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL", "Gini"),
+    *("top-1 weight", "staleness p50 / p90", "values moved p50"),
+)
+
+
+def log_rows(logs: Sequence[Log]) -> List[List[str]]:
+    """Rows of arm, shapes, layer and :data:`LOG_COLUMNS`: the last count of each split."""
+    rows = []
+    for log in logs:
+        for record in last_counts(log):
+            for layer in record["layers"]:
+                start = [log.name, shapes_of(log), str(layer["layer"])]
+                where = [record["split"], f"{record['update']:,}"]
+                rows.append([*start, *where, *_log_cells(layer)])
+    return rows
+
+
+def _log_cells(layer: Dict[str, Any]) -> List[str]:
+    top1, topk, dead, kl, gini, _, weight, *_ = usage_cells(layer)
+    staleness: Dict[str, Any] = layer.get("staleness") or {}
+    read: Optional[Dict[str, Any]] = staleness.get("read")
+    moved: Optional[Dict[str, Any]] = staleness.get("moved")
+    since = f"{read['p50']:,.0f} / {read['p90']:,.0f}" if read else DASH
+    return [top1, topk, dead, kl, gini, weight, since, number(moved["p50"]) if moved else DASH]
+
+
+def slot_table(reports: Sequence[Dict[str, Any]], hottest: int = 5) -> Table:
+    """The hottest slots of each layer and the tokens that read them most."""
+    columns = ("slot", "times uniform", "symbols")
+    table = _table("hottest slots", ("checkpoint", "layer"), columns, "read most by")
+    for report in reports:
+        for layer in report["layers"]:
+            for slot in layer["hot_slots"][:hottest]:
+                words = ", ".join(
+                    f"{reader['token']} {100 * reader['weight_share']:.0f} %"
+                    for reader in slot["readers"][:WORDS]
+                )
+                table.add_row(
+                    *(escape(report["name"]), str(layer["layer"]), f"{slot['slot']:,}"),
+                    *(f"{slot['times_uniform']:.1f}", f"{slot['symbols']:,}", escape(words)),
+                )
+    return table
+
+
+def tables(report: Dict[str, Any], logs: Sequence[Log]) -> List[Table]:
+    """All tables of a report that have rows."""
+    found = []
+    checkpoints = report["checkpoints"]
+    if checkpoints:
+        found += [usage_table(checkpoints), slot_table(checkpoints)]
+    for title, first, columns, rows in (
+        ("staleness of slots, in updates", ("checkpoint", "layer"), STALENESS_COLUMNS,
+         staleness_rows(checkpoints)),
+        ("drift between checkpoints", ("checkpoints", "layer", "head"), DRIFT_COLUMNS,
+         drift_rows(report["drift"])),
+        ("last counts in the logs", ("log", "memories", "layer"), LOG_COLUMNS, log_rows(logs)),
+    ):  # fmt: skip
+        if rows:
+            found.append(_table(title, first, columns))
+            for row in rows:
+                found[-1].add_row(*map(escape, row))
+    return found
+
+
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: Optional[float]) -> str:
+    """A number with four significant digits; a dash if there is none."""
+    return DASH if value is None else f"{value:.4g}"
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str], last: str = "") -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(left):
+        is_number = column in ("layer", "head")
+        table.add_column(column, overflow="fold", no_wrap=is_number, min_width=0 if i else 12)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    if last:
+        table.add_column(last)
+    return table

@@ -1,0 +1,181 @@
+"""GLUE's official metrics over a whole validation set, through fairseq's logging."""
+
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import numpy as np
+import torch
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
+from fairseq.utils import safe_getattr
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+
+POSITIVE_CLASS = 1
+DIGITS = 2  # of the per cent that are logged
+ROWS = "glue_rows"
+MARK = "glue_metric_"
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+CLASS_METRICS: Dict[str, Metric] = {
+    "accuracy": accuracy_score,
+    "f1": lambda targets, predictions: f1_score(
+        targets == POSITIVE_CLASS, predictions == POSITIVE_CLASS, zero_division=0
+    ),
+    "mcc": lambda targets, predictions: _of_varying(matthews_corrcoef, targets, predictions),
+}
+SCORE_METRICS: Dict[str, Metric] = {
+    "pearson": lambda targets, scores: _of_varying(lambda *x: pearsonr(*x)[0], targets, scores),
+    "spearman": lambda targets, scores: _of_varying(lambda *x: spearmanr(*x)[0], targets, scores),
+}
+
+
+def score(metric: str, predictions: Any, targets: Any) -> float:
+    """One of GLUE's metrics, in per cent.
+
+    A correlation (mcc, pearson, spearman) with something constant is 0.
+
+    Args:
+        metric: accuracy, f1 (of class 1), mcc (Matthews), pearson or spearman.
+        predictions: class ids, or scores as :func:`clip_scores` leaves them, (N,).
+        targets: the true ones, (N,).
+
+    Raises:
+        ValueError: the metric is unknown, or the lengths differ or are 0.
+    """
+    known = {**CLASS_METRICS, **SCORE_METRICS}
+    if metric not in known:
+        raise ValueError(f"metric is {metric!r}, must be one of {', '.join(known)}")
+    predictions, targets = np.asarray(predictions), np.asarray(targets)
+    if not 0 < len(predictions) == len(targets):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(targets)} targets: must be as many, and some"
+        )
+    return 100 * float(known[metric](targets, predictions))
+
+
+def clip_scores(scores: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Predicted scores moved into the range of the labels.
+
+    A regression predicts beyond the range, where no label can be; both what is measured on dev
+    and what is handed in is clipped. That changes Pearson's correlation.
+    """
+    return scores.clamp(low, high)
+
+
+def _of_varying(metric: Metric, targets: np.ndarray, predictions: np.ndarray) -> float:
+    """A correlation; 0 if one side is constant, where it is not defined."""
+    if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return metric(targets, predictions)
+
+
+class GlueMetrics:
+    """Mixin for a sentence-prediction criterion: logs the metrics that ``glue_metrics`` names.
+
+    Each validation batch's logging output carries its rows (id, prediction, target) of all
+    workers. They are collected by a meter of fairseq's own, and the metrics derived from all of
+    them, each row once: workers that ran out of batches see rows again.
+    """
+
+    def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
+        super().__init__(cfg, task)
+        names = safe_getattr(cfg, "glue_metrics") or ""
+        self._glue_metrics = _checked(names, cfg.regression_target, task)
+
+    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple:
+        """Compute the parent's loss; in validation also keep what was predicted."""
+        if model.training or not self._glue_metrics:
+            return super().forward(model, sample, reduce)
+        with _outputs_of(model.classification_heads[self.classification_head_name]) as outputs:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        predictions, targets = self._predicted(outputs[-1]), sample["target"].view(-1)
+        rows = torch.stack([x.double() for x in (sample["id"], predictions, targets)], dim=1)
+        logging_output[ROWS] = rows_of_workers(rows).cpu()  # (rows of all workers, 3)
+        # fairseq may sum logging outputs over workers: this says by how much
+        logging_output.update({MARK + name: 1.0 for name in self._glue_metrics})
+        if self.regression_target and not targets.clamp(0, 1).equal(targets):
+            raise SystemExit(
+                "--glue-metrics: targets of a regression must be scaled to 0..1, as "
+                f"prepare_glue.py does; found {targets.min():g} to {targets.max():g}"
+            )
+        return loss, sample_size, logging_output
+
+    def _predicted(self, logits: Tensor) -> Tensor:
+        """Class ids or scores, (B,), of the head's output, (B, classes or 1)."""
+        if self.regression_target:
+            return clip_scores(logits.view(-1).float())
+        return logits.argmax(dim=1)
+
+
+def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
+    known = SCORE_METRICS if is_regression else CLASS_METRICS
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in chosen:
+        if name not in known:
+            kind = "with" if is_regression else "without"
+            raise SystemExit(
+                f"--glue-metrics names {name}, must be of {', '.join(known)} "
+                f"{kind} --regression-target"
+            )
+    if "f1" in chosen and task.cfg.num_classes != 2:
+        raise SystemExit(f"--glue-metrics f1 needs --num-classes 2, not {task.cfg.num_classes}")
+    return chosen
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
+    outputs: List[Tensor] = []
+    hook = module.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def rows_of_workers(rows: Tensor) -> Tensor:
+    """Rows of all data-parallel workers, (R, 3), in the order of workers; each must call it."""
+    world = distributed_utils.get_data_parallel_world_size()
+    if world == 1:
+        return rows
+    rank = distributed_utils.get_data_parallel_rank()
+    group = distributed_utils.get_data_parallel_group()
+    sizes = rows.new_zeros(world)
+    sizes[rank] = len(rows)
+    distributed_utils.all_reduce(sizes, group=group)
+    longest = int(sizes.max())
+    everyone = rows.new_zeros(world, longest, 3)
+    everyone[rank, : len(rows)] = rows
+    distributed_utils.all_reduce(everyone, group=group)
+    return torch.cat([part[: int(n)] for part, n in zip(everyone, sizes, strict=True)])
+
+
+def log_glue_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+    """Log the metrics of one validation step, or of a whole validation, in per cent.
+
+    To be called before fairseq logs its accuracy, which is the same over the whole set: it then
+    gets as many digits as the others.
+    """
+    chosen = {key for log in logging_outputs for key in log if key.startswith(MARK)}
+    if not chosen:
+        return
+    for log in logging_outputs:
+        reports = max(float(log.get(key, 0)) for key in chosen)
+        if reports:
+            metrics.log_concat_tensor(f"_{ROWS}", log[ROWS].cpu() / reports)
+    for name in sorted(key.removeprefix(MARK) for key in chosen):
+        if name == "accuracy":
+            metrics.log_scalar(name, 0.0, weight=0, round=DIGITS)
+        else:
+            metrics.log_derived(name, _derived(name))
+
+
+def _derived(name: str) -> Callable[[Dict[str, Any]], float]:
+    def of_all_rows(meters: Dict[str, Any]) -> float:
+        rows = meters[f"_{ROWS}"].tensor.numpy()
+        _, first = np.unique(rows[:, 0], return_index=True)  # by id: each example once
+        return round(score(name, rows[first, 1], rows[first, 2]), DIGITS)
+
+    return of_all_rows

@@ -1,0 +1,161 @@
+"""One count of look-ups over all workers, and what it says."""
+
+from typing import Any, Dict, Optional
+
+import torch
+from fairseq.distributed import utils as distributed_utils
+
+from ..memory import MemoryUsage
+from ..memory.staleness import movement, summarise
+from ..memory.usage import tokens_for_ceiling
+
+PREFIX = "memory"
+LOGGED = (
+    "tokens",
+    "top1_usage",
+    "topk_usage",
+    "top1_ceiling",
+    "topk_ceiling",
+    "kl_weighted",
+    "kl_unweighted",
+    "gini",
+    "dead_slots",
+    "top1_weight",
+    "entropy",
+    "subkey1_usage",
+    "subkey2_usage",
+)
+LOGGED_STALENESS = ("never", "p50", "p90")  # of reads and of first choices
+
+
+class Count:
+    """A count of the look-ups of a number of tokens, over all workers.
+
+    Args:
+        model: whose memories are counted.
+        split: what the tokens are of.
+        tokens: how many to count; 0 means as many as let uniform routing reach 95 % of the slots.
+
+    Attributes:
+        usage: this worker's counters, by layer.
+        total: those of all workers, as of the last :meth:`add_up`.
+        latest: the last report, for fairseq's log.
+        updates: updates of the training, that under way included; None outside a training.
+    """
+
+    def __init__(self, model: Any, split: str, tokens: int) -> None:
+        self.split = split
+        self.layers = model.memory_layers()
+        memory = next(iter(self.layers.values())).memory  # all have the same settings
+        self.budget = tokens or tokens_for_ceiling(memory.config.n_slots, memory.config.heads)
+        self.usage: Dict[int, MemoryUsage] = model.new_memory_usage()
+        for usage in self.usage.values():
+            usage.max_tokens = -(-self.budget // distributed_utils.get_data_parallel_world_size())
+        self.total: Dict[int, MemoryUsage] = {}
+        self.latest: Dict[str, float] = {}
+        self.is_full = False
+        finished = finished_updates(model)
+        self.updates = None if finished is None else finished + 1
+
+    def check(self, device: torch.device) -> None:
+        """See whether all workers have counted enough; every worker must call it."""
+        lacking = not all(usage.is_full for usage in self.usage.values())
+        if distributed_utils.get_data_parallel_world_size() > 1:
+            group = distributed_utils.get_data_parallel_group()
+            anywhere = torch.tensor(int(lacking), device=device)
+            distributed_utils.all_reduce(anywhere, group=group, op="max")
+            lacking = bool(anywhere)
+        self.is_full = not lacking
+
+    def add_up(self, device: torch.device) -> None:
+        """Sum the counters of all workers; every worker must call it."""
+        for usage in self.usage.values():  # a worker without a token has them on the CPU
+            usage.to(device)
+        totals = {layer: sum_over_workers(usage) for layer, usage in self.usage.items()}
+        self.total = {layer: total for layer, total in totals.items() if total.tokens}
+
+    def report(self) -> Dict[str, float]:
+        """What fairseq is to log, as ``memory<layer>_<key>``; nothing if no token was counted."""
+        report: Dict[str, float] = {}
+        for layer, total in sorted(self.total.items()):
+            summary = total.summary(per_head=False)
+            report.update({f"{PREFIX}{layer}_{key}": float(summary[key]) for key in LOGGED})
+            if self.updates is not None:
+                stale = self.layers[layer].reads.summary(self.updates)
+                for event in ("read", "top1"):
+                    for key in LOGGED_STALENESS:
+                        report[f"{PREFIX}{layer}_{event}_{key}"] = stale[event][key]
+        # fairseq may sum logging outputs over workers: this says by how much
+        return {**report, f"{PREFIX}_reports": 1.0} if report else {}
+
+    def record(self, initial: Optional[Dict[str, torch.Tensor]]) -> Dict[str, Any]:
+        """The line of ``memory_usage.jsonl``.
+
+        Args:
+            initial: values at the start of the training, by layer; None if they are not known.
+        """
+        moved = {layer: self._moved(layer, initial) for layer in self.total}
+        layers = [
+            {"layer": i, **total.summary(), "staleness": self._staleness([i], moved[i])}
+            for i, total in sorted(self.total.items())
+        ]
+        memory = next(iter(self.layers.values())).memory
+        shared = self._shared(moved) if memory.config.share_values else None
+        head = {"update": self.updates, "split": self.split, "budget": self.budget}
+        return {**head, "layers": layers, "shared": shared}
+
+    def _shared(self, moved: Dict[int, Any]) -> Dict[str, Any]:
+        """Of the one table that all layers read; a token counts once for each layer."""
+        totals = list(self.total.values())
+        whole = MemoryUsage(totals[0].n_slots, totals[0].heads)
+        for total in totals:
+            whole.merge(total)
+        layers = list(self.total)
+        return {**whole.summary(), "staleness": self._staleness(layers, moved[layers[0]])}
+
+    def _staleness(self, layers: "list[int]", moved: Any) -> Optional[Dict[str, Any]]:
+        """Since when no reader of a slot, of these layers, has read it."""
+        if self.updates is None:
+            return None
+        reads = [self.layers[layer].reads for layer in layers]
+        last_read = torch.stack([x.last_read for x in reads]).amax(0)
+        last_top1 = torch.stack([x.last_top1 for x in reads]).amax(0)
+        said = {"read": summarise(last_read, self.updates)}
+        said["top1"] = summarise(last_top1, self.updates)
+        return {"updates": self.updates, **said, "moved": moved}
+
+    def _moved(self, layer: int, initial: Any) -> Optional[Dict[str, float]]:
+        values = self.layers[layer].memory.values.weight
+        if initial is None or str(layer) not in initial:
+            return None
+        return movement(values, initial[str(layer)])
+
+
+def finished_updates(model: Any) -> Optional[int]:
+    """Finished updates as fairseq last told the model; None outside a training."""
+    return next(iter(model.memory_layers().values())).reads.updates
+
+
+def merge_read_times(model: Any) -> None:
+    """Let every worker know when any of them has read a slot; every worker must call it."""
+    if distributed_utils.get_data_parallel_world_size() == 1:
+        return
+    group = distributed_utils.get_data_parallel_group()
+    for _, layer in sorted(model.memory_layers().items()):
+        for last in (layer.reads.last_read, layer.reads.last_top1):
+            distributed_utils.all_reduce(last, group=group, op="max")
+
+
+def sum_over_workers(local: MemoryUsage) -> MemoryUsage:
+    """The usage of all data-parallel workers together; ``local`` is left as it is."""
+    if distributed_utils.get_data_parallel_world_size() == 1:
+        return local
+    group = distributed_utils.get_data_parallel_group()
+    total = MemoryUsage(local.n_slots, local.heads).merge(local)
+    tokens = total.read_count.new_tensor([total.tokens])
+    knn = total.read_count.new_tensor([total.knn or 0])
+    for counts in (tokens, *total.counters()):
+        distributed_utils.all_reduce(counts, group=group, op="sum")
+    distributed_utils.all_reduce(knn, group=group, op="max")
+    total.tokens, total.knn = int(tokens), int(knn) or None
+    return total

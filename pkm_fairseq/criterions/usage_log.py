@@ -1,0 +1,132 @@
+"""``memory_usage.jsonl``: the memory usage of a training, one count a line."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..files import write_file
+
+logger = logging.getLogger(__name__)
+
+FILE = "memory_usage.jsonl"
+INITIAL_VALUES = "memory_initial_values.pt"
+FORMAT = 1
+
+
+class UsageLog:
+    """Appends to the log of a training, which may have been interrupted.
+
+    A last line that a kill has truncated, and lines of updates that will be done again, are
+    dropped. A training from the start moves the log of an earlier one to ``*.old``.
+
+    Args:
+        file: the log; need not exist.
+        header: shapes of the memories, as :func:`header_of` makes it.
+        updates: finished updates of the checkpoint that the training goes on from.
+
+    Raises:
+        ValueError: the file is no such log, or that of memories of other shapes.
+    """
+
+    def __init__(self, file: Path, header: Dict[str, Any], updates: int) -> None:
+        self.file = file
+        known: List[Dict[str, Any]] = []
+        if file.exists() and file.stat().st_size:
+            theirs, known = read_usage_log(file)
+            if theirs != header:
+                raise ValueError(
+                    f"{file} is the log of memories of other shapes, {_shapes(theirs)}; those of "
+                    f"this run are {_shapes(header)}: choose another --save-dir, or move it away"
+                )
+            if not updates and known:
+                file.replace(file.with_name(f"{file.name}.old"))
+                logger.info(f"{file} was of an earlier training: moved to {file.name}.old")
+                known = []
+        kept = [record for record in known if record["update"] <= updates]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, "".join(f"{json.dumps(line)}\n" for line in (header, *kept)))
+
+    def append(self, record: Dict[str, Any]) -> None:
+        """Add a line."""
+        with self.file.open("a", encoding="utf-8") as log:
+            log.write(f"{json.dumps(record)}\n")
+
+
+def header_of(model: Any) -> Dict[str, Any]:
+    """The first line of a log: what counts of different updates have in common."""
+    configs = {layer: x.memory.config for layer, x in sorted(model.memory_layers().items())}
+    return {
+        "format": FORMAT,
+        "layers": {
+            str(layer): {"n_slots": c.n_slots, "heads": c.heads, "knn": c.knn}
+            for layer, c in configs.items()
+        },
+        "shared_values": any(c.share_values for c in configs.values()),
+    }
+
+
+def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
+    """Read a log; a last line without its end, as a kill leaves it, is left out.
+
+    Returns:
+        The header, and the counts in the order of the file.
+
+    Raises:
+        ValueError: there is no such file, or it is no such log; the message says which line.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    *lines, truncated = file.read_bytes().split(b"\n")
+    if truncated:
+        logger.warning(f"{file}: line {len(lines) + 1} is truncated and left out")
+    parsed = [_parse(file, number, line) for number, line in enumerate(lines, 1)]
+    if not parsed or parsed[0].get("format") != FORMAT or "layers" not in parsed[0]:
+        raise ValueError(f"{file}: line 1 is no header of format {FORMAT}: not a log of usage")
+    header, *records = parsed
+    for number, record in enumerate(records, 2):
+        layers = [str(layer.get("layer")) for layer in record.get("layers", [])]
+        if layers != list(header["layers"]) or not isinstance(record.get("update"), int):
+            raise ValueError(
+                f"{file}: line {number} is no count of layers {', '.join(header['layers'])}"
+            )
+    return header, records
+
+
+def save_initial_values(model: Any, folder: Path) -> None:
+    """Keep the values that a training starts from, to see later how far they have moved."""
+    file = folder / INITIAL_VALUES
+    part = file.with_name(f"{file.name}.part")
+    tables = {str(i): x.memory.values.weight for i, x in sorted(model.memory_layers().items())}
+    torch.save({layer: values.detach().cpu() for layer, values in tables.items()}, part)
+    part.replace(file)
+
+
+def load_initial_values(folder: Path) -> Optional[Dict[str, Tensor]]:
+    """The values, by layer, that a training started from, on disk; None if they were not kept."""
+    file = folder / INITIAL_VALUES
+    if not file.is_file():
+        return None
+    values: Dict[str, Tensor] = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    return values
+
+
+def _parse(file: Path, number: int, line: bytes) -> Dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file}: line {number} is no JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file}: line {number} is no JSON object")
+    return parsed
+
+
+def _shapes(header: Dict[str, Any]) -> str:
+    shapes = [
+        f"layer {layer}: {shape['n_slots']} slots, {shape['heads']} heads, knn {shape['knn']}"
+        for layer, shape in header["layers"].items()
+    ]
+    return "; ".join(shapes) + (", values shared" if header["shared_values"] else "")

@@ -1,0 +1,1 @@
+"""GLUE: preparation of its tasks, finetuning on them, and predictions for its server."""

@@ -1,0 +1,122 @@
+"""Prepared tasks, as ``prepare_glue.py`` leaves them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from fairseq.data import Dictionary, data_utils
+
+from .metrics import score
+from .tasks import TASKS
+
+DEV_SPLITS = ("valid", "valid1")
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """One task's binarised data.
+
+    Attributes:
+        name: of the task.
+        folder: with ``input0``, ``input1``, ``label``.
+        labels: in class order; empty for regression.
+        metrics: the official ones; the first selects the checkpoint.
+        dev_splits: valid, and valid1 if there are two.
+        n_train: training examples.
+        key: hash of what it was prepared from.
+    """
+
+    name: str
+    folder: Path
+    labels: Tuple[str, ...]
+    metrics: Tuple[str, ...]
+    dev_splits: Tuple[str, ...]
+    n_train: int
+    key: str
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether a score is predicted, and not a class."""
+        return not self.labels
+
+
+def prepared_tasks(data: Path, names: Optional[Sequence[str]] = None) -> List[PreparedTask]:
+    """The tasks in a folder of prepared data; those of these names, or all of them.
+
+    Raises:
+        ValueError: there are none, or one of them is not prepared.
+    """
+    found = {file.parent.name for file in data.glob("*/task.json")}
+    if not found:
+        raise ValueError(f"--data {data} holds no prepared task: run scripts/prepare_glue.py")
+    known = [*(name for name in TASKS if name in found), *sorted(found - set(TASKS))]
+    for name in names or ():
+        if name not in known:
+            problem = "is not prepared" if name in TASKS else "is no task"
+            raise ValueError(f"--tasks: {name} {problem}; --data {data} holds {', '.join(known)}")
+    return [_read(data / name) for name in dict.fromkeys(names or known)]
+
+
+def load_dictionary(data: Path, tasks: Sequence[PreparedTask]) -> Dictionary:
+    """The one dictionary of prepared tasks, with ``<mask>``.
+
+    Raises:
+        ValueError: two of them have different ones.
+    """
+    files = [task.folder / "input0" / "dict.txt" for task in tasks]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; prepare the task again")
+        if file.read_bytes() != files[0].read_bytes():
+            raise ValueError(f"{file} is not {files[0]}: prepare all tasks with one dictionary")
+    dictionary = Dictionary.load(str(files[0]))
+    dictionary.add_symbol("<mask>")
+    return dictionary
+
+
+def majority_baseline(task: PreparedTask) -> Dict[str, float]:
+    """Dev metrics, in per cent, of always answering the most frequent training label.
+
+    Of a regression that is any constant: its correlations are 0.
+    """
+    scores = {}
+    for split in task.dev_splits:
+        if task.is_regression:
+            scores |= {dev_name(metric, split): 0.0 for metric in task.metrics}
+            continue
+        targets = _classes(task, split)
+        answers = np.full_like(targets, np.bincount(_classes(task, "train")).argmax())
+        scores |= {dev_name(m, split): score(m, answers, targets) for m in task.metrics}
+    return scores
+
+
+def dev_name(metric: str, split: str) -> str:
+    """The name of a metric on a dev split: ``accuracy``, ``valid1_accuracy``."""
+    return metric if split == "valid" else f"{split}_{metric}"
+
+
+def _read(folder: Path) -> PreparedTask:
+    file = folder / "task.json"
+    try:
+        read: Dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        splits = read["splits"]
+        return PreparedTask(
+            read["name"],
+            folder.resolve(),
+            tuple(read["labels"] or ()),
+            tuple(read["metrics"]),
+            tuple(split for split in DEV_SPLITS if split in splits),
+            splits["train"],
+            read["key"],
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not as prepare_glue.py writes it: prepare it again") from None
+
+
+def _classes(task: PreparedTask, split: str) -> np.ndarray:
+    """Class ids of a split, (N,)."""
+    dictionary = Dictionary.load(str(task.folder / "label" / "dict.txt"))
+    labels = data_utils.load_indexed_dataset(str(task.folder / "label" / split), dictionary)
+    return np.array([int(label[0]) for label in labels]) - dictionary.nspecial

@@ -1,0 +1,51 @@
+"""Progress of many finetuning runs: bars on a terminal, else a line when one ends."""
+
+from typing import Dict
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+
+
+class FinetuneProgress:
+    """Shows which runs are on, how far they are, and how good; a context manager.
+
+    Args:
+        n_runs: how many there are.
+        n_finished: how many of them are finished already.
+    """
+
+    def __init__(self, n_runs: int, n_finished: int) -> None:
+        self._console = Console()
+        columns = (TextColumn("{task.description:<22}"), BarColumn(24), MofNCompleteColumn())
+        self._bars = Progress(*columns, TextColumn("{task.fields[state]}"), TimeLeft(),
+                              console=self._console,
+                              disable=not self._console.is_terminal)  # fmt: skip
+        self._all = self._bars.add_task("runs", total=n_runs, completed=n_finished, state="")
+        self._running: Dict[str, TaskID] = {}
+        self._n_runs, self._n_finished = n_runs, n_finished
+
+    def __enter__(self) -> "FinetuneProgress":
+        if self._n_finished:
+            self._console.print(f"{self._n_finished} of {self._n_runs} runs are finished already")
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def show(self, run: str, updates: int, total: int, state: str) -> None:
+        """Show how far a run is."""
+        if run not in self._running:
+            self._running[run] = self._bars.add_task(run, total=total, state="")
+        self._bars.update(self._running[run], completed=updates, state=state)
+
+    def end(self, run: str, state: str) -> None:
+        """Say that a run is finished."""
+        if run in self._running:
+            self._bars.remove_task(self._running.pop(run))
+        self._n_finished += 1
+        self._bars.update(self._all, completed=self._n_finished)
+        self._console.print(
+            f"[{self._n_finished}/{self._n_runs}] {run}: {state}", markup=False, highlight=False
+        )

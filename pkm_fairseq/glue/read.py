@@ -1,0 +1,233 @@
+"""Reading the files of a task: every row is read, or reported with its file and line."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+from .tasks import Columns, SplitFile, TaskSpec
+
+BOM = b"\xef\xbb\xbf"
+MAX_LEFT_OUT = 5  # rows, or one in a thousand, may be malformed
+RAW_MRPC_TRAIN, RAW_MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
+RAW_MRPC_COLUMNS = Columns(("#1 String", "#2 String"), "Quality", header=True)
+
+Keep = Callable[[int, List[str]], bool]  # line number, fields
+
+
+@dataclass
+class Rows:
+    """The examples of one file.
+
+    Attributes:
+        texts: one or two sentences each.
+        targets: class, or score in the task's own range; empty for a test file.
+        indices: of a test file, the index of each row.
+        left_out: malformed rows, as ``file:line: what is wrong``.
+    """
+
+    texts: List[Tuple[str, ...]] = field(default_factory=list)
+    targets: List[Union[int, float]] = field(default_factory=list)
+    indices: List[str] = field(default_factory=list)
+    left_out: List[str] = field(default_factory=list)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the file, with those left out."""
+        return len(self.texts) + len(self.left_out)
+
+
+def read_task(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]:
+    """Read all files of a task.
+
+    Args:
+        folder: of the task.
+        spec: the task.
+
+    Returns:
+        Rows by split, and what is worth a warning.
+
+    Raises:
+        ValueError: a file of train or dev is missing; a file has the wrong columns, no rows or
+            too many malformed ones; a row of a test file is malformed.
+    """
+    if spec.name == "MRPC" and _is_raw_mrpc(folder):
+        splits, notes = _read_raw_mrpc(folder, spec)
+    else:
+        splits, notes = {}, []
+        for split, file in spec.files.items():
+            if (folder / file.name).is_file():
+                splits[split] = read_file(folder / file.name, file.columns, spec)
+            elif split.startswith("test"):
+                notes.append(f"{spec.name}: no {file.name}, so there will be no predictions of it")
+            else:
+                raise ValueError(f"{folder / file.name}: no such file")
+    for split, rows in splits.items():
+        notes += _notes(spec, split, spec.files[split], rows)
+    return splits, notes
+
+
+def files_of(folder: Path, spec: TaskSpec) -> List[Path]:
+    """The files that :func:`read_task` reads, as far as they exist."""
+    names = [file.name for file in spec.files.values()]
+    if spec.name == "MRPC" and _is_raw_mrpc(folder):
+        names = [RAW_MRPC_TRAIN, RAW_MRPC_TEST, "dev_ids.tsv"]
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep] = None) -> Rows:
+    """Read a file of tab-separated columns without quoting.
+
+    Args:
+        file: UTF-8, one example a line; may begin with a byte-order mark.
+        columns: its layout; without a label it is a test file.
+        spec: the task.
+        keep: which rows to read, by line number and fields; None for all.
+
+    Raises:
+        ValueError: as :func:`read_task`.
+    """
+    rows, is_test = Rows(), columns.label is None
+    lines = _lines(file)
+    names = _header(file, lines, columns)
+    width = len(names) if columns.header else columns.width
+    at = {
+        column: names.index(column) if columns.header else column
+        for column in (*columns.texts, columns.label, columns.index)
+        if column is not None
+    }
+    for number, line in lines:
+        try:
+            fields = split_line(line, width)
+            if keep is None or keep(number, fields):
+                _add(rows, fields, at, columns, spec)
+        except ValueError as error:
+            if is_test:
+                raise ValueError(f"{file}:{number}: {error}") from None
+            rows.left_out.append(f"{file}:{number}: {error}")
+    if is_test and len(set(rows.indices)) < len(rows.indices):
+        raise ValueError(f"{file}: an index occurs twice")
+    _check_left_out(file, rows)
+    return rows
+
+
+def numbered_lines(stream: BinaryIO) -> Iterator[Tuple[int, bytes]]:
+    """Lines, counted from 1, without their ends; only a line feed ends a line."""
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _lines(file: Path) -> Iterator[Tuple[int, bytes]]:
+    with file.open("rb") as stream:
+        yield from numbered_lines(stream)
+
+
+def _header(file: Path, lines: Iterator[Tuple[int, bytes]], columns: Columns) -> List[str]:
+    if not columns.header:
+        return []
+    line = next(lines, (1, b""))[1]
+    names = line.decode("utf-8", errors="replace").split("\t")
+    for column in (*columns.texts, columns.label, columns.index):
+        if column is not None and names.count(str(column)) != 1:
+            raise ValueError(
+                f"{file} must have one column {column!r}, its first line is {_short(line)}"
+            )
+    return names
+
+
+def split_line(line: bytes, width: Optional[int]) -> List[str]:
+    """The tab-separated columns of a line.
+
+    Raises:
+        ValueError: it is not UTF-8, or has another number of columns.
+    """
+    try:
+        fields = line.decode("utf-8").split("\t")
+    except UnicodeDecodeError:
+        raise ValueError(f"not UTF-8: {_short(line)}") from None
+    if len(fields) != width:
+        raise ValueError(f"{len(fields)} columns, must be {width}: {_short(line)}")
+    return fields
+
+
+def _add(
+    rows: Rows, fields: List[str], at: Dict[Union[str, int], int], columns: Columns, spec: TaskSpec
+) -> None:
+    texts = tuple(fields[at[column]] for column in columns.texts)
+    if columns.label is None:
+        rows.indices.append(fields[at[columns.index]] if columns.index else str(len(rows.texts)))
+    elif not all(map(str.strip, texts)):
+        raise ValueError("an empty sentence")
+    else:
+        rows.targets.append(_target(fields[at[columns.label]], spec))
+    rows.texts.append(texts)
+
+
+def _target(label: str, spec: TaskSpec) -> Union[int, float]:
+    if spec.label_range is None:
+        if label not in spec.labels:
+            raise ValueError(f"label is {label!r}, must be one of {', '.join(spec.labels)}")
+        return spec.labels.index(label)
+    low, high = spec.label_range
+    try:
+        score = float(label)
+    except ValueError:
+        score = math.nan
+    if not low <= score <= high:
+        raise ValueError(f"score is {label!r}, must be a number in {low:g}..{high:g}")
+    return score
+
+
+def _check_left_out(file: Path, rows: Rows) -> None:
+    if not rows.texts and not rows.left_out:
+        raise ValueError(f"{file} holds no example")
+    n_left_out = len(rows.left_out)
+    if n_left_out > max(MAX_LEFT_OUT, rows.n_rows / 1000) or not rows.texts:
+        first = "; ".join(rows.left_out[:3])
+        raise ValueError(f"{n_left_out} of {rows.n_rows} rows are malformed, the first: {first}")
+
+
+def _notes(spec: TaskSpec, split: str, file: SplitFile, rows: Rows) -> List[str]:
+    notes = [f"{spec.name} {split}: row left out: {problem}" for problem in rows.left_out]
+    if file.rows not in (None, rows.n_rows):
+        notes.append(f"{spec.name} {split}: {rows.n_rows:,} rows, GLUE's has {file.rows:,}")
+    return notes
+
+
+def _short(line: bytes) -> str:
+    text = line.decode("utf-8", errors="replace")
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# --- MRPC as Microsoft serves it --------------------------------------------------------------
+
+
+def _is_raw_mrpc(folder: Path) -> bool:
+    return not (folder / "train.tsv").is_file() and (folder / RAW_MRPC_TRAIN).is_file()
+
+
+def _read_raw_mrpc(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]:
+    """Train is divided by GLUE's list of dev pairs; without one, its last tenth is dev."""
+    train, test, ids = (folder / n for n in (RAW_MRPC_TRAIN, RAW_MRPC_TEST, "dev_ids.tsv"))
+    notes = []
+    if ids.is_file():
+        pairs = {tuple(line.decode("utf-8").split("\t")) for _, line in _lines(ids)}
+        is_dev: Keep = lambda number, fields: tuple(fields[1:3]) in pairs  # noqa: E731
+    else:
+        last = sum(1 for _ in _lines(train))
+        is_dev = lambda number, fields: 10 * (last - number) < last - 1  # noqa: E731
+        notes.append(
+            f"MRPC: no dev_ids.tsv, so the last tenth of {RAW_MRPC_TRAIN} is dev, "
+            "which is not GLUE's division"
+        )
+    splits = {
+        "train": read_file(train, RAW_MRPC_COLUMNS, spec, lambda *row: not is_dev(*row)),
+        "valid": read_file(train, RAW_MRPC_COLUMNS, spec, is_dev),
+    }
+    if test.is_file():
+        unlabelled = Columns(RAW_MRPC_COLUMNS.texts, None, header=True)
+        splits["test"] = read_file(test, unlabelled, spec)
+    else:
+        notes.append(f"MRPC: no {test.name}, so there will be no predictions of it")
+    return splits, notes

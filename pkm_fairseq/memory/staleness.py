@@ -1,0 +1,134 @@
+"""How long ago each slot was last read in training, and how far its value has moved."""
+
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+
+QUANTILES = (10, 50, 90, 99)
+OUTDATED_AFTER = (10, 100, 1000, 10_000)  # updates
+ROWS = 8192  # of a table, compared at once
+
+
+class ReadTimes(nn.Module):
+    """For each slot the update in which it was last read, and in which it was a first choice.
+
+    Updates are counted from 1, and 0 stands for never. The times are buffers and so part of a
+    checkpoint. They are floating because what averages checkpoints or models handles floating
+    tensors only, and float32 in every model, which is exact up to 2 ** 24 updates.
+
+    Args:
+        n_slots: slots of the memory.
+
+    Attributes:
+        updates: finished updates, as last told; None, the normal state outside a training by
+            fairseq, records nothing.
+        last_read: (n_slots,).
+        last_top1: (n_slots,).
+    """
+
+    last_read: Tensor
+    last_top1: Tensor
+
+    def __init__(self, n_slots: int) -> None:
+        super().__init__()
+        self.updates: Optional[int] = None
+        self.register_buffer("last_read", torch.zeros(n_slots, dtype=torch.float32))
+        self.register_buffer("last_top1", torch.zeros(n_slots, dtype=torch.float32))
+
+    def set_num_updates(self, updates: int) -> None:
+        """Be told, by fairseq, how many updates are finished.
+
+        Times after that are of another training, whose parameters this one started from: they
+        are forgotten.
+        """
+        if self.updates is None or updates < self.updates:
+            for last in (self.last_read, self.last_top1):
+                last.masked_fill_(last > updates, 0)
+        self.updates = updates
+
+    @torch.no_grad()
+    def record(self, slots: Tensor, padding_mask: Optional[Tensor] = None) -> None:
+        """Note that slots are read in the update that is under way.
+
+        Args:
+            slots: (..., H, K), the highest score first.
+            padding_mask: (...), True at padding.
+        """
+        if self.updates is None:
+            return
+        if padding_mask is not None:
+            slots = slots[~padding_mask.bool()]
+        now = self.updates + 1
+        self.last_read.index_fill_(0, slots.flatten(), now)
+        self.last_top1.index_fill_(0, slots[..., 0].flatten(), now)
+
+    def summary(self, updates: int) -> Dict[str, Any]:
+        """What the times say after so many updates: "updates", "read" and "top1"."""
+        return {
+            "updates": updates,
+            "read": summarise(self.last_read, updates),
+            "top1": summarise(self.last_top1, updates),
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ReadTimes":
+        """Follow the model to another device, but not to half precision."""
+        times = self.last_read, self.last_top1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.last_read.device
+        self.last_read, self.last_top1 = (last.to(device) for last in times)
+        return self
+
+
+def summarise(last: Tensor, updates: int) -> Dict[str, Any]:
+    """Staleness of slots: updates since an event that happens to each of them.
+
+    Args:
+        last: (n_slots,), the update of the latest event, from 1; 0 for never.
+        updates: finished updates.
+
+    Returns:
+        ``never``: share of slots without any; ``p10`` to ``p99``: quantiles of the number of
+        updates since, where a slot without any counts as ``updates``; ``outdated``: share of
+        slots for which it is more than 10, 100, 1000 and 10000.
+    """
+    since = (updates - last.double()).clamp_(min=0)  # (n_slots,)
+    return {
+        "never": float((last == 0).double().mean()),
+        **quantiles(since),
+        "outdated": {str(x): float((since > x).double().mean()) for x in OUTDATED_AFTER},
+    }
+
+
+def quantiles(x: Tensor) -> Dict[str, float]:
+    """Quantiles of (n,): each the smallest value that so many per cent do not exceed."""
+    ascending = x.sort().values
+    ranks = {q: min(len(x) - 1, max(0, -(-q * len(x) // 100) - 1)) for q in QUANTILES}
+    return {f"p{q}": float(ascending[rank]) for q, rank in ranks.items()}
+
+
+def movement(values: Tensor, initial: Tensor) -> Dict[str, float]:
+    """How far values have moved from what they were.
+
+    Args:
+        values: (n_slots, v_dim).
+        initial: (n_slots, v_dim), on any device.
+
+    Returns:
+        ``unmoved``: share of slots whose value is what it was; quantiles ``p10`` to ``p99`` and
+        ``max`` of the L2 distance.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if values.shape != initial.shape:
+        raise ValueError(
+            f"values have shape {tuple(values.shape)}, their initial ones {tuple(initial.shape)}"
+        )
+    parts = zip(torch.split(values.detach(), ROWS), torch.split(initial, ROWS), strict=True)
+    moved = torch.cat([(new.float() - old.to(new).float()).norm(dim=1) for new, old in parts])
+    return {
+        "unmoved": float((moved == 0).double().mean()),
+        **quantiles(moved),
+        "max": float(moved.max()),
+    }

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Finetune pretrained checkpoints on GLUE with fairseq-train, and put their dev results in a table.
+
+Run it again to continue after an interruption; what is finished is not done again. Flags behind --
+go to fairseq-train as they are.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import List, Tuple
+
+from _script import run
+
+from pkm_fairseq.glue.data import load_dictionary, majority_baseline, prepared_tasks
+from pkm_fairseq.glue.finetune import RESULT, Choices, finetune, plan
+from pkm_fairseq.glue.presets import load_preset, parse_overrides
+from pkm_fairseq.glue.results import collect, print_results, write_results
+from pkm_fairseq.glue.start import read_arms
+
+
+def seeds(text: str) -> Tuple[int, ...]:
+    """``5`` is seeds 1 to 5; ``2,7`` are these two."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    chosen = numbers if "," in text else list(range(1, numbers[0] + 1))
+    if not chosen or min(chosen) < 1 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"--seeds is {text}, must be a number above 0, or different ones: 1,2,3")
+    return tuple(chosen)
+
+
+def parse(words: List[str]) -> argparse.Namespace:
+    """Parse the command line, with ``further`` what stands behind ``--``."""
+    at = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        *("--checkpoint", "--checkpoints"), nargs="+", required=True, metavar="[ARM=]FILE",
+        help="pretrained RoBERTas, with or without memory (default of ARM: the file's folder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="that prepare_glue.py made"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of --data")
+    parser.add_argument(
+        *("--seeds",), default="5", metavar="N", help="how many, or which: 1,2,3 (default: 5)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("glue_out"), metavar="FOLDER", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--preset", default="roberta", metavar="NAME", help="roberta (default), small, or a file"
+    )
+    parser.add_argument(
+        *("--set",), nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend",
+        help="settings that win over the preset, such as lr=1e-5 max_epoch=3",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="runs at once (default: 1)"
+    )
+    parser.add_argument(
+        "--keep-last", action="store_true", help="keep checkpoint_last.pt of finished runs"
+    )
+    parser.add_argument(
+        *("--memory-tokens",), type=int, default=20_000, metavar="N",
+        help="dev tokens on which memories are compared before and after (default: %(default)s; "
+        "0: none)",
+    )  # fmt: skip
+    args = parser.parse_args(words[:at])
+    args.further = tuple(words[at + 1 :])
+    return args
+
+
+def main() -> None:
+    """Finetune, and print the table."""
+    args = parse(sys.argv[1:])
+    if args.workers < 1 or args.memory_tokens < 0:
+        raise ValueError("--workers must be at least 1, and --memory-tokens not below 0")
+    choices = Choices(
+        *(args.out, seeds(args.seeds), load_preset(args.preset), parse_overrides(args.overrides)),
+        *(args.further, args.workers, args.keep_last, args.memory_tokens),
+    )
+    tasks = prepared_tasks(args.data, args.tasks)
+    arms = read_arms(args.checkpoint, load_dictionary(args.data, tasks))
+    runs = plan(arms, tasks, choices)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about_arms = [
+        {"name": arm.name, "checkpoint": str(arm.file), "sha256": arm.sha256} for arm in arms
+    ]
+    about_tasks = {
+        task.name: {"n_train": task.n_train, "baseline": majority_baseline(task)} for task in tasks
+    }
+
+    def results() -> dict:
+        done = [json.loads((r.folder / RESULT).read_text()) for r in runs if r.is_finished]
+        return collect(about_arms, about_tasks, done)
+
+    finetune(runs, choices, lambda: write_results(args.out, results()))
+    write_results(args.out, results())
+    print_results(results())
+    print(f"written: {args.out / 'results.md'}, {args.out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

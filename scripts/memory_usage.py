@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""What the memories of trained models are used for: usage, readers of slots, drift, curves.
+
+Checkpoints read a text, and their look-ups are counted; of several checkpoints, the drift from one
+to the next is measured. Logs (memory_usage.jsonl) are drawn over updates. Both can be combined.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+from _script import run
+from rich.console import Console
+from rich.progress import Progress
+
+from pkm_fairseq.analysis import report, tables
+from pkm_fairseq.analysis.page import page
+from pkm_fairseq.files import write_file
+
+TEXT_OPTIONS = (
+    (("--split",), "NAME", "split of --data (default: valid)"),
+    (
+        ("--sentencepiece-model", "--spm"),
+        "FILE",
+        "tokenizer of --text; without it, the text must already consist of symbols of the "
+        "dictionary, separated by blanks",
+    ),
+    (
+        ("--dict",),
+        "FILE",
+        "dictionary of --text (default: dict.txt in the folder of the training data)",
+    ),
+)
+WIDTH = 180  # of tables, where there is no terminal
+NUMBERS = (
+    ("--tokens", "to read (default: as many as let uniform routing reach 95 %% of the slots)"),
+    ("--hot", "hottest slots per layer to show (default: 20)"),
+    ("--probe", "tokens by which checkpoints are compared (default: 1000)"),
+)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="trained models with memory; called as their folder if they have no name",
+    )
+    parser.add_argument(
+        "--log",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="memory_usage.jsonl of trainings",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="DATA-BIN", help="folder made by fairseq-preprocess")
+    source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
+    for options, metavar, help_text in TEXT_OPTIONS:
+        parser.add_argument(*options, metavar=metavar, help=help_text)
+    for option, help_text in NUMBERS:
+        parser.add_argument(option, type=int, metavar="N", help=help_text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Analyse, write, print."""
+    args = parse()
+    report.check_options(args)
+    for option, file in (("--json", args.json), ("--html", args.html)):
+        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ValueError(f"{option} {file} must be a file in a folder that exists")
+    errors = Console(stderr=True)
+
+    with Progress(console=errors) as progress:
+
+        def begin(step: str, total: int) -> Callable[[int], Any]:
+            task = progress.add_task(f"reading with {step}", total=total)
+            return lambda done: progress.advance(task, done)
+
+        def warn(line: str) -> None:
+            progress.console.print(
+                f"warning: {line}", markup=False, highlight=False, soft_wrap=True
+            )
+
+        found = report.analyse(args, begin, warn)
+    if args.json:
+        write_file(args.json, json.dumps(found.report, indent=2, allow_nan=False) + "\n")
+    if args.html:
+        write_file(args.html, page(found))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for table in tables.tables(found.report, found.logs):
+        console.print(table)
+
+
+if __name__ == "__main__":
+    run(main)

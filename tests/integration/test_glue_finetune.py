@@ -1,0 +1,274 @@
+"""scripts/finetune_glue.py with the real fairseq-train, on miniature tasks."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, List
+
+import pytest
+import sentencepiece
+import torch
+from fairseq import checkpoint_utils
+from scipy.stats import pearsonr
+
+from pkm_fairseq.glue.tasks import TASKS
+from tests import glue_data
+
+from .runs import (
+    BIN,
+    MEMORY,
+    MODEL,
+    ROOT,
+    USER_DIR,
+    Run,
+    binarise,
+    run,
+    run_well,
+    train,
+)
+
+SCRIPT = ROOT / "scripts" / "finetune_glue.py"
+N_TRAIN = 60
+QUICK = ("--preset", "small", "--set", "max_epoch=1", "lr=1e-3", "batch_size=20")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Nine prepared tasks, and a plain and a ResM checkpoint."""
+    folder = tmp_path_factory.mktemp("glue")
+    texts = glue_data.texts(400)
+    (folder / "raw.txt").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "raw.txt"), model_prefix=str(folder / "spm"), vocab_size=60,
+        minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    for split, part in (("train", texts[:300]), ("valid", texts[300:])):
+        lines = (" ".join(pieces.encode(text, out_type=str)) for text in part)
+        (folder / f"{split}.txt").write_text("\n".join(lines))
+    data = binarise(folder, folder / "bin")
+    plain = ("--arch", "roberta", "--optimizer", "adam", "--max-update", "10")
+    train(data, folder / "plain", *plain)
+    train(data, folder / "resm", "--arch", "resm_roberta_tiny", *MEMORY, "--max-update", "10")
+    glue_data.write_glue(folder / "raw_glue", n_train=N_TRAIN)
+    run_well(
+        *(sys.executable, ROOT / "scripts" / "prepare_glue.py", "--bpe", "sentencepiece"),
+        *("--glue-data", folder / "raw_glue", "--out", folder / "glue"),
+        *("--dict", data / "dict.txt", "--sentencepiece-model", folder / "spm.model"),
+    )
+    checkpoints = {arm: folder / arm / "checkpoint_last.pt" for arm in ("plain", "resm")}
+    return SimpleNamespace(data=folder / "glue", corpus=data, **checkpoints)
+
+
+def finetune(ready: SimpleNamespace, *options: Any) -> Run:
+    return run(sys.executable, SCRIPT, "--data", ready.data, *options)
+
+
+def finetune_well(ready: SimpleNamespace, out: Path, *options: Any) -> Dict[str, Any]:
+    done = finetune(ready, "--out", out, *options)
+    assert done.status == 0, done.output[-4000:]
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def nine(ready: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """ResM finetuned on every task for one epoch."""
+    out = tmp_path_factory.mktemp("nine")
+    checkpoint = ("--checkpoint", f"resm={ready.resm}")
+    results = finetune_well(ready, out, *checkpoint, *QUICK, "--seeds", "1", "--workers", "2")
+    return SimpleNamespace(out=out, results=results)
+
+
+def test_all_nine_tasks_have_their_official_metrics(nine: SimpleNamespace) -> None:
+    (arm,) = nine.results["arms"]
+    assert list(arm["tasks"]) == list(TASKS)
+    for name, spec in TASKS.items():
+        expected = list(spec.metrics)
+        expected += ["valid1_accuracy"] if name == "MNLI" else []
+        found = arm["tasks"][name]
+        assert list(found["dev"]) == expected, name
+        assert list(nine.results["tasks"][name]["baseline"]) == expected, name
+        assert found["updates"] == math.ceil(N_TRAIN / 20)
+        folder = nine.out / "resm" / name / "seed1"
+        result = json.loads((folder / "result.json").read_text())
+        assert result["dev"] == {key: one["median"] for key, one in found["dev"].items()}
+        assert (folder / "checkpoint_best.pt").is_file()
+        assert not (folder / "checkpoint_last.pt").exists()
+        (drift,) = result["memory"]["drift"]
+        assert drift["layer"] == 1
+        assert 0 < drift["values_moved"] < 1
+        assert result["memory"]["before"] != result["memory"]["after"]
+    assert arm["average"] is not None
+    assert "majority class" in (nine.out / "results.md").read_text()
+
+
+def trained(folder: Path) -> "tuple[Any, Any]":
+    """The best model of a finetuning, and its task."""
+    file = str(folder / "checkpoint_best.pt")
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([file])
+    return models[0].eval(), task
+
+
+@torch.no_grad()
+def answers(model: Any, task: Any) -> "tuple[List[List[float]], List[float]]":
+    """The head's outputs for dev sentences one by one, and the labels."""
+    dataset = task.load_dataset("valid")
+    outputs, targets = [], []
+    for index in range(len(dataset)):
+        row = dataset[index]
+        tokens = row["net_input.src_tokens"][None]
+        logits = model(
+            tokens, features_only=True, classification_head_name="sentence_classification_head"
+        )[0]
+        outputs.append(logits[0].tolist())
+        targets.append(float(torch.as_tensor(row["target"]).flatten()[0]))
+    return outputs, targets
+
+
+def test_pearson_in_the_log_is_that_of_predictions_made_one_by_one(
+    ready: SimpleNamespace, tmp_path: Path
+) -> None:
+    options = ("--preset", "small", "--set", "max_epoch=6", "lr=1e-2", "batch_size=7")
+    options += ("--tasks", "STS-B", "--seeds", "1", "--keep-last")
+    finetune_well(ready, tmp_path, "--checkpoint", f"plain={ready.plain}", *options)
+    folder = tmp_path / "plain" / "STS-B" / "seed1"
+    outputs, targets = answers(*trained(folder))
+    scores = [5 * min(max(output[0], 0.0), 1.0) for output in outputs]  # of 0 to 5
+    assert len(set(scores)) > 3
+    expected = 100 * pearsonr(scores, [5 * target for target in targets])[0]
+    found = json.loads((folder / "result.json").read_text())["dev"]["pearson"]
+    assert found == pytest.approx(expected, abs=0.02)
+    assert (folder / "checkpoint_last.pt").is_file()
+    _two_workers_and_validate(ready, folder, tmp_path, found)
+
+
+def on_two_workers(*command: Any) -> List[Run]:
+    """Run fairseq-train in two processes that exchange gradients; both must succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    command += ("--distributed-world-size", "2", "--distributed-backend", "gloo")
+    command += ("--distributed-init-method", address, "--distributed-no-spawn")
+    command += ("--ddp-backend", "legacy_ddp", "--distributed-rank")
+    workers = [
+        subprocess.Popen(
+            [str(part) for part in (BIN / "fairseq-train", *command, rank)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+    return [Run(0, output) for output in outputs]
+
+
+def _two_workers_and_validate(
+    ready: SimpleNamespace, folder: Path, tmp_path: Path, expected: float
+) -> None:
+    """The same checkpoint by two workers that do not learn, and by fairseq-validate."""
+    task = ("--task", "pkm_sentence_prediction", "--criterion", "pkm_sentence_prediction")
+    model = ("--arch", "roberta", *MODEL, "--optimizer", "adam", "--lr", "1e-30", "--cpu")
+    workers = on_two_workers(
+        *(ready.data / "STS-B", "--user-dir", USER_DIR, "--save-dir", tmp_path / "two"),
+        *(*task, *model, "--regression-target", "--num-classes", "1"),
+        *("--glue-metrics", "pearson", "--init-token", "0", "--separator-token", "2"),
+        *("--best-checkpoint-metric", "pearson", "--maximize-best-checkpoint-metric"),
+        *("--max-positions", "32", "--shorten-method", "truncate", "--num-workers", "0"),
+        *("--finetune-from-model", folder / "checkpoint_best.pt", "--max-epoch", "1"),
+        *("--batch-size", "7", "--required-batch-size-multiple", "1", "--log-format", "json"),
+        "--load-checkpoint-on-all-dp-ranks",
+    )  # 20 sentences are three batches: one worker runs out of them
+    logged = [log for worker in workers for log in worker.logged("valid")]
+    assert logged
+    for log in logged:
+        assert float(log["valid_pearson"]) == pytest.approx(expected, abs=0.02)
+    done = run_well(
+        *(BIN / "fairseq-validate", ready.data / "STS-B", "--user-dir", USER_DIR, "--cpu"),
+        *(*task, "--path", folder / "checkpoint_best.pt", "--batch-size", "6"),
+        *("--required-batch-size-multiple", "1"),  # with 8 fairseq drops two of the 20 sentences
+        *("--log-format", "json", "--valid-subset", "valid", "--num-workers", "0"),
+    )
+    (log,) = done.logged("valid")
+    assert float(log["valid_pearson"]) == pytest.approx(expected, abs=0.02)
+
+
+def alive(group_leader: int) -> bool:
+    try:
+        os.kill(group_leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def children(pid: int) -> List[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
+
+
+def wait_for(condition: Any, seconds: float = 240.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_an_interrupted_finetuning_continues(ready: SimpleNamespace, tmp_path: Path) -> None:
+    options = ["--preset", "small", "--set", "max_epoch=30", "lr=1e-3", "batch_size=4"]
+    options += ["--tasks", "RTE", "--seeds", "1,2", "--workers", "1"]
+    options += ["--checkpoint", f"plain={ready.plain}", "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), "--data", str(ready.data), *options]
+    first, second = (tmp_path / "plain" / "RTE" / f"seed{k}" for k in (1, 2))
+    with (tmp_path / "output").open("w") as output:
+        script = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        wait_for((second / "checkpoint_last.pt").exists)
+        trainings = children(script.pid)
+        script.send_signal(signal.SIGINT)
+        assert script.wait(timeout=60) == 130
+    assert trainings
+    assert not any(map(alive, trainings))
+    assert "interrupted; run it again to continue" in (tmp_path / "output").read_text()
+    assert not (second / "result.json").exists()
+    done_at = (first / "result.json").stat().st_mtime_ns
+    results = finetune_well(ready, tmp_path, *options)
+    assert (first / "result.json").stat().st_mtime_ns == done_at
+    log = (second / "train.log").read_text()
+    assert log.count("loading pretrained model from") == 1  # then from its own last checkpoint
+    assert "Loaded checkpoint " in log.split("loading pretrained model from")[1]
+    found = results["arms"][0]["tasks"]["RTE"]
+    assert found["seeds"] == [1, 2]
+    assert json.loads((second / "result.json").read_text())["updates"] == 30 * N_TRAIN // 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "Cola"], "--tasks: Cola is no task"),
+        (["--data", "nowhere"], "nowhere holds no prepared task"),
+        (["--seeds", "0"], "--seeds is 0, must be a number above 0"),
+        (["--seeds", "1,1"], "--seeds is 1,1"),
+        (["--set", "lrr=1"], "unrecognized arguments: --lrr 1"),
+        (["--preset", "big"], "preset big: no such file"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--", "--seed", "3"], "seed is decided by this script"),
+        (["--checkpoint", "README.md"], "README.md: not a readable checkpoint"),
+    ],
+)
+def test_bad_input_ends_with_one_line(
+    ready: SimpleNamespace, tmp_path: Path, options: List[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    given = ["--data", ready.data, "--checkpoint", ready.plain, "--tasks", "RTE", "--out", out]
+    done = run(sys.executable, SCRIPT, *given, *options)
+    assert done.status == 1, done.output
+    lines = [line for line in done.output.splitlines() if "tensorboardX" not in line]
+    assert len(lines) == 1, done.output
+    assert lines[0].startswith("finetune_glue.py: ")
+    assert message in lines[0]
+    assert not out.exists()

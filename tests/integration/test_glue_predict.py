@@ -1,0 +1,202 @@
+"""scripts/predict_glue.py on models that fairseq-train finetuned."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+import torch
+
+from tests.glue_data import write_glue, write_tokenizer
+
+from .runs import BIN, MEMORY, MODEL, ROOT, TRAIN, Run, load, run, run_well
+
+CLASSES = {"RTE": 2, "SST-2": 2, "STS-B": 1, "MNLI": 3}
+EXAMPLE = ROOT / "user_dir_examples" / "glue" / "task_spec_example.yaml"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared tasks in data/, models that learned them in runs/<task>/seed0/."""
+    folder = tmp_path_factory.mktemp("glue")
+    write_glue(folder / "glue", [*CLASSES, "QNLI", "WNLI"], n_train=200)
+    write_tokenizer(folder)
+    run_well(
+        *(sys.executable, ROOT / "scripts/prepare_glue.py", "--glue-data", folder / "glue"),
+        *("--out", folder / "data", "--tasks", *CLASSES, "QNLI", "WNLI"),
+        *("--dict", folder / "dict.txt", "--bpe", "sentencepiece"),
+        *("--sentencepiece-model", folder / "spm.model"),
+    )
+    for name in CLASSES:
+        finetune(folder, name, 120 if name == "SST-2" else 4)
+    return folder
+
+
+def finetune(made: Path, name: str, updates: int) -> None:
+    save_dir = made / "runs" / name / "seed0"
+    regression = ["--regression-target", "--best-checkpoint-metric", "loss"]
+    run_well(
+        *(BIN / "fairseq-train", made / "data" / name, *TRAIN, *MODEL, *MEMORY),
+        *("--task", "pkm_sentence_prediction", "--criterion", "pkm_sentence_prediction"),
+        *("--arch", "resm_roberta_tiny", "--num-classes", CLASSES[name], "--save-dir", save_dir),
+        *("--init-token", "0", "--separator-token", "2", "--max-positions", "64"),
+        *("--shorten-method", "truncate", "--max-update", updates),
+        *(regression if CLASSES[name] == 1 else []),
+    )
+    metric = "pearson" if CLASSES[name] == 1 else "accuracy"
+    (save_dir / "result.json").write_text(json.dumps({"dev": {metric: 50.0}}))
+
+
+def checkpoint_of(made: Path, name: str) -> Path:
+    return made / "runs" / name / "seed0" / "checkpoint_best.pt"
+
+
+def predict(made: Path, *options: Any, checkpoint: Any = None) -> Run:
+    chosen = ["--checkpoint", checkpoint] if checkpoint else []
+    command = [sys.executable, ROOT / "scripts" / "predict_glue.py", "--data", made / "data"]
+    return run(*command, *chosen, *options)
+
+
+def rows_of(archive: Path, name: str) -> List[List[str]]:
+    with zipfile.ZipFile(archive) as files:
+        lines = files.read(name).decode().splitlines()
+    return [line.split("\t") for line in lines]
+
+
+def test_a_submission_of_all_runs(made: Path, tmp_path: Path) -> None:
+    done = predict(made, "--runs", made / "runs", "--zip", tmp_path / "out" / "sub.zip")
+    assert done.status == 0, done.output
+    archive = tmp_path / "out" / "sub.zip"
+    labels = {"RTE": {"entailment", "not_entailment"}, "SST-2": {"0", "1"}}
+    labels["MNLI-m"] = labels["MNLI-mm"] = {"entailment", "neutral", "contradiction"}
+    with zipfile.ZipFile(archive) as files:
+        assert set(files.namelist()) == {f"{name}.tsv" for name in (*labels, "STS-B")}
+    for name in (*labels, "STS-B"):
+        header, *rows = rows_of(archive, f"{name}.tsv")
+        assert header == ["index", "prediction"]
+        assert [row[0] for row in rows] == [str(i) for i in range(20)]
+        if name == "STS-B":
+            assert all(0 <= float(row[1]) <= 5 and row[1][-4] == "." for row in rows)
+        else:
+            assert {row[1] for row in rows} <= labels[name]
+    missing = "GLUE's server wants besides: CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv, AX.tsv"
+    assert missing in done.output
+    again = predict(made, "--runs", made / "runs", "--zip", tmp_path / "again.zip")
+    assert again.status == 0
+    assert (tmp_path / "again.zip").read_bytes() == archive.read_bytes()
+
+
+def test_what_was_learned_is_predicted(made: Path, tmp_path: Path) -> None:
+    """The last word of these sentences tells the label."""
+    options = ["--tasks", "SST-2", "--zip", tmp_path / "sub.zip"]
+    done = predict(made, *options, checkpoint=checkpoint_of(made, "SST-2"))
+    assert done.status == 0, done.output
+    _, *rows = rows_of(tmp_path / "sub.zip", "SST-2.tsv")
+    test = (made / "glue" / "SST-2" / "test.tsv").read_text().splitlines()[1:]
+    right = [
+        row[1] == str(int(line.endswith("good"))) for row, line in zip(rows, test, strict=True)
+    ]
+    assert sum(right) >= 18
+
+
+def from_stdin(made: Path, name: str, text: bytes) -> "subprocess.CompletedProcess[bytes]":
+    command = [sys.executable, ROOT / "scripts/predict_glue.py", "--data", made / "data"]
+    command += ["--checkpoint", checkpoint_of(made, name), "--stdin", "--task", name]
+    return subprocess.run(list(map(str, command)), input=text, capture_output=True, timeout=300)
+
+
+def test_own_sentences(made: Path) -> None:
+    done = from_stdin(made, "SST-2", b"a cat sees good\n" + b"old " * 90 + b"\nthe dog eats bad\n")
+    assert done.returncode == 0, done.stderr
+    answers = [line.split("\t") for line in done.stdout.decode().splitlines()]
+    assert [answers[0][0], answers[2][0]] == ["1", "0"]
+    assert all(0.5 <= float(share) <= 1 for _, share in answers)
+    assert b"1 of 3 inputs are longer than 64 tokens and were cut off" in done.stderr
+    done = from_stdin(made, "STS-B", b"a cat\tthe cat\n")
+    assert done.returncode == 0, done.stderr
+    assert 0 <= float(done.stdout) <= 5
+    done = from_stdin(made, "RTE", b"a cat\tthe cat\na cat\n")
+    assert done.returncode != 0
+    assert done.stderr == b"predict_glue.py: line 2 of the input: 1 columns, must be 2: 'a cat'\n"
+
+
+def failing(made: Path, *options: Any, zip_file: Path, checkpoint: Any = None) -> str:
+    """The one line with which a command fails; there is no zip."""
+    done = predict(made, *options, "--zip", zip_file, checkpoint=checkpoint)
+    assert done.status != 0
+    assert "Traceback" not in done.output
+    assert not zip_file.parent.exists() or not list(zip_file.parent.glob("*.zip*"))
+    line = done.output.strip().splitlines()[-1]
+    assert line.startswith("predict_glue.py: ")
+    return line
+
+
+MISTAKES = {
+    "no such task": ("rte", "RTE", "no task 'rte': the tasks are CoLA"),
+    "not prepared": ("CoLA", "RTE", "CoLA/task.json: no such file; prepare CoLA"),
+    "another task": ("QNLI", "RTE", "was finetuned on RTE, not on QNLI"),
+    "another number of classes": ("MNLI", "RTE", "has a head of 2, MNLI needs 3"),
+    "a score for classes": ("WNLI", "STS-B", "has a head of 1, WNLI needs 2"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_checkpoint_of_another_task(mistake: str, made: Path, tmp_path: Path) -> None:
+    asked, trained, message = MISTAKES[mistake]
+    checkpoint = checkpoint_of(made, trained)
+    options = ["--tasks", asked]
+    line = failing(made, *options, zip_file=tmp_path / "sub.zip", checkpoint=checkpoint)
+    assert message in line
+
+
+@pytest.mark.parametrize("has_hash", [True, False])
+def test_a_checkpoint_with_another_dictionary(has_hash: bool, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "data" / "RTE", tmp_path / "data" / "RTE")
+    lines = (made / "dict.txt").read_text().splitlines()
+    lines = lines[::-1] if has_hash else [*lines, "another 1"]
+    for part in ("input0", "input1"):
+        (tmp_path / "data/RTE" / part / "dict.txt").write_text("\n".join(lines) + "\n")
+    checkpoint = load(checkpoint_of(made, "RTE"))
+    if not has_hash:
+        checkpoint["task_state"] = {}
+    torch.save(checkpoint, tmp_path / "model.pt")
+    line = failing(
+        *(tmp_path, "--task", "RTE"),
+        zip_file=tmp_path / "sub.zip",
+        checkpoint=tmp_path / "model.pt",
+    )
+    assert "was finetuned with another dictionary" in line
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_a_checkpoint_without_a_head_or_with_two(heads: int, made: Path, tmp_path: Path) -> None:
+    checkpoint = load(checkpoint_of(made, "RTE"))
+    of_head = [name for name in checkpoint["model"] if name.startswith("classification_heads.")]
+    for name in of_head:
+        parameter = checkpoint["model"][name]
+        if heads == 0:
+            del checkpoint["model"][name]
+        else:
+            other = name.replace("sentence_classification_head", "another")
+            checkpoint["model"][other] = parameter
+    torch.save(checkpoint, tmp_path / "model.pt")
+    zip_file, options = tmp_path / "sub.zip", ["--task", "RTE"]
+    line = failing(made, *options, zip_file=zip_file, checkpoint=tmp_path / "model.pt")
+    expected = "has no classification head" if heads == 0 else "has 2 heads"
+    assert expected in line
+
+
+def test_options_that_do_not_go_together(made: Path, tmp_path: Path) -> None:
+    zip_file, checkpoint = tmp_path / "sub.zip", checkpoint_of(made, "RTE")
+    line = failing(made, "--tasks", "RTE", "QNLI", zip_file=zip_file, checkpoint=checkpoint)
+    assert "--checkpoint is for one task, not 2" in line
+    line = failing(made, "--tasks", "RTE", zip_file=zip_file, checkpoint="none.pt")
+    assert "none.pt: no such file" in line
+    line = failing(made, "--runs", tmp_path, zip_file=zip_file)
+    assert "has no folder of a task" in line
+    line = failing(made, "--runs", made / "runs", "--tasks", "WNLI", zip_file=zip_file)
+    assert "no seed*/result.json with accuracy on dev" in line

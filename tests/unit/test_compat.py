@@ -1,0 +1,52 @@
+"""The cures for fairseq."""
+
+import threading
+import time
+
+import pytest
+import torch
+from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
+
+from pkm_fairseq.compat import end_prefetching
+
+
+class Endless:
+    """Batches without end; says how many were asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __len__(self):
+        return 1_000_000
+
+    def __iter__(self):
+        while True:
+            self.asked += 1
+            yield torch.zeros(3)
+
+
+def prefetching():
+    return [t for t in threading.enumerate() if isinstance(t, BackgroundConsumer)]
+
+
+@pytest.mark.parametrize("size", [1, 50_000])
+def test_threads_that_prepare_batches_end(size):
+    source = Endless()
+    batches = BufferedIterator(size, source)
+    next(batches)
+    (thread,) = prefetching()
+    if size == 1:
+        while source.asked < 3:  # it waits for room with a batch in its hands
+            time.sleep(0.001)
+    end_prefetching()
+    assert not thread.is_alive()
+    assert not prefetching()
+    asked = source.asked
+    time.sleep(0.01)
+    assert source.asked == asked
+
+
+def test_without_such_threads_nothing_happens():
+    threads = threading.enumerate()
+    end_prefetching()
+    assert threading.enumerate() == threads

@@ -1,0 +1,360 @@
+"""Finetuning: settings, what it starts from, and how many updates there will be."""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pkm_fairseq.glue import finetune as finetune_module
+from pkm_fairseq.glue.data import (
+    PreparedTask,
+    load_dictionary,
+    majority_baseline,
+    prepared_tasks,
+)
+from pkm_fairseq.glue.finetune import Choices, parse_flags, plan
+from pkm_fairseq.glue.presets import (
+    PRESETS,
+    check_further,
+    flags_of,
+    load_preset,
+    parse_overrides,
+    settings_of,
+)
+from pkm_fairseq.glue.start import model_options, read_arms
+from pkm_fairseq.glue.tasks import TASKS
+from pkm_fairseq.models.init_from import dictionary_sha256
+from tests.helpers import build, model_args, small_dictionary, write_split
+
+N_TRAIN = 23
+SCORED = {"STS-B"}
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["roberta", "small"])
+def test_presets_know_the_nine_tasks_and_only_them(name):
+    preset = load_preset(name)
+    assert set(preset["tasks"]) <= set(TASKS)
+    for task in TASKS:
+        settings = settings_of(preset, task, False, {})
+        assert {"lr", "batch_size", "max_epoch", "warmup_ratio"} <= set(settings)
+
+
+def test_later_settings_win():
+    preset = {
+        "all": {"lr": 1, "batch_size": 2, "dropout": 3},
+        "memory": {"lr": 4, "memory_value_lr": 5},
+        "tasks": {"CoLA": {"batch_size": 6}},
+    }
+    overrides = {"dropout": "7", "memory_freeze": "keys"}
+    plain = settings_of(preset, "CoLA", False, overrides)
+    assert plain == {"lr": 1, "batch_size": 6, "dropout": "7"}
+    memory = settings_of(preset, "CoLA", True, overrides)
+    assert memory["lr"] == 4
+    assert memory["memory_freeze"] == "keys"
+    assert settings_of(preset, "mine", False, {})["batch_size"] == 2
+
+
+def test_settings_as_flags():
+    settings = {"lr": "1e-5", "no_shuffle": True, "fp16": "false", "adam_betas": "(0.9,0.98)"}
+    assert flags_of(settings) == [
+        *("--lr", "1e-5", "--no-shuffle", "--adam-betas", "(0.9,0.98)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["lr"], "--set lr: must be KEY=VALUE"),
+        (["=1"], "must be KEY=VALUE"),
+        (["seed=1"], "--set: seed is decided by this script"),
+        (["save-dir=x"], "save_dir is decided by this script"),
+    ],
+)
+def test_impossible_overrides_are_refused(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        parse_overrides(pairs)
+
+
+def test_further_flags_may_not_say_what_the_script_decides():
+    check_further(["--fp16", "--update-freq", "2"])
+    with pytest.raises(ValueError, match="restore_file is decided"):
+        check_further(["--restore-file=x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("all: [", "is no yaml"),
+        ("- 1", "nothing but the parts all, memory, tasks"),
+        ("alle: {}", "nothing but the parts"),
+        ("all: 3", "must be keys and values"),
+        ("tasks: {CoLA: 1e-5}", "must be keys and values"),
+        ("tasks: {CoLA: {arch: roberta}}", "arch is decided by this script"),
+    ],
+)
+def test_impossible_presets_are_refused(tmp_path, text, message):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_preset(str(file))
+
+
+def test_a_missing_preset_is_refused():
+    with pytest.raises(ValueError, match="preset large: no such file"):
+        load_preset("large")
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def write_task(folder, name, dictionary, n_train=N_TRAIN):
+    """A prepared task with labels 0 and 1, or with scores."""
+    here = folder / name
+    torch.manual_seed(3)
+    for split, n_rows in (("train", n_train), ("valid", 9)):
+        lengths = torch.randint(2, 8, (n_rows,)).tolist()
+        sentences = [
+            [*torch.randint(4, len(dictionary) - 1, (length,)).tolist(), dictionary.eos()]
+            for length in lengths
+        ]
+        write_split(here / "input0", split, dictionary, sentences)
+        labels = [i % 3 == 0 for i in range(n_rows)]
+        if name in SCORED:
+            (here / "label").mkdir(exist_ok=True)
+            (here / "label" / f"{split}.label").write_text("0.5\n" * n_rows)
+        else:
+            words = small_dictionary(0)
+            for label in "01":
+                words.add_symbol(label)
+            ids = [[words.index(str(int(label)))] for label in labels]
+            write_split(here / "label", split, words, ids)
+    spec = TASKS[name]
+    about = {"name": name, "labels": spec.labels, "metrics": spec.metrics, "key": "k"}
+    about["splits"] = {"train": n_train, "valid": 9}
+    (here / "task.json").write_text(json.dumps(about))
+    return here
+
+
+def without_mask():
+    """What prepare_glue.py writes as dict.txt: the mask is added by the task."""
+    dictionary = small_dictionary()
+    dictionary.symbols.pop()
+    dictionary.count.pop()
+    dictionary.indices.pop("<mask>")
+    return dictionary
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("RTE", "CoLA", "STS-B"):
+        write_task(folder, name, without_mask())
+    return folder
+
+
+def test_prepared_tasks_come_in_glues_order(data):
+    tasks = prepared_tasks(data)
+    assert [task.name for task in tasks] == ["CoLA", "STS-B", "RTE"]
+    assert [task.name for task in prepared_tasks(data, ["RTE", "CoLA"])] == ["RTE", "CoLA"]
+    assert tasks[0].n_train == N_TRAIN
+    assert tasks[1].is_regression
+    assert not tasks[0].is_regression
+    dictionary = load_dictionary(data, tasks)
+    assert dictionary_sha256(dictionary) == dictionary_sha256(small_dictionary())
+
+
+def test_tasks_that_are_not_there_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match=r"WNLI is not prepared; --data .* holds CoLA, STS-B, RTE"):
+        prepared_tasks(data, ["CoLA", "WNLI"])
+    with pytest.raises(ValueError, match="Cola is no task"):
+        prepared_tasks(data, ["Cola"])
+    with pytest.raises(ValueError, match="holds no prepared task"):
+        prepared_tasks(tmp_path / "nothing")
+    (data / "RTE" / "task.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"not as prepare_glue.py writes it"):
+        prepared_tasks(data, ["RTE"])
+    (data / "CoLA" / "input0" / "dict.txt").write_text("x 1\n")
+    with pytest.raises(ValueError, match="one dictionary"):
+        load_dictionary(data, prepared_tasks(data, ["STS-B", "CoLA"]))
+
+
+def test_the_baseline_always_answers_the_most_frequent_training_label(data):
+    cola, sts, rte = prepared_tasks(data)
+    assert majority_baseline(cola) == {"mcc": 0.0}
+    assert majority_baseline(rte) == {"accuracy": pytest.approx(100 * 6 / 9)}
+    assert majority_baseline(sts) == {"pearson": 0.0, "spearman": 0.0}
+
+
+# --- what it starts from ----------------------------------------------------------------------
+
+
+def save(file, arch="resm_roberta_tiny", dictionary=None, options=None, **model_options):
+    """A checkpoint as fairseq writes one, as far as it is read."""
+    dictionary = dictionary or small_dictionary()
+    model = build(arch, dictionary, **model_options)
+    args = vars(model_args(arch, **model_options))
+    stored = {**args, "_name": arch, **(options or {})}
+    checkpoint = {
+        "cfg": {"model": Namespace(**stored) if arch == "roberta" else stored},
+        "model": model.state_dict(),
+        "task_state": {"dictionary_sha256": dictionary_sha256(dictionary)},
+    }
+    file.parent.mkdir(exist_ok=True)
+    torch.save(checkpoint, file)
+    return file
+
+
+@pytest.mark.parametrize("arch", ["roberta", "pkm_roberta_tiny", "resm_roberta_tiny"])
+def test_the_architecture_is_taken_from_the_checkpoint(tmp_path, data, arch):
+    options = {} if arch == "roberta" else {"memory_layers": [0, 2], "memory_share_values": True}
+    file = save(tmp_path / "arm" / "a.pt", arch, **options)
+    (arm,) = read_arms([str(file)], small_dictionary())
+    assert (arm.name, arm.has_memory, arm.max_positions) == ("arm", arch != "roberta", 12)
+    tasks = prepared_tasks(data, ["CoLA"])
+    choices = Choices(tmp_path / "out", (1,), load_preset("small"), {})
+    (run,) = plan([arm], tasks, choices)
+    args = parse_flags(run.flags)
+    assert args.arch == arch
+    stored = model_options(torch.load(file, weights_only=True))
+    names = ["encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "max_positions"]
+    names += [name for name in stored if name.startswith("memory_") and "efficient" not in name]
+    for name in names:
+        assert getattr(args, name) == stored[name], name
+    assert args.dropout == 0.1  # of the preset, not of the checkpoint
+    assert args.optimizer == ("adam" if arch == "roberta" else "pkm_adam")
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
+    dictionary = small_dictionary()
+    file = save(tmp_path / "a" / "x.pt")
+    with pytest.raises(ValueError, match=r"another dictionary \(20 symbols, the data's has 9"):
+        read_arms([str(file)], small_dictionary(4))
+    other = small_dictionary()
+    other.symbols[5] = "other"
+    with pytest.raises(ValueError, match=r"--checkpoint .*x.pt: trained with another dictionary"):
+        read_arms([str(file)], other)
+    with pytest.raises(ValueError, match="no such file"):
+        read_arms([str(tmp_path / "missing.pt")], dictionary)
+    foreign = save(tmp_path / "a" / "y.pt", options={"_name": "transformer", "arch": "transformer"})
+    with pytest.raises(ValueError, match="is a model 'transformer', must be a RoBERTa"):
+        read_arms([str(foreign)], dictionary)
+    with pytest.raises(ValueError, match="names arm a twice"):
+        read_arms([str(file), str(file)], dictionary)
+    with pytest.raises(ValueError, match=r"'../a' can be no name of an arm"):
+        read_arms([f"../a={file}"], dictionary)
+
+
+# --- the plan ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arms(tmp_path):
+    files = [save(tmp_path / "plain" / "x.pt", "roberta"), save(tmp_path / "resm" / "x.pt")]
+    return read_arms(list(map(str, files)), small_dictionary())
+
+
+def chosen(tmp_path, seeds=(1,), further=(), **overrides):
+    texts = {key: str(value) for key, value in overrides.items()}
+    return Choices(tmp_path / "out", seeds, load_preset("roberta"), texts, tuple(further))
+
+
+def test_warm_up_is_six_per_cent_of_the_updates_there_will_be(tmp_path, data, arms):
+    tasks = prepared_tasks(data, ["CoLA"])
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, batch_size=4, max_epoch=50))
+    assert run.updates == 50 * math.ceil(N_TRAIN / 4)
+    assert run.warmup == round(0.06 * run.updates) == 18
+    args = parse_flags(run.flags)
+    assert (args.warmup_updates, int(args.total_num_update)) == (18, run.updates)
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, batch_size=4, update_freq=4, max_epoch=50))
+    assert run.updates == 50 * math.ceil(6 / 4)
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, batch_size=4, max_update=100))
+    assert run.updates == 10 * 6
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, batch_size=4, max_update=30))
+    assert run.updates == 30
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, max_tokens=12, max_epoch=1))
+    assert run.updates > math.ceil(N_TRAIN / 16)  # the longest sentences fill a batch alone
+
+
+def test_every_arm_on_every_task_with_every_seed(tmp_path, data, arms):
+    runs = plan(arms, prepared_tasks(data), chosen(tmp_path, seeds=(2, 5)))
+    assert len({run.folder for run in runs}) == len({run.key for run in runs}) == 2 * 3 * 2
+    assert runs[0].folder == tmp_path / "out" / "plain" / "CoLA" / "seed2"
+    sts = next(run for run in runs if run.task.name == "STS-B")
+    args = parse_flags(sts.flags)
+    assert args.regression_target
+    assert (args.num_classes, args.glue_metrics) == (1, "pearson,spearman")
+    assert args.best_checkpoint_metric == "pearson"
+    assert args.lr == [2e-5]
+
+
+def test_the_key_knows_what_decides_a_result(tmp_path, data, arms):
+    tasks = prepared_tasks(data, ["CoLA"])
+    keys = {
+        plan(arms[1:], tasks, choices)[0].key
+        for choices in (
+            chosen(tmp_path),
+            chosen(tmp_path, seeds=(2,)),
+            chosen(tmp_path, lr=1e-4),
+            chosen(tmp_path, further=("--clip-norm", "3")),
+        )
+    }
+    assert len(keys) == 4
+    same = plan(arms[1:], tasks, chosen(tmp_path / "elsewhere"))[0].key
+    assert same in keys  # the folder does not decide it
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lrr": 1}, "fairseq-train refuses a setting: unrecognized arguments: --lrr 1"),
+        ({"batch_size": "many"}, "--max-sentences: invalid int value"),
+        ({"max_epoch": 0}, "max_epoch is 0, must be at least 1"),
+        ({"warmup_ratio": 2}, "warmup_ratio is 2, must be from 0 to below 1"),
+        ({"warmup_ratio": "x"}, "warmup_ratio is x"),
+    ],
+)
+def test_settings_that_fairseq_refuses(tmp_path, data, arms, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan(arms, prepared_tasks(data, ["CoLA"]), chosen(tmp_path, **overrides))
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_settings_need_a_memory(tmp_path, data, arms):
+    tasks = prepared_tasks(data, ["CoLA"])
+    runs = plan(arms, tasks, chosen(tmp_path, memory_value_lr=0.5))
+    assert "--memory-value-lr" not in runs[0].flags
+    assert parse_flags(runs[1].flags).memory_value_lr == 0.5
+    with pytest.raises(ValueError, match="--set memory_value_lr: no checkpoint has a memory"):
+        plan(arms[:1], tasks, chosen(tmp_path, memory_value_lr=0.5))
+
+
+def test_a_half_written_last_checkpoint_is_dropped(tmp_path):
+    last = tmp_path / "checkpoint_last.pt"
+    finetune_module._drop_damaged(last)
+    save(last)
+    finetune_module._drop_damaged(last)
+    assert last.is_file()
+    last.write_bytes(last.read_bytes()[:1000])
+    finetune_module._drop_damaged(last)
+    assert not last.exists()
+
+
+def test_runs_share_the_processors_and_the_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(finetune_module.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    environments = [finetune_module._environment(slot, 3) for slot in range(3)]
+    assert [e["OMP_NUM_THREADS"] for e in environments] == ["2", "2", "2"]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["4", "6", "4"]
+
+
+def test_presets_are_where_the_readme_says():
+    assert Path(PRESETS, "roberta.yaml").is_file()
+    assert PreparedTask.__dataclass_params__.frozen
