@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..models.capture import _data_lines, _dictionary, _text_lines, load_model, pack
+from ..models.capture import data_lines, dictionary_of, load_model, pack, text_lines
 from ..models.init_from import MEMORY_PARAMETER, read_checkpoint
 from ..models.roberta import PkmRobertaModel
 
@@ -76,7 +76,7 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
     checkpoint = read_checkpoint(str(file), "--checkpoint")
     if not any(MEMORY_PARAMETER.search(parameter) for parameter in checkpoint["model"]):
         raise ValueError(f"--checkpoint {file}: the model has no memory")
-    dictionary = _dictionary(args, checkpoint)
+    dictionary = dictionary_of(args, checkpoint)
     has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])
     model = load_model(checkpoint, dictionary, str(file))
     return Opened(name, file, model, dictionary, updates_of(checkpoint), has_read_times)
@@ -96,7 +96,7 @@ def read_text(args: Namespace, dictionary: Dictionary, length: int) -> Iterator[
     """
     if args.text and not Path(args.text).is_file():
         raise ValueError(f"--text {args.text}: no such file")
-    lines = _data_lines(args, dictionary) if args.data else _text_lines(args, dictionary)
+    lines = data_lines(args, dictionary) if args.data else text_lines(args, dictionary)
     return pack(lines, length, dictionary.bos())
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..memory import MemoryUsage
 from ..memory.usage import tokens_for_ceiling
-from ..models.capture import _batches
+from ..models.capture import batches
 from .checkpoints import Opened, count_tokens
 from .readers import SlotReaders, describe_readers
 
@@ -87,7 +87,7 @@ def count_usage(
 ) -> Dict[int, MemoryUsage]:
     """Count the memory usage, by layer, of reading all sequences."""
     with model.record_memory_usage() as usage:
-        for batch in _batches(sequences, pad):
+        for batch in batches(sequences, pad):
             model(batch, features_only=True)
             advance(int(batch.ne(pad).sum()))
     return usage
@@ -103,7 +103,7 @@ def watch_readers(
 ) -> None:
     """Read all sequences and count, by layer, who reads the watched slots."""
     with model.record_memory_usage(watchers):
-        for batch in _batches(sequences, pad):
+        for batch in batches(sequences, pad):
             for watcher in watchers.values():
                 watcher.begin(batch)
             model(batch, features_only=True)

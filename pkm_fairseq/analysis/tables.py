@@ -201,9 +201,11 @@ def number(value: Optional[float]) -> str:
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], last: str = "") -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(left):
+    for column in left:
         is_number = column in ("layer", "head")
-        table.add_column(column, overflow="fold", no_wrap=is_number, min_width=0 if i else 12)
+        table.add_column(
+            column, overflow="fold", no_wrap=is_number, min_width=0 if is_number else 12
+        )
     for column in right:
         table.add_column(column, justify="right", no_wrap=True)
     if last:

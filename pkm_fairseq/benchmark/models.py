@@ -39,6 +39,8 @@ class Model:
         gib: about the memory that training takes, at its peak.
         flags: further options of fairseq-train.
         symbols: of its vocabulary.
+        counts: whether memory usage is counted, as in the first updates of every training, and
+            times of reads are kept.
     """
 
     arch: str
@@ -46,6 +48,7 @@ class Model:
     gib: float
     flags: Tuple[str, ...] = ()
     symbols: int = SYMBOLS
+    counts: bool = True
 
     def command(self, save_dir: str) -> List[str]:
         """The options of fairseq-train; there is no data to load."""
@@ -53,6 +56,7 @@ class Model:
         return [
             *("no-data", "--arch", self.arch, "--cpu", "--clip-norm", CLIP_NORM),
             *("--tokens-per-sample", str(LENGTH), "--lr", "1e-4", "--save-dir", save_dir),
+            "--no-save",
             *(part for name, value in chosen.items() for part in (f"--{name}", value)),
             *self.flags,
         ]
@@ -63,11 +67,13 @@ MODELS = {
     "roberta_large": Model("roberta_large", None, 7.0),
     "pkm_base": Model("pkm_roberta_base", 512, 7.0),
     "resm_base": Model("resm_roberta_base", 512, 7.5),
+    "resm_base_uncounted": Model("resm_roberta_base", 512, 7.5, counts=False),
 }
 PAIRS = [
     ("resm_base", "roberta_base"),
     ("pkm_base", "roberta_base"),
     ("resm_base", "roberta_large"),
+    ("resm_base", "resm_base_uncounted"),
 ]
 SMALL = ("--encoder-layers", "3", "--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512")
 SMALL += ("--encoder-attention-heads", "4", "--max-positions", str(LENGTH))
@@ -75,8 +81,13 @@ SMALL_MODELS = {  # only to show that everything runs
     "roberta_tiny": Model("roberta", None, 0.2, SMALL, 1000),
     "pkm_tiny": Model("pkm_roberta_tiny", 64, 0.2, SMALL, 1000),
     "resm_tiny": Model("resm_roberta_tiny", 64, 0.2, SMALL, 1000),
+    "resm_tiny_uncounted": Model("resm_roberta_tiny", 64, 0.2, SMALL, 1000, counts=False),
 }
-SMALL_PAIRS = [("resm_tiny", "roberta_tiny"), ("pkm_tiny", "roberta_tiny")]
+SMALL_PAIRS = [
+    ("resm_tiny", "roberta_tiny"),
+    ("pkm_tiny", "roberta_tiny"),
+    ("resm_tiny", "resm_tiny_uncounted"),
+]
 
 
 @dataclass
@@ -182,7 +193,11 @@ def build(model: Model, seed: int, save_dir: str) -> Run:
     torch.manual_seed(seed)
     dictionary = vocabulary(model.symbols)
     task = TASK_REGISTRY[cfg.task._name](cfg.task, dictionary)  # not setup_task: it reads files
-    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    built = task.build_model(cfg.model)
+    if not model.counts:
+        for layer in built.memory_layers().values():
+            layer.reads.set_num_updates = lambda updates: None  # as outside a training
+    trainer = Trainer(cfg, task, built, task.build_criterion(cfg.criterion))
     generator = torch.Generator().manual_seed(seed)  # the same batches for every model
     samples = [sample(dictionary, generator) for _ in range(BATCHES)]
     masked = [s["target"].ne(dictionary.pad()) for s in samples]

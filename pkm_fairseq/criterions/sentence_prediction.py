@@ -20,10 +20,10 @@ class PkmSentencePredictionConfig(UsageConfig, SentencePredictionConfig):
     glue_metrics: str = field(
         default="",
         metadata={
-            "help": "log these in validation, in percent over the whole set (GLUE, Wang et al. 2018; "
-            "default: none): comma-separated "
+            "help": "log these in validation, in percent over the whole set: comma-separated "
             "accuracy, f1 (of class 1), mcc, or with --regression-target pearson, spearman (of "
-            "predictions clipped to 0..1, the range of the labels)"
+            "predictions clipped to 0..1, the range of the labels) (default: none; the metrics "
+            "are those of GLUE, Wang et al. 2018)"
         },
     )
 

@@ -69,9 +69,9 @@ def capture(
     checkpoint = read_checkpoint(args.checkpoint, "--checkpoint")
     if not any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"]):
         raise ValueError(f"--checkpoint {args.checkpoint}: the model has no memory")
-    dictionary = _dictionary(args, checkpoint)
+    dictionary = dictionary_of(args, checkpoint)
     model = load_model(checkpoint, dictionary, args.checkpoint)
-    lines = _data_lines(args, dictionary) if args.data else _text_lines(args, dictionary)
+    lines = data_lines(args, dictionary) if args.data else text_lines(args, dictionary)
     sequences = pack(lines, model.max_positions(), dictionary.bos())
     return model, capture_inputs(model, sequences, dictionary.pad(), args.queries, layers)
 
@@ -161,7 +161,7 @@ def capture_inputs(
     hooks = [c.memory.register_forward_pre_hook(keeper(i)) for i, c in chosen.items()]
     try:
         n_seen = 0
-        for batch in _batches(sequences, pad):
+        for batch in batches(sequences, pad):
             model(batch, features_only=True)
             n_seen += int(batch.ne(pad).sum())
             if n_seen >= n_tokens:
@@ -184,7 +184,8 @@ def _chosen(
     return present if layers is None else {index: present[index] for index in layers}
 
 
-def _batches(sequences: Iterable[Tensor], pad: int) -> Iterator[Tensor]:
+def batches(sequences: Iterable[Tensor], pad: int) -> Iterator[Tensor]:
+    """Batches of token ids, (B, T), padded on the right."""
     waiting: List[Tensor] = []
     for sequence in sequences:
         waiting.append(sequence)
@@ -195,7 +196,12 @@ def _batches(sequences: Iterable[Tensor], pad: int) -> Iterator[Tensor]:
         yield data_utils.collate_tokens(waiting, pad)
 
 
-def _dictionary(args: Namespace, checkpoint: Dict[str, Any]) -> Dictionary:
+def dictionary_of(args: Namespace, checkpoint: Dict[str, Any]) -> Dictionary:
+    """The dictionary that the options name, or the one beside the training data.
+
+    Raises:
+        ValueError: there is none.
+    """
     if args.data:
         file = os.path.join(_data_folder(args.data), "dict.txt")
     elif args.dict:
@@ -217,7 +223,12 @@ def _data_folder(data: str) -> str:
     return nested if os.path.isfile(os.path.join(nested, "dict.txt")) else data
 
 
-def _data_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
+def data_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
+    """The token ids of ``args.split`` of ``args.data``.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     path = os.path.join(_data_folder(args.data), args.split)
     dataset = data_utils.load_indexed_dataset(path, dictionary)
     if dataset is None:
@@ -225,7 +236,12 @@ def _data_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
     return (dataset[index] for index in range(len(dataset)))
 
 
-def _text_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
+def text_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
+    """The token ids of the lines of ``args.text``.
+
+    Raises:
+        ValueError: it is no UTF-8 text, or of other symbols than the dictionary's.
+    """
     encode = _encoder(args.sentencepiece_model)
     try:
         with open(args.text, encoding="utf-8") as text:

@@ -409,6 +409,7 @@ def test_the_models_are_those_of_the_paper():
         ("resm_base", "roberta_base"),
         ("pkm_base", "roberta_base"),
         ("resm_base", "roberta_large"),
+        ("resm_base", "resm_base_uncounted"),
     ]
     for model in chosen.values():
         assert model.arch in ARCH_MODEL_REGISTRY
@@ -569,7 +570,7 @@ def assert_json(found):
     assert whats == Counter(
         {
             **{what: 2 * times for what, times in names.items()},
-            **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 2, models.FORWARD: 2},
+            **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 3, models.FORWARD: 3},
         }
     )
     for result in found["results"]:
@@ -581,8 +582,9 @@ def assert_json(found):
         assert (set(result) >= MOVED) == moves
     resm = [r for r in found["results"] if r["subject"] == "resm_tiny"]
     assert {(r["what"], r["against"], r["tokens"], r["n_keys"]) for r in resm} == {
-        (models.TRAIN, "roberta_tiny", 32, 64),
-        (models.FORWARD, "roberta_tiny", 32, 64),
+        (what, against, 32, 64)
+        for what in (models.TRAIN, models.FORWARD)
+        for against in ("roberta_tiny", "resm_tiny_uncounted")
     }
     assert [m["subject"] for m in found["memory"]] == 2 * [subjects.OURS, subjects.ADAM]
     assert {"subject", "table_bytes", "peak_bytes", "extra_share_of_table"} <= set(
@@ -628,3 +630,14 @@ def test_medians_are_over_pairs_in_one_process():
     found = interleave({"a": lambda _: int, "b": lambda _: int}, 2, 0, lambda: next(times))
     assert found == {"a": [1.0, 1.0], "b": [2.0, 4.0]}
     assert compare(found["a"], found["b"])["ratio"] == median([2.0, 4.0])
+
+
+@pytest.mark.parametrize(("name", "counts"), [("resm_tiny", True), ("resm_tiny_uncounted", False)])
+def test_the_uncounted_model_counts_no_read_and_the_other_does(name, counts, tmp_path):
+    run = models.build(models.SMALL_MODELS[name], seed=1, save_dir=str(tmp_path))
+    run.train_step(0)()
+    logged = run.trainer.criterion._window
+    (layer,) = run.trainer.get_model().memory_layers().values()
+    assert bool(layer.reads.last_read.any()) == counts
+    assert (logged is not None) == counts
+    assert not list(tmp_path.iterdir())  # no copy of the values
