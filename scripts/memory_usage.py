@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pkm_fairseq.analysis import report, tables
-from pkm_fairseq.analysis.page import page
+from pkm_fairseq.analysis.page import page, write_charts
 from pkm_fairseq.files import write_file
 
 TEXT_OPTIONS = (
@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(option, type=int, metavar="N", help=help_text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts there")
+    parser.add_argument("--svg", type=Path, metavar="FOLDER", help="write each chart there")
     return parser.parse_args()
 
 
@@ -83,6 +84,8 @@ def main() -> None:
             raise ValueError(f"{option} {file} must be a file in a folder that exists")
     errors = Console(stderr=True)
 
+    if args.svg and (args.svg.is_file() or not args.svg.absolute().parent.is_dir()):
+        raise ValueError(f"--svg {args.svg} must be a folder, in a folder that exists")
     with Progress(console=errors) as progress:
 
         def begin(step: str, total: int) -> Callable[[int], Any]:
@@ -99,6 +102,8 @@ def main() -> None:
         write_file(args.json, json.dumps(found.report, indent=2, allow_nan=False) + "\n")
     if args.html:
         write_file(args.html, page(found))
+    if args.svg:
+        write_charts(found, args.svg)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for table in tables.tables(found.report, found.logs):
         console.print(table)

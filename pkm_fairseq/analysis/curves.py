@@ -52,7 +52,10 @@ class Metric(NamedTuple):
     is_share: bool = False
 
 
-_OUTDATED = "Share of slots that were not read in the latest {} updates."
+EVENTS = (  # of a slot: name, key, what has not happened since
+    ("reads", "read", "was last read"),
+    ("first choices", "top1", "was last a head's first choice"),
+)
 METRICS = (
     Metric("Top-1 usage", ("top1_usage",), "slots used",
            "Share of slots that were a head's first choice.", "top1_ceiling", True),
@@ -72,14 +75,18 @@ METRICS = (
     Metric("Sub-keys used, second half", ("subkey2_usage",), "sub-keys used",
            "Share of the heads' sub-keys of the second half that were read.", None, True),
     *(
-        Metric(f"Staleness, {name}", ("staleness", "read", key), "updates",
-               "Updates since a slot was last read; one never read counts from the start.")
-        for name, key in (("median", "p50"), ("90th percentile", "p90"), ("99th percentile", "p99"))
+        Metric(f"Staleness of {name}, {quantile}", ("staleness", event, key), "updates",
+               f"Updates since a slot {since}; without any, since the start.")
+        for name, event, since in EVENTS
+        for quantile, key in (("median", "p50"), ("90th percentile", "p90"),
+                              ("99th percentile", "p99"))
     ),
     *(
-        Metric(f"Outdated by more than {limit} updates",
-               ("staleness", "read", "outdated", str(limit)), "slots",
-               _OUTDATED.format(f"{limit:,}"), None, True)
+        Metric(f"Outdated {name}, by more than {limit:,} updates",
+               ("staleness", event, "outdated", str(limit)), "slots",
+               f"Share of slots for which it is more than {limit:,} updates since it {since}.",
+               None, True)
+        for name, event, since in EVENTS
         for limit in (10, 100, 1000, 10_000)
     ),
     Metric("Values moved, median", ("staleness", "moved", "p50"), "L2 distance",

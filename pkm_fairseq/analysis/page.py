@@ -1,13 +1,26 @@
-"""The page of a report: one file that needs nothing but a browser."""
+"""The page of a report: one file that needs nothing but a browser. Its charts, as files, too."""
 
+import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
+from ..files import write_file
 from . import tables
 from .curves import draw_curves
 from .plots import COLOURS, charts_of_checkpoints
 from .report import Analysis
+
+
+def write_charts(analysis: Analysis, folder: Path) -> None:
+    """Write each chart of the page as an SVG file, called as its title."""
+    folder.mkdir(exist_ok=True)
+    by_layer = charts_of_checkpoints(analysis.report["checkpoints"], analysis.masses)
+    charts = [chart for drawn in by_layer.values() for chart in drawn]
+    charts += draw_curves(analysis.logs) if analysis.logs else []
+    for chart in charts:
+        name = re.sub(r"\W+", "_", chart.title.lower()).strip("_")
+        write_file(folder / f"{name}.svg", f"{chart.svg}\n")
 
 
 def page(analysis: Analysis) -> str:

@@ -161,7 +161,7 @@ class UsageReports:
     def finish_validation(self) -> None:
         """Write the counts of subsets that have fewer tokens than were to be counted."""
         for subset, count in self._validation.items():
-            if self._is_training and count.total and not count.is_full:
+            if count.total and not count.is_full:
                 self._write(count)
                 said = next(iter(count.total.values())).summary(per_head=False)
                 logger.warning(

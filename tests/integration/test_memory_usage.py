@@ -8,6 +8,7 @@ import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
@@ -103,6 +104,7 @@ def test_checkpoints_and_logs_together(trained: Path, evil_data: Path, tmp_path:
         *(sys.executable, SCRIPT, "--checkpoint", f"<i>={middle}", last, "--data", evil_data),
         *("--log", trained / "memory_usage.jsonl", "--tokens", "150", "--hot", "3"),
         *("--probe", "40", "--json", json_file, "--html", html_file),
+        *("--svg", tmp_path / "charts"),
     )
     for said in ("memory usage", "hottest slots", "staleness", "drift between", "last counts"):
         assert said in done.output
@@ -125,6 +127,9 @@ def test_checkpoints_and_logs_together(trained: Path, evil_data: Path, tmp_path:
     assert not [tag for tag, _ in page.tags if tag in ("script", "i")]
     figures = sum(tag == "figure" for tag, _ in page.tags)
     assert figures > 15
+    charts = [ElementTree.parse(file).getroot() for file in (tmp_path / "charts").iterdir()]
+    assert len(charts) == figures
+    assert all(chart.tag == "{http://www.w3.org/2000/svg}svg" for chart in charts)
 
 
 def check_page(page: Page) -> None:
@@ -151,7 +156,13 @@ def test_logs_alone(trained: Path, tmp_path: Path) -> None:
     assert f"warning: {log}: the last line was cut off and is left out" in done.output
     page = Page(html_file.read_text())
     check_page(page)
-    for said in ("Top-1 usage", "Staleness, median", "split valid", "split train", "cut off"):
+    for said in (
+        "Top-1 usage",
+        "Staleness of first choices, median",
+        "split valid",
+        "split train",
+        "cut off",
+    ):
         assert said in page.text, said
 
 

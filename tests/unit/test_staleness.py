@@ -82,6 +82,14 @@ def test_summary_equals_its_definitions_in_plain_python(times, later):
         assert sum(age < value for age in since) < q / 100 * len(since)
 
 
+def test_outdated_by_more_than_is_not_outdated_by():
+    last = torch.tensor([0.0, 90.0, 89.0, 100.0])
+    said = summarise(last, 100)
+    assert said["outdated"]["10"] == 2 / 4  # by 100 and 11, not by 10
+    assert said["outdated"]["100"] == 0
+    assert said["never"] == 1 / 4
+
+
 def test_movement_of_values_by_hand():
     initial = torch.zeros(4, 2)
     values = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
