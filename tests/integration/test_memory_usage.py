@@ -8,8 +8,8 @@ import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 from typing import Any, Dict, List, Optional, Tuple
+from xml.etree import ElementTree
 
 import pytest
 import torch
