@@ -15,10 +15,10 @@ half=$((updates / 2)) warmup=$((updates / 15))
 lr=2e-3
 half_lr=$(python -c "print($lr * $half / ($updates - $warmup))") # plain's, after half its updates
 
-train() { # arm, updates, warm-up, learning rate, further options
-    local arm=$1 total=$2 warmup=$3 lr=$4
-    shift 4
-    [ -e "$out/$arm/finished" ] && return
+train() { # arm, update to stop at, updates of its schedule, warm-up, learning rate, more options
+    local arm=$1 stop=$2 total=$3 warmup=$4 lr=$5
+    shift 5
+    [ -e "$out/$arm/finished_$stop" ] && return
     mkdir -p "$out/$arm"
     fairseq-train "$data" --user-dir pkm_fairseq --save-dir "$out/$arm" \
         --task pkm_masked_lm --tokens-per-sample 64 --max-positions 128 --batch-size 32 \
@@ -26,13 +26,13 @@ train() { # arm, updates, warm-up, learning rate, further options
         --encoder-attention-heads 4 --dropout 0.0 --attention-dropout 0.0 \
         --adam-betas '(0.9, 0.98)' --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0 \
         --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warmup" \
-        --total-num-update "$total" --max-update "$total" --seed 1 --num-workers 0 --cpu \
+        --total-num-update "$total" --max-update "$stop" --seed 1 --num-workers 0 --cpu \
         --validate-interval-updates $((updates / 15)) --save-interval-updates "$half" \
-        --keep-interval-updates 2 --no-epoch-checkpoints --log-format json --log-interval 50 \
+        --keep-interval-updates 1 --no-epoch-checkpoints --log-format json --log-interval 50 \
         --max-valid-steps 20 "$@" >>"$out/$arm/train.log" 2>&1 ||
         { echo "$arm failed: $(tail -n 1 "$out/$arm/train.log")" >&2; return 1; }
-    touch "$out/$arm/finished"
-    echo "$arm finished"
+    touch "$out/$arm/finished_$stop"
+    echo "$arm has had $stop updates"
 }
 memory=(--criterion pkm_masked_lm --optimizer pkm_adam --memory-value-lr 1e-3
     --memory-layers 2 --memory-n-keys 128 --memory-heads 4 --memory-knn 32 --memory-k-dim 64
@@ -42,12 +42,14 @@ resm=(--arch resm_roberta_tiny "${memory[@]}")
 plain=(--arch roberta --criterion masked_lm --optimizer adam)
 
 (
-    train plain "$updates" "$warmup" "$lr" "${plain[@]}"
-    start=$(ls "$out"/plain/checkpoint_*_"$half".pt)
-    train resm_init "$half" 0 "$half_lr" "${resm[@]}" --init-from "$start"
-    train pkm_init "$half" 0 "$half_lr" "${pkm[@]}" --init-from "$start"
+    train plain "$half" "$updates" "$warmup" "$lr" "${plain[@]}"
+    start=$out/plain/checkpoint_half.pt
+    [ -e "$start" ] || { cp "$out/plain/checkpoint_last.pt" "$start.part" && mv "$start.part" "$start"; }
+    train plain "$updates" "$updates" "$warmup" "$lr" "${plain[@]}"
+    train resm_init "$half" "$half" 0 "$half_lr" "${resm[@]}" --init-from "$start"
+    train pkm_init "$half" "$half" 0 "$half_lr" "${pkm[@]}" --init-from "$start"
 ) &
 first=$!
-train resm "$updates" "$warmup" "$lr" "${resm[@]}"
-train pkm "$updates" "$warmup" "$lr" "${pkm[@]}"
+train resm "$updates" "$updates" "$warmup" "$lr" "${resm[@]}"
+train pkm "$updates" "$updates" "$warmup" "$lr" "${pkm[@]}"
 wait $first
