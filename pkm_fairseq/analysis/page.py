@@ -20,7 +20,8 @@ def write_charts(analysis: Analysis, folder: Path) -> None:
     charts += draw_curves(analysis.logs) if analysis.logs else []
     for chart in charts:
         name = re.sub(r"\W+", "_", chart.title.lower()).strip("_")
-        write_file(folder / f"{name}.svg", f"{chart.svg}\n")
+        svg = str(chart.svg).replace("<svg", '<svg style="background: #fff"', 1)
+        write_file(folder / f"{name}.svg", f"{svg}\n")
 
 
 def page(analysis: Analysis) -> str:

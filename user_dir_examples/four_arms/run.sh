@@ -28,7 +28,7 @@ train() { # arm, update to stop at, updates of its schedule, warm-up, learning r
         --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warmup" \
         --total-num-update "$total" --max-update "$stop" --seed 1 --num-workers 0 --cpu \
         --validate-interval-updates $((updates / 15)) --save-interval-updates "$half" \
-        --keep-interval-updates 1 --no-epoch-checkpoints --log-format json --log-interval 50 \
+        --keep-interval-updates 2 --no-epoch-checkpoints --log-format json --log-interval 50 \
         --max-valid-steps 20 "$@" >>"$out/$arm/train.log" 2>&1 ||
         { echo "$arm failed: $(tail -n 1 "$out/$arm/train.log")" >&2; return 1; }
     touch "$out/$arm/finished_$stop"
