@@ -188,7 +188,7 @@ def best_checkpoint(folder: Path, spec: TaskSpec) -> Path:
         if score is not None:
             found.append((score, result.with_name("checkpoint_best.pt")))
     if not found:
-        raise ValueError(f"{folder}: no seed*[0-9]/result.json with {metric} on dev")
+        raise ValueError(f"{folder}: no seed*/result.json with {metric} on dev")
     score, best = max(found, key=lambda seed: seed[0])
     print(f"{spec.name}: {best}, {metric} on dev {score:.1f}, best of {len(found)}")
     return best
