@@ -3,11 +3,13 @@
 from .config import MemoryConfig
 from .layer import Lookup, ProductKeyMemory, build_values
 from .product_keys import product_topk
+from .sharding import ColumnShards
 from .staleness import ReadTimes
 from .usage import MemoryUsage
 from .values import ValueTable
 
 __all__ = [
+    "ColumnShards",
     "Lookup",
     "MemoryConfig",
     "MemoryUsage",

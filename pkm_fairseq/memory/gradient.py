@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import kernels
 from .dtypes import at_least_float32, compute_dtype
 from .kernels import Entries
+from .sharding import ColumnShards
 
 
 class ValueGradient:
@@ -17,14 +19,22 @@ class ValueGradient:
     tokens take 6 MB. The table's parameter carries this object as ``value_gradient``, where an
     optimizer finds it.
 
+    Args:
+        shards: the workers that the columns of the table are split over; None means that it is
+            whole. The factors are then of this worker's columns, and of the tokens of all workers.
+
     Attributes:
+        shards: as given.
+        assembled: the whole table, while it is being saved, where it was split.
         scale: its ``.grad`` is what all factors are to be multiplied by. An optimizer lists it
             among its parameters, so that whatever multiplies or resets gradients, as fairseq
             and loss scalers do, reaches the factors. None, the normal state: backward passes
             leave a dense ``.grad`` of the table.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Optional[ColumnShards] = None) -> None:
+        self.shards = shards
+        self.assembled: Optional[Tensor] = None
         self.scale: Optional[Tensor] = None
         self._parts: List[Entries] = []
 
@@ -33,9 +43,9 @@ class ValueGradient:
         """Whether backward passes leave factors here instead of a dense ``.grad``."""
         return self.scale is not None
 
-    def __reduce__(self) -> Tuple[Type["ValueGradient"], Tuple[()]]:
+    def __reduce__(self) -> Tuple[Type["ValueGradient"], Tuple[Optional[ColumnShards]]]:
         """A copy, or what is loaded from a file, is dense until an optimizer asks."""
-        return ValueGradient, ()
+        return ValueGradient, (self.shards,)
 
     def keep_factors(self, values: Optional[Tensor] = None) -> Tensor:
         """Ask for factors instead of dense gradients.
@@ -92,15 +102,31 @@ class ValueGradient:
         if self.scale is not None:
             self.scale.grad = None
 
-    def is_finite(self) -> bool:
-        """Are all factors finite?"""
-        if not self:
-            return True
-        assert self.scale is not None and self.scale.grad is not None
-        factors = [self.scale.grad] + [
-            x for part in self._parts for x in (part.weights, part.grads)
-        ]
-        return all(bool(torch.stack(x.aminmax()).isfinite().all()) for x in factors if x.numel())
+    def is_finite(self, dense: Optional[Tensor] = None) -> bool:
+        """Is the gradient finite, on all workers that hold columns of the table?
+
+        Args:
+            dense: (n_slots, V), a gradient to add.
+        """
+        factors = [] if dense is None else [dense]
+        if self:
+            assert self.scale is not None and self.scale.grad is not None
+            factors += [self.scale.grad, *(x for p in self._parts for x in (p.weights, p.grads))]
+        finite = all(bool(torch.stack(x.aminmax()).isfinite().all()) for x in factors if x.numel())
+        if self.shards is None:
+            return finite
+        return self.shards.all_have(finite, None if self.scale is None else self.scale.device)
+
+    def squared_norm(self, values: Tensor) -> float:
+        """The squared Euclidean norm of the gradient of all columns.
+
+        Args:
+            values: the table, whose ``.grad`` counts, too.
+        """
+        square = values.new_zeros((), dtype=torch.float64)
+        if self or values.grad is not None:
+            square = kernels.squared_norm(values, self.entries(values.grad))
+        return float(square if self.shards is None else self.shards.sum_(square))
 
     def entries(self, dense: Optional[Tensor] = None) -> Entries:
         """The gradient in the form that kernels take; there must be one.
@@ -117,6 +143,23 @@ class ValueGradient:
             bags = torch.arange(len(rows), device=rows.device)
             parts = [*parts, Entries(rows, grads.new_ones(len(rows)), bags, grads)]
         return _join(parts)
+
+    def average(self, values: Tensor, group: Any = None) -> None:
+        """Make this the mean over data-parallel workers, with what is in ``values.grad``.
+
+        Every worker must call it, and each table in the same order.
+
+        Args:
+            values: the table.
+            group: the process group of all workers; None means all there are.
+        """
+        if self.shards is not None:  # the factors are a sum over those who share the table
+            self.multiply(1 / self.shards.n_shards)
+            group = self.shards.replicas
+            if group is None:
+                return
+        self.gather(values, values.grad, group)
+        values.grad = None  # what there was is among the factors
 
     def gather(self, values: Tensor, dense: Optional[Tensor] = None, group: Any = None) -> None:
         """Make this the mean over data-parallel workers, who exchange factors, not tables.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .config import MemoryConfig
 from .product_keys import draw_kept_keys, product_topk, product_topk_of
 from .query import BatchQueryNorm, build_query_norm
+from .sharding import ColumnShards
 from .values import ValueTable
 
 FREEZABLE = ("values", "keys", "all")
@@ -36,9 +37,11 @@ class ProductKeyMemory(nn.Module):
         input_dim: width of the input and of the output.
         config: the settings.
         values: a table to share with other memories; None makes an own one.
+        shards: workers to split the own table over by columns; None means no split.
 
     Raises:
-        ValueError: the shared table has another shape than the settings ask for.
+        ValueError: the shared table has another shape than the settings ask for, or the workers
+            cannot have equally many columns.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ProductKeyMemory(nn.Module):
         input_dim: int,
         config: Optional[MemoryConfig] = None,
         values: Optional[ValueTable] = None,
+        shards: Optional[ColumnShards] = None,
     ) -> None:
         super().__init__()
         self.input_dim = input_dim
@@ -54,11 +58,11 @@ class ProductKeyMemory(nn.Module):
         self.query_proj = nn.Linear(input_dim, config.heads * config.k_dim)
         self.query_norm = build_query_norm(config)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.n_keys, config.half_dim))
-        self.values = build_values(input_dim, config) if values is None else values
-        if tuple(self.values.weight.shape) != (config.n_slots, v_dim):
+        self.values = build_values(input_dim, config, shards) if values is None else values
+        shape = (len(self.values.weight), self.values.v_dim)
+        if shape != (config.n_slots, v_dim):
             raise ValueError(
-                f"shared values have shape {tuple(self.values.weight.shape)}, "
-                f"must be ({config.n_slots}, {v_dim})"
+                f"shared values have shape {shape}, must be ({config.n_slots}, {v_dim})"
             )
         # no bias: values of zero then read as exactly zero
         self.output_proj = (
@@ -153,10 +157,12 @@ def value_dim(input_dim: int, config: MemoryConfig) -> int:
     return input_dim if config.v_dim is None else config.v_dim
 
 
-def build_values(input_dim: int, config: MemoryConfig) -> ValueTable:
+def build_values(
+    input_dim: int, config: MemoryConfig, shards: Optional[ColumnShards] = None
+) -> ValueTable:
     """The value table that a memory of this width and these settings reads."""
-    dtype = getattr(torch, config.value_dtype)
-    return ValueTable(config.n_slots, value_dim(input_dim, config), config.values_init, dtype)
+    dtype, v_dim = getattr(torch, config.value_dtype), value_dim(input_dim, config)
+    return ValueTable(config.n_slots, v_dim, config.values_init, dtype, shards)
 
 
 def _drops_padding(training: bool, device: torch.device) -> bool:

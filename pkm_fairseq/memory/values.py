@@ -11,6 +11,7 @@ from .dtypes import compute_dtype
 from .gradient import ValueGradient
 from .kernels.pages import advise_huge_pages
 from .kernels.torch_backend import row_gradients
+from .sharding import ColumnShards
 
 
 class ValueTable(nn.Module):
@@ -24,9 +25,12 @@ class ValueTable(nn.Module):
         v_dim: width of a row.
         init: "normal", N(0, v_dim ** -0.5) (Lample et al. 2019, published code), or "zero".
         dtype: what the values are stored in; reads are in at least float32.
+        shards: workers to split the columns over; None means that this table is whole. Its
+            initial values, reads and gradients are those of a whole table.
 
     Raises:
         MemoryError: the table does not fit into memory; the message says how large it is.
+        ValueError: the workers cannot have equally many columns.
     """
 
     def __init__(
@@ -35,11 +39,14 @@ class ValueTable(nn.Module):
         v_dim: int,
         init: str = "normal",
         dtype: Optional[torch.dtype] = None,
+        shards: Optional[ColumnShards] = None,
     ) -> None:
         super().__init__()
         self.init = init
-        self.gradient = ValueGradient()
-        self.weight = nn.Parameter(allocate(n_slots, v_dim, dtype))
+        self.v_dim = v_dim
+        self.gradient = ValueGradient(shards)
+        width = v_dim if shards is None else shards.width(v_dim)
+        self.weight = nn.Parameter(allocate(n_slots, width, dtype))
         self._tag()
         self.reset_parameters()
 
@@ -51,12 +58,34 @@ class ValueTable(nn.Module):
     def _tag(self) -> None:
         self.weight.value_gradient = self.gradient  # type: ignore[attr-defined]
 
+    @property
+    def shards(self) -> Optional[ColumnShards]:
+        """The workers that the columns are split over; None if this table is whole."""
+        return self.gradient.shards
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the values anew."""
+        std = self.v_dim**-0.5
         if self.init == "zero":
             nn.init.zeros_(self.weight)
+        elif self.shards is None:
+            nn.init.normal_(self.weight, std=std)
         else:
-            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            self.shards.draw_normal_(self.weight, std)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the whole table, if it was assembled for this, and else what is here."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.gradient.assembled is not None:
+            destination[f"{prefix}weight"] = self.gradient.assembled
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load this worker's columns of a whole table."""
+        name = f"{prefix}weight"
+        if self.shards is not None and name in state_dict:
+            state_dict[name] = self.shards.own_columns(state_dict[name], self.v_dim)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Sum the values of the given slots, weighted, over heads and neighbours.
@@ -78,6 +107,12 @@ class ValueTable(nn.Module):
             )
         slots, weights = slots.flatten(1), weights.flatten(1)  # (N, H * K)
         wants_gradient = weights.requires_grad or self.weight.requires_grad
+        if self.shards is not None:
+            kernels.check_reads(slots, weights, len(self.weight))
+            weights = weights.to(compute_dtype(self.weight.dtype))
+            return _ShardedRead.apply(  # type: ignore[no-untyped-call, no-any-return]
+                weights, slots, self.weight, self.gradient
+            )
         if not (torch.is_grad_enabled() and wants_gradient):
             return kernels.read(self.weight, slots, weights)
         if self.gradient.factored:
@@ -108,13 +143,53 @@ class _HalfRead(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_weights = kernels.weight_gradient(values, slots, grad_read)
         if ctx.needs_input_grad[2]:
-            factors = ValueGradient()
-            factors.keep_factors(values)
-            factors.add(slots, weights, grad_read)
-            grad_values = torch.zeros_like(values)
-            for rows, gradient in row_gradients(factors.entries()):
-                grad_values[rows] = gradient.to(values.dtype)
+            grad_values = _dense_gradient(values, slots, weights, grad_read)
         return grad_weights, None, grad_values
+
+
+def _dense_gradient(values: Tensor, slots: Tensor, weights: Tensor, grad_read: Tensor) -> Tensor:
+    factors = ValueGradient()
+    factors.keep_factors(values)
+    factors.add(slots, weights, grad_read)
+    gradient = torch.zeros_like(values)
+    for rows, of_rows in row_gradients(factors.entries()):
+        gradient[rows] = of_rows.to(values.dtype)
+    return gradient
+
+
+class _ShardedRead(torch.autograd.Function):
+    """The read of a table of which this worker holds some columns, for it and all others.
+
+    Its backward leaves the gradient of these columns, from the tokens of all workers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, slots: Tensor, values: Tensor, gradient: ValueGradient
+    ) -> Tensor:
+        assert gradient.shards is not None
+        slots, weights, ctx.tokens = gradient.shards.gather_lookups(slots, weights)  # (all, T)
+        ctx.save_for_backward(weights, slots, values)
+        ctx.gradient = gradient
+        return gradient.shards.return_columns(kernels.read(values, slots, weights), ctx.tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_read: Tensor
+    ) -> Tuple[Optional[Tensor], None, Optional[Tensor], None]:
+        weights, slots, values = ctx.saved_tensors
+        shards = ctx.gradient.shards
+        grad_columns = shards.send_columns(grad_read, ctx.tokens)  # (all, V / W)
+        grad_weights = grad_values = None
+        if ctx.needs_input_grad[2] and ctx.gradient.factored:
+            ctx.gradient.add(slots, weights, grad_columns)
+        elif ctx.needs_input_grad[2]:
+            grad_values = _dense_gradient(values, slots, weights, grad_columns)
+        if ctx.needs_input_grad[0]:
+            partial = kernels.weight_gradient(values, slots, grad_columns)
+            grad_weights = shards.sum_for_owners(partial, ctx.tokens)
+        return grad_weights, None, grad_values, None
 
 
 class _FactoredRead(torch.autograd.Function):

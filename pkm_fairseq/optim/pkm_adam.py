@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional
 
@@ -120,11 +121,9 @@ class PkmAdam(FairseqAdam):
         finally:
             for values in trained:
                 values.requires_grad_(True)
-        group = distributed_utils.get_data_parallel_group()
-        if distributed_utils.get_world_size(group) > 1:
+        if distributed_utils.get_data_parallel_world_size() > 1:
             for values in trained:
-                gradient_of(values).gather(values, values.grad, group)
-                values.grad = None  # what there was is among the factors
+                gradient_of(values).average(values, distributed_utils.get_data_parallel_group())
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
         """Clip the gradient of everything but values, and values on their own if so asked.
@@ -135,9 +134,7 @@ class PkmAdam(FairseqAdam):
         """
         params = [p for group in self._dense_groups() for p in group["params"]]
         norm = utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
-        dense = [torch.stack(p.grad.aminmax()) for p in self._values if p.grad is not None]
-        is_finite = all(bool(pair.isfinite().all()) for pair in dense)
-        if is_finite and all(gradient_of(p).is_finite() for p in self._values):
+        if all([gradient_of(p).is_finite(p.grad) for p in self._values]):  # none is left out
             max_value_norm = self.cfg.memory_value_clip_norm
             if max_value_norm <= 0 or math.isfinite(self._clip_values(max_value_norm)):
                 return norm
@@ -146,12 +143,7 @@ class PkmAdam(FairseqAdam):
         return torch.full_like(norm, math.inf)
 
     def _clip_values(self, max_norm: float) -> float:
-        squares = [
-            kernels.squared_norm(p, gradient_of(p).entries(p.grad))
-            for p in self._values
-            if gradient_of(p) or p.grad is not None
-        ]
-        norm = math.sqrt(sum(float(square) for square in squares))
+        norm = math.sqrt(sum(gradient_of(p).squared_norm(p) for p in self._values))
         metrics.log_scalar("value_gnorm", norm, weight=0, priority=401, round=3)
         if max_norm < norm < math.inf:
             for p in self._values:
@@ -176,7 +168,8 @@ class LazyAdam(Adam):
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
-        tables = [p for group in self.param_groups if group.get("lazy") for p in group["params"]]
+        self._assembled: Dict[nn.Parameter, Dict[str, Tensor]] = {}  # moments to be saved
+        tables = self._tables()
         if tables:
             scales = [gradient_of(p).keep_factors(p) for p in tables]
             self.add_param_group({"params": scales, "lr": 0.0, "weight_decay": 0.0, "scales": True})
@@ -186,31 +179,70 @@ class LazyAdam(Adam):
         """A flat parameter has no rows."""
         return False
 
+    def _tables(self) -> List[nn.Parameter]:
+        return [p for group in self.param_groups if group.get("lazy") for p in group["params"]]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, factors too."""
         super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for param in group["params"] if group.get("lazy") else ():
-                gradient_of(param).clear()
+        for param in self._tables():
+            gradient_of(param).clear()
+
+    def consolidate_state_dict(self) -> None:
+        """Put tables that are split over workers together on the first one, to be saved there.
+
+        fairseq calls it on every worker before it saves; after an error perhaps on one only, which
+        must not wait for the others then.
+        """
+        tables = [p for p in self._tables() if gradient_of(p).shards is not None]
+        if tables and sys.exc_info()[0] is not None:
+            logger.warning("after an error only this worker's columns of the values are saved")
+            return
+        for param in tables:
+            shards, state = gradient_of(param).shards, self.state[param]
+            gradient_of(param).assembled = shards.assemble(param)
+            whole = {moment: shards.assemble(state[moment]) for moment in MOMENTS if state}
+            if any(moment is not None for moment in whole.values()):
+                self._assembled[param] = whole
 
     def state_dict(self) -> Dict[str, Any]:
-        """What there is to save; the scales of gradients are not."""
+        """What there is to save, with the whole of tables put together for it.
+
+        The scales of gradients are not saved.
+        """
         saved = super().state_dict()
         groups = [group for group in saved["param_groups"] if not group.get("scales")]
-        return {**saved, "param_groups": groups}
+        places = [place for group in groups for place in group["params"]]
+        params = [p for g in self.param_groups if not g.get("scales") for p in g["params"]]
+        state = dict(saved["state"])
+        for place, param in zip(places, params, strict=True):
+            if param in self._assembled:
+                state[place] = {**state[place], **self._assembled.pop(param)}
+            if hasattr(param, "value_gradient"):
+                gradient_of(param).assembled = None  # it was for this checkpoint
+        return {**saved, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Load as torch does, which would cast moments to the precision of the values."""
         scales = [group for group in super().state_dict()["param_groups"] if group.get("scales")]
         groups = [*state_dict["param_groups"], *scales]
-        super().load_state_dict({**state_dict, "param_groups": groups})
         places = [place for group in groups for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for place, param in zip(places, params, strict=True):
-            if hasattr(param, "value_gradient") and place in state_dict["state"]:
-                for moment in MOMENTS:
-                    saved = state_dict["state"][place][moment]
-                    self.state[param][moment] = new_moment(param).copy_(saved)
+        state = dict(state_dict["state"])
+        moments = {}
+        for place, param in zip(places, params, strict=False):  # torch complains if they differ
+            if hasattr(param, "value_gradient") and place in state:
+                shards = gradient_of(param).shards
+                saved = {moment: state[place][moment] for moment in MOMENTS}
+                if shards is not None:
+                    v_dim = param.shape[1] * shards.n_shards
+                    saved = {m: shards.own_columns(x, v_dim) for m, x in saved.items()}
+                moments[param] = saved
+                state[place] = {k: v for k, v in state[place].items() if k not in MOMENTS}
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        for param, saved in moments.items():
+            for moment in MOMENTS:
+                self.state[param][moment] = new_moment(param).copy_(saved[moment])
 
     def step(self, closure: Any = None) -> Any:
         """Perform one update; factors of gradients are used up by it."""

@@ -1,0 +1,201 @@
+"""A value table split by columns over workers, each of which holds a part of every value."""
+
+from typing import Any, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROWS = 8192  # of a table, sent or drawn at once
+
+
+class ColumnShards:
+    """The workers that share a value table, and what they tell each other.
+
+    Workers form groups of W; each group has a whole table, of which every worker holds V / W
+    columns. A read asks all workers of the group: look-ups are gathered, each worker reads its
+    columns for everyone, and the columns go back to who asked. So every worker of a group must
+    take part in every read, forward and backward. All workers must make this, in the same order.
+
+    Shapes: n tokens of this worker, N of all workers of the group, T reads per token, V v_dim.
+
+    Args:
+        n_shards: W, workers to a group; groups are of consecutive ranks.
+
+    Raises:
+        ValueError: W is no divisor of the number of workers.
+
+    Attributes:
+        rank: this worker's place in its group, and that of its columns in the table.
+        n_shards: W.
+        group: the process group of the workers of this worker's group.
+        replicas: the process group of the workers, one of each group, with the same columns; None
+            if there is one group only.
+    """
+
+    def __init__(self, n_shards: int) -> None:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if n_shards < 1 or world % n_shards:
+            raise ValueError(
+                f"memory-shards is {n_shards}, must be a divisor of the number of workers, "
+                f"which is {world}"
+            )
+        first = range(0, world, n_shards)
+        mine = dist.get_rank()
+        self.n_shards = n_shards
+        self.rank = mine % n_shards
+        groups = [list(range(start, start + n_shards)) for start in first]
+        self.group = _own_group(groups)
+        same_columns = [list(range(place, world, n_shards)) for place in range(n_shards)]
+        self.replicas = _own_group(same_columns) if len(first) > 1 else None
+
+    def width(self, v_dim: int) -> int:
+        """Columns of each worker.
+
+        Raises:
+            ValueError: they are not equally many.
+        """
+        if v_dim % self.n_shards:
+            raise ValueError(
+                f"memory-shards is {self.n_shards}, must divide the width of a value, {v_dim}"
+            )
+        return v_dim // self.n_shards
+
+    def own_columns(self, table: Tensor, v_dim: int) -> Tensor:
+        """This worker's columns of a whole table (n_slots, V), as a view; other widths as given."""
+        if table.dim() != 2 or table.shape[1] != v_dim:
+            return table
+        width = self.width(v_dim)
+        return table[:, self.rank * width : (self.rank + 1) * width]
+
+    def __deepcopy__(self, memo: Any) -> "ColumnShards":
+        """A copy of a table has the same workers."""
+        return self
+
+    def gather_lookups(self, slots: Tensor, weights: Tensor) -> Tuple[Tensor, Tensor, List[int]]:
+        """The look-ups of all workers of the group.
+
+        Args:
+            slots: (n, T), int64.
+            weights: (n, T).
+
+        Returns:
+            Slots and weights of all, (N, T), and how many tokens are whose.
+        """
+        count = torch.tensor([len(slots)], device=slots.device)
+        counts = [torch.empty_like(count) for _ in range(self.n_shards)]
+        dist.all_gather(counts, count, group=self.group)
+        tokens = [int(n) for n in counts]
+        # a table of more than 2 ** 31 slots is none that memory could hold
+        all_slots = self._gather(slots.int(), tokens).long()
+        return all_slots, self._gather(weights, tokens), tokens
+
+    def _gather(self, x: Tensor, tokens: List[int]) -> Tensor:
+        padded = x.new_zeros(max(tokens), x.shape[1])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in tokens]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:n] for part, n in zip(parts, tokens, strict=True)])
+
+    def return_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
+        """Hand everyone what this worker's columns read for them.
+
+        Args:
+            read: (N, V / W).
+            tokens: how many tokens are whose.
+
+        Returns:
+            What all columns read for this worker, (n, V).
+        """
+        parts = self._exchange(read, tokens, [tokens[self.rank]] * self.n_shards)
+        return parts.view(self.n_shards, *self._own_shape(read, tokens)).transpose(0, 1).flatten(1)
+
+    def send_columns(self, grad_read: Tensor, tokens: List[int]) -> Tensor:
+        """Hand everyone the gradient of what their columns read.
+
+        Args:
+            grad_read: (n, V).
+            tokens: how many tokens are whose.
+
+        Returns:
+            The gradient of what this worker's columns read for all, (N, V / W).
+        """
+        n = len(grad_read)
+        width = grad_read.shape[1] // self.n_shards
+        by_shard = grad_read.reshape(n, self.n_shards, width).transpose(0, 1).flatten(0, 1)
+        return self._exchange(by_shard, [n] * self.n_shards, tokens)
+
+    def sum_for_owners(self, partial: Tensor, tokens: List[int]) -> Tensor:
+        """Sum what every worker's columns contribute, for those whose tokens they are.
+
+        Args:
+            partial: (N, T).
+            tokens: how many tokens are whose.
+
+        Returns:
+            (n, T).
+        """
+        parts = self._exchange(partial, tokens, [tokens[self.rank]] * self.n_shards)
+        return parts.view(self.n_shards, *self._own_shape(partial, tokens)).sum(0)
+
+    def _own_shape(self, of_all: Tensor, tokens: List[int]) -> Tuple[int, int]:
+        return tokens[self.rank], of_all.shape[1]
+
+    def _exchange(self, x: Tensor, rows_to: List[int], rows_from: List[int]) -> Tensor:
+        """Send so many rows to each worker of the group, and receive so many from each."""
+        received = x.new_empty(sum(rows_from), x.shape[1])
+        dist.all_to_all_single(received, x.contiguous(), rows_from, rows_to, group=self.group)
+        return received
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum x over the workers of the group, in place."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_have(self, it: bool, device: Optional[torch.device] = None) -> bool:
+        """Whether something is so on every worker of the group."""
+        lacking = torch.tensor(int(not it), device=device)
+        return not int(self.sum_(lacking))
+
+    def assemble(self, columns: Tensor) -> Optional[Tensor]:
+        """Put a whole table together, on the first worker of all.
+
+        Every worker must call it. Nothing but the table itself has its size.
+
+        Args:
+            columns: (n_slots, V / W), this worker's.
+
+        Returns:
+            The table, (n_slots, V), in the memory of the CPU, on the worker of rank 0; None on
+            all others.
+        """
+        if dist.get_rank() >= self.n_shards:  # another group, with the same table
+            return None
+        is_first, width = self.rank == 0, columns.shape[1]
+        shape = (len(columns), width * self.n_shards)
+        whole = torch.empty(shape, dtype=columns.dtype) if is_first else None
+        for start in range(0, len(columns), ROWS):
+            own = columns[start : start + ROWS].detach().contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.n_shards)] if is_first else None
+            dist.gather(own, parts, dst=0, group=self.group)
+            if whole is not None and parts is not None:
+                torch.cat([part.cpu() for part in parts], dim=1, out=whole[start : start + ROWS])
+        return whole
+
+    def draw_normal_(self, columns: Tensor, std: float) -> None:
+        """Draw this worker's columns of a whole table as torch draws the whole, in place.
+
+        Random numbers are drawn for all columns, a part of the rows at a time.
+        """
+        n_slots, width = columns.shape
+        for start in range(0, n_slots, ROWS):
+            rows = columns[start : start + ROWS]
+            whole = columns.new_empty(len(rows), width * self.n_shards).normal_(std=std)
+            rows.copy_(self.own_columns(whole, whole.shape[1]))
+
+
+def _own_group(groups: List[List[int]]) -> "dist.ProcessGroup":
+    """Make all the groups, as every worker must, and return that of this worker."""
+    rank = dist.get_rank()
+    made = [dist.new_group(ranks) for ranks in groups]
+    return next(g for g, ranks in zip(made, groups, strict=True) if rank in ranks)
