@@ -53,7 +53,18 @@ class PkmRobertaConfig(FairseqDataclass):
     )
     encoder_layerdrop: float = option("LayerDrop probability for encoder", 0.0)
     encoder_layers_to_keep: Optional[str] = option(
-        "which layers to *keep* when pruning as a comma-separated list"
+        "which layers to *keep* when pruning as a comma-separated list; these and memory layers "
+        "are counted in the whole encoder"
+    )
+    checkpoint_activations: bool = option(
+        "keep only the inputs of layers, and run each layer again in backward (as fairseq's "
+        "transformer, default: off)",
+        False,
+    )
+    offload_activations: bool = option(
+        "keep those inputs on the CPU (as fairseq's transformer, default: off); sets "
+        "--checkpoint-activations",
+        False,
     )
     quant_noise_pq: float = option("iterative PQ quantization noise at training time", 0.0)
     quant_noise_pq_block_size: int = option("block size of quantization noise", 8)
@@ -139,6 +150,9 @@ class PkmRobertaConfig(FairseqDataclass):
     bf16: bool = II("common.bf16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
+    tpu: bool = II("common.tpu")
+    ddp_backend: Any = II("distributed_training.ddp_backend")
+    zero_sharding: Any = II("distributed_training.zero_sharding")
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")

@@ -1,10 +1,12 @@
 """A transformer encoder layer with a product-key memory."""
 
-from typing import Optional
+from contextlib import contextmanager
+from typing import Iterator, Optional
 
+import torch
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory import MemoryUsage, ProductKeyMemory, ReadTimes
 
@@ -73,6 +75,9 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
 
     def _read_memory(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         by_position = None if padding_mask is None else padding_mask.t()  # (T, B), as x
+        if self._is_recomputing:  # what there is to note, the first pass has noted
+            with _statistics_kept(self.memory.query_norm):
+                return self.memory(x, by_position)
         is_update = self.training and self.reads.updates is not None
         if self.usage is None and not is_update:
             return self.memory(x, by_position)
@@ -82,3 +87,24 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         if is_update:
             self.reads.record(lookup.slots, by_position)
         return read
+
+    @property
+    def _is_recomputing(self) -> bool:
+        """Whether --checkpoint-activations runs this layer a second time, in backward.
+
+        fairseq's ``checkpoint_wrapper`` marks the layer, and its first pass has no gradients.
+        """
+        return hasattr(self, "precheckpoint_forward") and torch.is_grad_enabled()
+
+
+@contextmanager
+def _statistics_kept(norm: nn.Module) -> Iterator[None]:
+    """Let a normalisation update copies of its running statistics."""
+    kept = dict(norm.named_buffers(recurse=False))
+    for name, buffer in kept.items():
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for name, buffer in kept.items():
+            setattr(norm, name, buffer)

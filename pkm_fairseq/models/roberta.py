@@ -14,8 +14,28 @@ from .config import PkmRobertaConfig, memory_config
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
 from .init_from import apply_init_from, complete_state
+from .prune import prune_state, take_layers_to_keep
 
 HALF_PRECISION = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
+
+# what pkm_adam cannot be part of: options of fairseq's, values of theirs, and why
+NOT_WITH_PKM_ADAM = (
+    (
+        *("zero_sharding", "os"),
+        "a worker would forget the gradient of all tables but its own share; "
+        "use --zero-sharding none",
+    ),
+    (
+        *("ddp_backend", "fully_sharded"),
+        "it flattens tables, which then have no rows; use --ddp-backend legacy_ddp",
+    ),
+    (
+        *("ddp_backend", "slowmo"),
+        "its workers train apart, but would share the gradient of values in every update; "
+        "use --ddp-backend legacy_ddp",
+    ),
+    ("tpu", "True", "it cannot exchange the gradient of values there; use --optimizer adam"),
+)
 
 
 @register_model("pkm_roberta", dataclass=PkmRobertaConfig)
@@ -24,6 +44,8 @@ class PkmRobertaModel(RobertaModel):
 
     Without memory layers it computes bit for bit what fairseq's ``roberta`` computes.
     """
+
+    _layers_to_keep: Optional[List[int]] = None
 
     # RobertaModel.add_args knows nothing of the dataclass
     add_args = classmethod(BaseFairseqModel.add_args.__func__)
@@ -40,9 +62,13 @@ class PkmRobertaModel(RobertaModel):
                 base_architecture(args)
                 if safe_getattr(args, "max_positions") is None:
                     args.max_positions = task.max_positions()
+                if safe_getattr(args, "offload_activations"):
+                    args.checkpoint_activations = True  # as fairseq's transformer
+                kept = take_layers_to_keep(args)
                 layers, mode, config = check_memory_options(args)
                 encoder = MemoryRobertaEncoder(args, task.source_dictionary, layers, mode, config)
                 model = cls(args, encoder)
+            model._layers_to_keep = kept
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
             model._keep_factored_gradients_out_of_ddp(args)
             apply_init_from(model, args, task.source_dictionary)
@@ -102,6 +128,22 @@ class PkmRobertaModel(RobertaModel):
         configs = {index: layer.memory.config for index, layer in self.memory_layers().items()}
         return {index: MemoryUsage(c.n_slots, c.heads) for index, c in configs.items()}
 
+    def load_state_dict(
+        self,
+        state_dict: Dict[str, Any],
+        strict: bool = True,
+        model_cfg: Any = None,
+        args: Any = None,
+    ) -> Any:
+        """Load as fairseq does; ``encoder_layers_to_keep``, which this model was built with, prunes.
+
+        Raises:
+            SystemExit: a layer to keep is not in the state, with a message of one line.
+        """
+        if self._layers_to_keep:
+            state_dict = prune_state(state_dict, self._layers_to_keep)
+        return super().load_state_dict(state_dict, strict)
+
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> None:
         """Take checkpoints of older versions, and memory-less ones, as the start of a run."""
         super().upgrade_state_dict_named(state_dict, name)
@@ -122,9 +164,9 @@ def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
     layers = [int(index) for index in args.memory_layers]
     if mode not in MEMORY_MODES:
         raise ValueError(f"memory-mode is {mode}, must be one of {', '.join(MEMORY_MODES)}")
+    if not 0 <= args.encoder_layerdrop < 1:
+        raise ValueError(f"encoder-layerdrop is {args.encoder_layerdrop}, must be in [0, 1)")
     n_layers = args.encoder_layers
-    if safe_getattr(args, "encoder_layers_to_keep"):
-        n_layers = len(args.encoder_layers_to_keep.split(","))
     for index in layers:
         if not 0 <= index < n_layers:
             raise ValueError(
@@ -147,6 +189,8 @@ def _check_unsupported(args: Any, mode: str) -> None:
             "of values to zero or hide which parameters are values; use full precision, or "
             "--optimizer adam"
         )
+    if _optimizer_name(args) == "pkm_adam":
+        _check_distribution(args)
     if "pkm_adam" in _grouped_optimizer_names(args):
         raise ValueError(
             "optimizer composite does not work with pkm_adam in a group: use pkm_adam alone, "
@@ -156,6 +200,13 @@ def _check_unsupported(args: Any, mode: str) -> None:
         if mode == "replace" and safe_getattr(args, name, default) != default:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} does not work with --memory-mode replace: there is no FFN")
+
+
+def _check_distribution(args: Any) -> None:
+    for option, value, reason in NOT_WITH_PKM_ADAM:
+        if str(safe_getattr(args, option)) == value:
+            flag = "--" + option.replace("_", "-") + (f" {value}" if value != "True" else "")
+            raise ValueError(f"{flag} does not work with --optimizer pkm_adam: {reason}")
 
 
 def _optimizer_name(args: Any) -> Optional[str]:

@@ -90,7 +90,7 @@ def our_flags():
 
 def test_flags_are_the_frozen_list():
     fairseqs = {
-        *("--adam-betas", "--adam-eps"),
+        *("--adam-betas", "--adam-eps", "--checkpoint-activations", "--offload-activations"),
         *flags_of(RobertaModel.add_args),
         *flags_of(SentencePredictionCriterion.add_args),
     }

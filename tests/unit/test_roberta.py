@@ -97,12 +97,6 @@ def test_memories_stand_in_the_layers_that_were_named(prefix, mode):
         assert layer.memory.input_dim == WIDTH
 
 
-def test_layer_dropping_counts_the_layers_that_are_kept():
-    model = build("pkm_roberta_tiny", encoder_layers_to_keep="0,2", memory_layers=[1])
-    assert len(model.encoder.sentence_encoder.layers) == 2
-    assert list(model.memory_layers()) == [1]
-
-
 def test_layers_that_are_dropped_in_training_keep_their_place():
     model = build("pkm_roberta_tiny", encoder_layerdrop=0.9, memory_layers=[0, 2]).train()
     for _ in range(5):  # iterating over the layers drops some
@@ -365,7 +359,18 @@ IMPOSSIBLE = [
     ({"memory_layers": [LAYERS]}, ["memory-layers", f"layer {LAYERS}", f"0..{LAYERS - 1}"]),
     ({"memory_layers": [0, -1]}, ["memory-layers", "layer -1", f"0..{LAYERS - 1}"]),
     ({"memory_layers": [1, 0, 1]}, ["memory-layers", "layer 1", "twice"]),
-    ({"memory_layers": [2], "encoder_layers_to_keep": "0,1"}, ["layer 2", "0..1"]),
+    ({"memory_layers": [3], "encoder_layers_to_keep": "0,1,3"}, ["to-keep", "layer 3", "0..2"]),
+    ({"encoder_layers_to_keep": "0,-1"}, ["encoder-layers-to-keep", "layer -1", "0..2"]),
+    ({"encoder_layers_to_keep": "0,"}, ["encoder-layers-to-keep", "layer ''", "0..2"]),
+    ({"encoder_layers_to_keep": "1,1"}, ["encoder-layers-to-keep", "layer 1", "twice", "1,1"]),
+    ({"encoder_layerdrop": 1.0}, ["encoder-layerdrop", "1.0", "[0, 1)"]),
+    ({"optimizer": "pkm_adam", "zero_sharding": "os"}, ["--zero-sharding os", "pkm_adam", "none"]),
+    ({"optimizer": "pkm_adam", "ddp_backend": "slowmo"}, ["--ddp-backend slowmo", "legacy_ddp"]),
+    (
+        {"optimizer": "pkm_adam", "ddp_backend": "fully_sharded"},
+        ["--ddp-backend fully_sharded", "pkm_adam", "legacy_ddp"],
+    ),
+    ({"optimizer": "pkm_adam", "tpu": True}, ["--tpu", "pkm_adam", "--optimizer adam"]),
     ({"memory_mode": "beside"}, ["memory-mode", "beside", "replace", "residual"]),
     ({"memory_knn": 6}, ["knn", "6", "5"]),
     ({"memory_knn": 1}, ["knn", "1", "at least 2"]),
@@ -414,6 +419,8 @@ def test_impossible_options_stop_with_one_line_that_names_them(options, named):
         {"optimizer": "adam", "fp16": True},
         {"optimizer": "adam", "bf16": True},
         {"optimizer": "pkm_adam", "fp16": True, "memory_layers": []},
+        {"optimizer": "adam", "ddp_backend": "slowmo", "zero_sharding": "os", "tpu": True},
+        {"optimizer": "pkm_adam", "ddp_backend": "legacy_ddp", "zero_sharding": "none"},
         {"ffn_reg_scale_factor": 0.1, "memory_mode": "residual"},
         {"ffn_reg_scale_factor": 0.1, "memory_layers": []},
     ],
