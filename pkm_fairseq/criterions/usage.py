@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -13,7 +14,14 @@ from fairseq.logging import metrics
 from omegaconf import II
 
 from .usage_count import PREFIX, Count, finished_updates, merge_read_times
-from .usage_log import FILE, UsageLog, header_of, load_initial_values, save_initial_values
+from .usage_log import (
+    FILE,
+    UsageLog,
+    header_of,
+    load_initial_values,
+    save_initial_values,
+    whole_values,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +74,7 @@ class UsageReports:
         self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
         self._log: Optional[UsageLog] = None
         self._is_training = False  # whether this process trains
+        self._is_split = False  # whether it holds columns of tables only
         self._validation: Dict[str, Count] = {}  # by subset
         self._first_ids: Dict[str, List[int]] = {}  # by subset
         self._window: Optional[Count] = None  # of training batches
@@ -109,12 +118,17 @@ class UsageReports:
 
     def _begin_training(self, model: Any, updates: int) -> None:
         self._is_training = True
+        self._is_split = any(
+            layer.memory.values.shards is not None for layer in model.memory_layers().values()
+        )
         problem = None
+        is_fresh = self._folder is not None and updates == 0
+        values = whole_values(model) if is_fresh else {}
         if self._folder is not None and _is_first_worker():
             try:
                 self._log = UsageLog(self._folder / FILE, header_of(model), updates)
-                if updates == 0:
-                    save_initial_values(model, self._folder)
+                if is_fresh:
+                    save_initial_values(values, self._folder)
             except (ValueError, OSError) as error:
                 problem = str(error)
         if distributed_utils.get_data_parallel_world_size() > 1:
@@ -122,7 +136,7 @@ class UsageReports:
             problem = distributed_utils.broadcast_object(problem, 0, group)
         if problem:
             raise SystemExit(f"memory usage: {problem}")
-        atexit.register(self.finish_validation)  # after the last one no training follows
+        atexit.register(self._finish_at_exit)  # after the last one no training follows
 
     def _close_window(self, model: Any, updates: int, device: torch.device) -> None:
         """Report the count of training batches if it is complete."""
@@ -171,6 +185,10 @@ class UsageReports:
                 )
         self._validation.clear()
 
+    def _finish_at_exit(self) -> None:
+        if not (self._is_split and hasattr(sys, "last_value")):  # after an error nobody may answer
+            self.finish_validation()
+
     def _is_filler(self, subset: str, sample: Dict[str, Any]) -> bool:
         """Whether this batch only keeps a worker busy that has run out of batches.
 
@@ -188,9 +206,11 @@ class UsageReports:
     # --- both ---------------------------------------------------------------------------------
 
     def _write(self, count: Count) -> None:
+        if self._folder is None or (self._log is None and not self._is_split):
+            return
+        record = count.record(load_initial_values(self._folder))
         if self._log is not None:
-            assert self._folder is not None
-            self._log.append(count.record(load_initial_values(self._folder)))
+            self._log.append(record)
 
 
 def _is_first_worker() -> bool:

@@ -89,7 +89,7 @@ class Count:
         return {**report, f"{PREFIX}_reports": 1.0} if report else {}
 
     def record(self, initial: Optional[Dict[str, torch.Tensor]]) -> Dict[str, Any]:
-        """The line of ``memory_usage.jsonl``.
+        """The line of ``memory_usage.jsonl``; every worker must call it if tables are split.
 
         Args:
             initial: values at the start of the training, by layer; None if they are not known.
@@ -125,10 +125,11 @@ class Count:
         return {"updates": self.updates, **said, "moved": moved}
 
     def _moved(self, layer: int, initial: Any) -> Optional[Dict[str, float]]:
-        values = self.layers[layer].memory.values.weight
-        if initial is None or str(layer) not in initial:
-            return None
-        return movement(values, initial[str(layer)])
+        values, name = self.layers[layer].memory.values, str(layer)
+        is_known = initial is not None and name in initial
+        if values.shards is not None:  # all workers must know, to add up what they find
+            is_known = values.shards.all_have(is_known, values.weight.device)
+        return movement(values.weight, initial[name], values.shards) if is_known else None
 
 
 def finished_updates(model: Any) -> Optional[int]:

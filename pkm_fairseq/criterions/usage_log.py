@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_file
+from ..memory import ValueTable
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +97,26 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
     return header, records
 
 
-def save_initial_values(model: Any, folder: Path) -> None:
+def whole_values(model: Any) -> Dict[str, Optional[Tensor]]:
+    """The values of each memory layer; tables that are split over workers on the first one only.
+
+    Every worker must call it if tables are split.
+    """
+    tables = {str(i): x.memory.values for i, x in sorted(model.memory_layers().items())}
+    whole = {table: _whole(table) for table in tables.values()}  # one, if layers share it
+    return {layer: whole[table] for layer, table in tables.items()}
+
+
+def _whole(table: ValueTable) -> Optional[Tensor]:
+    values = table.weight.detach()
+    return values if table.shards is None else table.shards.assemble(values)
+
+
+def save_initial_values(values: Dict[str, Tensor], folder: Path) -> None:
     """Keep the values that a training starts from, to see later how far they have moved."""
     file = folder / INITIAL_VALUES
     part = file.with_name(f"{file.name}.part")
-    tables = {str(i): x.memory.values.weight for i, x in sorted(model.memory_layers().items())}
-    torch.save({layer: values.detach().cpu() for layer, values in tables.items()}, part)
+    torch.save({layer: table.cpu() for layer, table in values.items()}, part)
     part.replace(file)
 
 

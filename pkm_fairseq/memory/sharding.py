@@ -194,7 +194,7 @@ class ColumnShards:
             rows.copy_(self.own_columns(whole, whole.shape[1]))
 
 
-def _own_group(groups: List[List[int]]) -> "dist.ProcessGroup":
+def _own_group(groups: List[List[int]]) -> Any:
     """Make all the groups, as every worker must, and return that of this worker."""
     rank = dist.get_rank()
     made = [dist.new_group(ranks) for ranks in groups]

@@ -5,6 +5,8 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
+from .sharding import ColumnShards
+
 QUANTILES = (10, 50, 90, 99)
 OUTDATED_AFTER = (10, 100, 1000, 10_000)  # updates
 ROWS = 8192  # of a table, compared at once
@@ -107,12 +109,16 @@ def quantiles(x: Tensor) -> Dict[str, float]:
     return {f"p{q}": float(ascending[rank]) for q, rank in ranks.items()}
 
 
-def movement(values: Tensor, initial: Tensor) -> Dict[str, float]:
+def movement(
+    values: Tensor, initial: Tensor, shards: Optional[ColumnShards] = None
+) -> Dict[str, float]:
     """How far values have moved from what they were.
 
     Args:
-        values: (n_slots, v_dim).
+        values: (n_slots, v_dim), or this worker's columns.
         initial: (n_slots, v_dim), on any device.
+        shards: the workers with the other columns, all of which must call it; None if values are
+            whole.
 
     Returns:
         ``unmoved``: share of slots whose value is what it was; quantiles ``p10`` to ``p99`` and
@@ -121,12 +127,16 @@ def movement(values: Tensor, initial: Tensor) -> Dict[str, float]:
     Raises:
         ValueError: the shapes differ.
     """
+    if shards is not None:
+        initial = shards.own_columns(initial, values.shape[1] * shards.n_shards)
     if values.shape != initial.shape:
         raise ValueError(
             f"values have shape {tuple(values.shape)}, their initial ones {tuple(initial.shape)}"
         )
     parts = zip(torch.split(values.detach(), ROWS), torch.split(initial, ROWS), strict=True)
     moved = torch.cat([(new.float() - old.to(new).float()).norm(dim=1) for new, old in parts])
+    if shards is not None:
+        moved = shards.sum_(moved.square_()).sqrt_()
     return {
         "unmoved": float((moved == 0).double().mean()),
         **quantiles(moved),

@@ -139,6 +139,12 @@ class PkmRobertaConfig(FairseqDataclass):
     memory_share_values: bool = option(
         "one value table for all memory layers (Memory Layers at Scale, 2024)", False
     )
+    memory_shards: int = option(
+        "split values and their moments by columns over so many data-parallel workers, a divisor "
+        "of their number, with --optimizer pkm_adam (default: 1, every worker has whole tables; "
+        "Memory Layers at Scale, 2024)",
+        1,
+    )
     init_from: Optional[str] = option(
         "start a fresh run from the parameters of this checkpoint, pretrained without memory or "
         "one of ours (INIT; Kim & Jung 2020); ignored when the run resumes"
@@ -157,6 +163,8 @@ class PkmRobertaConfig(FairseqDataclass):
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
+    no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
+    store_ema: bool = II("ema.store_ema")
 
 
 def memory_config(args: Any) -> MemoryConfig:

@@ -9,7 +9,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import nn
 
-from ..memory import MemoryConfig, ProductKeyMemory, ValueTable, build_values
+from ..memory import ColumnShards, MemoryConfig, ProductKeyMemory, ValueTable, build_values
 from .encoder_layer import MemoryEncoderLayer
 
 
@@ -23,6 +23,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         memory_layers: indices, 0-based, of the layers with a memory.
         memory_mode: "replace" or "residual".
         memory_config: settings of every memory.
+        shards: workers that value tables are split over; None for no split.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class MemoryTransformerEncoder(TransformerEncoder):
         memory_layers: List[int],
         memory_mode: str,
         memory_config: MemoryConfig,
+        shards: Optional[ColumnShards] = None,
     ) -> None:
         # set before super().__init__, which builds the layers one by one without their index
         self._memory_layers = memory_layers
         self._memory_mode = memory_mode
         self._memory_config = memory_config
+        self._shards = shards
         self._n_built = 0
         self._shared_values: List[ValueTable] = []  # a list: not registered here a second time
         super().__init__(args, dictionary, embed_tokens)
@@ -49,7 +52,8 @@ class MemoryTransformerEncoder(TransformerEncoder):
             return super().build_encoder_layer(args)
         cfg = TransformerConfig.from_namespace(args)
         width = cfg.encoder.embed_dim
-        memory = ProductKeyMemory(width, self._memory_config, self._table_to_share(width))
+        shared = self._table_to_share(width)
+        memory = ProductKeyMemory(width, self._memory_config, shared, self._shards)
         layer = MemoryEncoderLayer(cfg, memory, self._memory_mode)
         if cfg.checkpoint_activations:  # wrapped as fairseq wraps its own layer
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
@@ -60,7 +64,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         if not self._memory_config.share_values:
             return None
         if not self._shared_values:
-            self._shared_values.append(build_values(width, self._memory_config))
+            self._shared_values.append(build_values(width, self._memory_config, self._shards))
         return self._shared_values[0]
 
 
@@ -74,8 +78,9 @@ class MemoryRobertaEncoder(RobertaEncoder):
         memory_layers: List[int],
         memory_mode: str,
         memory_config: MemoryConfig,
+        shards: Optional[ColumnShards] = None,
     ) -> None:
-        self._memory = (memory_layers, memory_mode, memory_config)
+        self._memory = (memory_layers, memory_mode, memory_config, shards)
         super().__init__(args, dictionary)
 
     def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding) -> nn.Module:

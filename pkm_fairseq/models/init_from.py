@@ -15,6 +15,8 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
+from ..memory import ValueTable
+
 logger = logging.getLogger(__name__)
 
 # parameters that only a model with memory has, and those that a replacing memory removes
@@ -38,7 +40,7 @@ def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None
         ValueError: the file is missing, is no checkpoint, does not fit, or the run is told to
             start from another file as well.
     """
-    path = _take_init_from(args)
+    path = take_option(args, "init_from", None)
     if path is None:
         return
     if args.restore_file != "checkpoint_last.pt":
@@ -60,14 +62,21 @@ def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None
     load_parameters(model, checkpoint["model"], path, dictionary_note)
 
 
-def _take_init_from(args: Any) -> Optional[str]:
-    path = args.init_from
-    args.init_from = None
+def take_option(args: Any, name: str, unset: Any) -> Any:
+    """Take a model option that is of this run only, so that its checkpoints do not hold it.
+
+    Args:
+        args: fairseq's model options.
+        name: the option.
+        unset: its value for everyone who asks later.
+    """
+    value = safe_getattr(args, name, unset)
+    setattr(args, name, unset)
     root = args._get_parent() if OmegaConf.is_config(args) else None
-    if root is not None and root.get("model") is not None and "init_from" in root.model:
+    if root is not None and root.get("model") is not None and name in root.model:
         with open_dict(root):  # args is a copy when the model is named by its bare name
-            root.model.init_from = None
-    return path
+            root.model[name] = unset
+    return value
 
 
 def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
@@ -108,6 +117,7 @@ def load_parameters(
     state = {name: tensor for name, tensor in state.items() if name not in heads}
     RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
     state = {name: tensor for name, tensor in state.items() if not READ_TIMES.search(name)}
+    state = own_columns(model, state)
     full = model.state_dict()
     own = {name: tensor for name, tensor in full.items() if not READ_TIMES.search(name)}
     missing = [name for name in own if name not in state]
@@ -135,6 +145,17 @@ def load_parameters(
         f"dropped {_listed(_modules(dropped))}; newly initialised {_listed(_modules(new))}; "
         f"{dictionary_note}"
     )
+
+
+def own_columns(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """A state whose values are this worker's columns, where tables are split over workers."""
+    tables = {
+        f"{name}.weight": table
+        for name, table in model.named_modules(remove_duplicate=False)
+        if isinstance(table, ValueTable) and table.shards is not None
+    }
+    own = {n: t.shards.own_columns(state[n], t.v_dim) for n, t in tables.items() if n in state}
+    return {**state, **own}
 
 
 def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:

@@ -15,6 +15,7 @@ from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
 from .init_from import apply_init_from, complete_state
 from .prune import prune_state, take_layers_to_keep
+from .sharding import take_shards
 
 HALF_PRECISION = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
@@ -66,7 +67,9 @@ class PkmRobertaModel(RobertaModel):
                     args.checkpoint_activations = True  # as fairseq's transformer
                 kept = take_layers_to_keep(args)
                 layers, mode, config = check_memory_options(args)
-                encoder = MemoryRobertaEncoder(args, task.source_dictionary, layers, mode, config)
+                shards = take_shards(args, _optimizer_name(args))
+                memory = (layers, mode, config, shards)
+                encoder = MemoryRobertaEncoder(args, task.source_dictionary, *memory)
                 model = cls(args, encoder)
             model._layers_to_keep = kept
             model._freeze_memory(safe_getattr(args, "memory_freeze"))

@@ -1,32 +1,19 @@
 """A value table split over workers computes what a whole one computes."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from pkm_fairseq.memory import ColumnShards, MemoryConfig, ProductKeyMemory, ValueTable
+from pkm_fairseq.optim.pkm_adam import LazyAdam
+
+from ..workers import on_workers
 
 N_SLOTS, V_DIM = 36, 12
-
-
-def _work(rank: int, world: int, folder: Path, task: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    torch.manual_seed(0)
-    torch.save(task(rank, *args), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def on_workers(world: int, folder: Path, task: Callable[..., Any], *args: Any) -> List[Any]:
-    """What a function of the rank returns on each of several workers."""
-    mp.start_processes(_work, (world, folder, task, args), nprocs=world, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 def whole_table(init: str = "normal") -> ValueTable:
@@ -81,3 +68,138 @@ def test_reads_and_gradients_are_those_of_a_whole_table(
         assert torch.equal(torch.cat([part["values"] for part in group], dim=1), table.weight)
         gradient = torch.cat([part["gradient"] for part in group], dim=1)
         torch.testing.assert_close(gradient, table.weight.grad, rtol=0, atol=1e-12)
+
+
+def train_split(rank: int, n_shards: int, clip: float) -> Dict[str, Any]:
+    """Three updates of a memory whose gradients are averaged; then saved."""
+    net, adam = small_memory(ColumnShards(n_shards))
+    values = net.values.weight
+    for step in range(3):
+        adam.zero_grad()
+        loss_of(net, rank, step).backward()
+        for param in net.parameters():
+            if param is not values:
+                dist.all_reduce(param.grad)
+                param.grad /= dist.get_world_size()
+        net.values.gradient.average(values)
+        norm = net.values.gradient.squared_norm(values) ** 0.5
+        net.values.gradient.multiply(clip / norm)
+        adam.step()
+    columns = {"values": values.detach().clone(), **adam.state[values]}
+    adam.consolidate_state_dict()
+    saved = {"model": net.state_dict(), "adam": adam.state_dict()}
+    assert net.state_dict()["values.weight"].shape == values.shape  # given out once
+    return {"columns": columns, "saved": saved, "norm": norm}
+
+
+def small_memory(shards: Any = None) -> "tuple[ProductKeyMemory, LazyAdam]":
+    torch.manual_seed(0)
+    config = MemoryConfig(n_keys=6, heads=2, knn=3, k_dim=8, query_norm="layer")
+    net = ProductKeyMemory(V_DIM, config, shards=shards).double()
+    values = net.values.weight
+    rest = [p for p in net.parameters() if p is not values]
+    return net, LazyAdam([{"params": rest, "lr": 0.01}, {"params": [values], "lazy": True}])
+
+
+def loss_of(net: ProductKeyMemory, rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    x = torch.randn(5 + rank, V_DIM, generator=generator, dtype=torch.float64)
+    return net(x).pow(2).sum()
+
+
+@pytest.mark.parametrize("world,n_shards", [(2, 2), (4, 2)])
+def test_split_tables_are_trained_saved_and_loaded_as_whole_ones(
+    tmp_path: Path, world: int, n_shards: int
+) -> None:
+    found = on_workers(world, tmp_path, train_split, n_shards, 0.5)
+    net, adam = small_memory()
+    for step in range(3):
+        adam.zero_grad()
+        (sum(loss_of(net, rank, step) for rank in range(world)) / world).backward()
+        norm = net.values.gradient.squared_norm(net.values.weight) ** 0.5
+        net.values.gradient.multiply(0.5 / norm)
+        adam.step()
+    assert [part["norm"] for part in found] == pytest.approx([norm] * world, rel=1e-12)
+
+    whole = {"values": net.values.weight.detach(), **adam.state[net.values.weight]}
+    for key in ("values", "exp_avg", "exp_avg_sq"):
+        for start in range(0, world, n_shards):
+            columns = [part["columns"][key] for part in found[start : start + n_shards]]
+            assert all(x.shape == (N_SLOTS, V_DIM // n_shards) for x in columns)  # 1 / W of it
+            torch.testing.assert_close(torch.cat(columns, dim=1), whole[key], rtol=0, atol=1e-12)
+
+    other, other_adam = small_memory()
+    other.load_state_dict(found[0]["saved"]["model"])
+    other_adam.load_state_dict(found[0]["saved"]["adam"])
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=0, atol=1e-12)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        theirs = other_adam.state[other.values.weight][key]
+        torch.testing.assert_close(theirs, whole[key], rtol=0, atol=1e-12)
+
+
+def load_split(rank: int, saved: Dict[str, Any]) -> Dict[str, Tensor]:
+    net, adam = small_memory(ColumnShards(3))
+    with torch.no_grad():
+        net.values.weight.zero_()
+    net.load_state_dict(saved["model"])
+    adam.load_state_dict(saved["adam"])
+    return {"values": net.values.weight.detach(), **adam.state[net.values.weight]}
+
+
+def test_a_whole_checkpoint_loads_into_shards(tmp_path: Path) -> None:
+    net, adam = small_memory()
+    loss_of(net, 0, 0).backward()
+    adam.step()
+    saved = {"model": net.state_dict(), "adam": adam.state_dict()}
+    found = on_workers(3, tmp_path, load_split, saved)
+    whole = {"values": net.values.weight.detach(), **adam.state[net.values.weight]}
+    for key in ("values", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(torch.cat([part[key] for part in found], dim=1), whole[key]), key
+    assert [part["step"] for part in found] == [1, 1, 1]
+
+
+def one_is_not_finite(rank: int) -> "list[Any]":
+    """What each worker is told if one worker's columns get a gradient that is not finite."""
+    table = ValueTable(N_SLOTS, V_DIM, shards=ColumnShards(2))
+    table.gradient.keep_factors(table.weight)
+    slots, weights, grad_read = lookups(2)
+    grad_read[0, 0] = torch.inf if rank == 1 else 0  # the first column is worker 0's
+    table(slots, weights.requires_grad_()).backward(grad_read.float())
+    own = [bool(part.isfinite().all()) for part in table.gradient.entries()]
+    return [all(own), table.gradient.is_finite()]
+
+
+def test_all_workers_see_that_one_has_a_gradient_that_is_not_finite(tmp_path: Path) -> None:
+    assert on_workers(2, tmp_path, one_is_not_finite) == [[False, False], [True, False]]
+
+
+def wrong_splits(rank: int) -> "list[str]":
+    found = []
+    for n_shards, v_dim in ((2, V_DIM), (0, V_DIM), (3, 10)):
+        try:
+            ValueTable(N_SLOTS, v_dim, shards=ColumnShards(n_shards))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_impossible_splits_are_refused(tmp_path: Path) -> None:
+    divisor = "must be a divisor of the number of workers, which is 3"
+    expected = [f"memory-shards is {n}, {divisor}" for n in (2, 0)]
+    expected.append("memory-shards is 3, must divide the width of a value, 10")
+    assert on_workers(3, tmp_path, wrong_splits) == [expected] * 3
+
+
+def draw(rank: int, n_slots: int, dtype: torch.dtype) -> Tensor:
+    return ValueTable(n_slots, 6, dtype=dtype, shards=ColumnShards(2)).weight.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_initial_values_of_a_large_table_are_those_of_a_whole_one(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    n_slots = 130**2  # more than are drawn at once
+    parts = on_workers(2, tmp_path, draw, n_slots, dtype)
+    torch.manual_seed(0)
+    assert torch.equal(torch.cat(parts, dim=1), ValueTable(n_slots, 6, dtype=dtype).weight)
