@@ -135,7 +135,7 @@ class PkmRobertaModel(RobertaModel):
         model_cfg: Any = None,
         args: Any = None,
     ) -> Any:
-        """Load as fairseq does; ``encoder_layers_to_keep``, which this model was built with, prunes.
+        """Load as fairseq does, pruned if the model was built with ``encoder_layers_to_keep``.
 
         Raises:
             SystemExit: a layer to keep is not in the state, with a message of one line.
