@@ -113,10 +113,13 @@ def watch_readers(
 def staleness(opened: Opened, layer: int) -> Optional[Dict[str, Any]]:
     """When the slots of a layer were last read in training; None if the checkpoint has no record.
 
+    An average of checkpoints, or of a model (--store-ema), has none. It says
     ``updates``, ``read`` and ``top1`` as in the log of a training.
     """
     reads = opened.model.memory_layers()[layer].reads
     if not opened.has_read_times or not opened.updates or not reads.last_read.any():
+        return None
+    if reads.is_averaged:
         return None
     return reads.summary(opened.updates)
 

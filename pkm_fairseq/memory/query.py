@@ -1,6 +1,9 @@
 """Normalisation of the query, computed in at least float32."""
 
+from typing import Any, Callable, Optional, Tuple
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,11 +27,19 @@ class BatchQueryNorm(nn.Module):
     of fewer than two tokens do not exist; such a batch is normalised by the running ones.
     Unlike torch's module it has no integer buffer, which fairseq's moving averages cannot take.
 
+    Data-parallel workers take the statistics of all their tokens together: in training each of
+    them must then come here equally often, in the forward and in the backward pass, if only with
+    no token.
+
     Args:
         n_features: H * k_dim.
 
     Attributes:
         is_frozen: whether training, too, normalises by the running statistics and leaves them.
+        workers: returns the process group of the workers, or None if there is but one. A function,
+            since a model is copied and pickled, and a group cannot be.
+        is_idle: whether the tokens of now are no data, but keep this worker in step with the
+            others: they are normalised and enter no statistic of several workers.
     """
 
     eps = 1e-5
@@ -39,7 +50,8 @@ class BatchQueryNorm(nn.Module):
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
-        self.is_frozen = False
+        self.is_frozen = self.is_idle = False
+        self.workers: Optional[Callable[[], Any]] = None
         self.weight = nn.Parameter(torch.ones(n_features))
         self.bias = nn.Parameter(torch.zeros(n_features))
         self.register_buffer("running_mean", torch.zeros(n_features))
@@ -47,7 +59,13 @@ class BatchQueryNorm(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over N."""
-        use_batch = self.training and not self.is_frozen and len(query) > 1
+        takes_statistics = self.training and not self.is_frozen
+        group = self.workers() if takes_statistics and self.workers is not None else None
+        if group is not None:
+            return self._normalise_with_workers(at_least_float32(query), group)
+        return self._normalise(query, takes_statistics and len(query) > 1)
+
+    def _normalise(self, query: Tensor, use_batch: bool) -> Tensor:
         mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)
         normed = F.batch_norm(
             at_least_float32(query),
@@ -63,6 +81,53 @@ class BatchQueryNorm(nn.Module):
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
         return normed
+
+    def _normalise_with_workers(self, query: Tensor, group: Any) -> Tensor:
+        tokens = query[:0] if self.is_idle else query
+        mean, var, count = _JointMoments.apply(tokens, group)  # type: ignore[no-untyped-call]
+        if count < 2:  # on all workers
+            return self._normalise(query, use_batch=False)
+        with torch.no_grad():
+            unbiased = var * (count / (count - 1))
+            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.copy_(torch.lerp(at_least_float32(running), now, self.momentum))
+        scale = at_least_float32(self.weight) * (var + self.eps).rsqrt()
+        normed: Tensor = (query - mean) * scale + at_least_float32(self.bias)
+        return normed
+
+
+class _JointMoments(torch.autograd.Function):
+    """Mean and biased variance, each (F,), of the tokens (N, F) of all workers, and their number.
+
+    Moments of parts are merged as Chan, Golub and LeVeque (1983) do: nothing cancels as in a
+    difference of sums of squares. One exchange of 2 F + 1 numbers per worker, and one of 2 F in the
+    backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, group: Any) -> Tuple[Tensor, Tensor, Tensor]:
+        own_mean = tokens.sum(0) / max(1, len(tokens))
+        own_squares = (tokens - own_mean).square().sum(0)
+        own = torch.cat([own_mean.new_tensor([len(tokens)]), own_mean, own_squares])
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        parts = torch.split(torch.stack(gathered), [1, len(own_mean), len(own_mean)], dim=1)
+        counts, means, squares = parts  # (W, 1), (W, F), (W, F)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+        var = (squares + counts * (means - mean).square()).sum(0) / count.clamp(min=1)
+        ctx.save_for_backward(tokens, mean, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(count)
+        return mean, var, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Tuple[Tensor, None]:
+        tokens, mean, count = ctx.saved_tensors
+        grads = torch.stack([grad_mean, grad_var])
+        dist.all_reduce(grads, group=ctx.group)  # what the statistics do to all workers' losses
+        return (grads[0] + 2 * grads[1] * (tokens - mean)) / count, None
 
 
 class LayerQueryNorm(nn.LayerNorm):

@@ -65,6 +65,11 @@ class ReadTimes(nn.Module):
         self.last_read.index_fill_(0, slots.flatten(), now)
         self.last_top1.index_fill_(0, slots[..., 0].flatten(), now)
 
+    @property
+    def is_averaged(self) -> bool:
+        """Whether these are means of several models' times, as --store-ema makes, and so none."""
+        return bool((self.last_read != self.last_read.round()).any())
+
     def summary(self, updates: int) -> Dict[str, Any]:
         """What the times say after so many updates: "updates", "read" and "top1"."""
         return {

@@ -55,6 +55,17 @@ class ValueTable(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._tag()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Tag the parameter that ``load_state_dict(assign=True)`` puts in place of the old one."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._tag()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ValueTable":
+        """Tag the parameter of a converted or moved table, which may be a new one."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tag()
+        return self
+
     def _tag(self) -> None:
         self.weight.value_gradient = self.gradient  # type: ignore[attr-defined]
 

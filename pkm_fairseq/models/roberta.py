@@ -1,8 +1,11 @@
 """The model ``pkm_roberta``: fairseq's RoBERTa with product-key memories."""
 
+import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
 
+import torch
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
 from fairseq.models.roberta import RobertaModel
 from fairseq.models.roberta import base_architecture as roberta_base_architecture
@@ -10,6 +13,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 
 from ..memory import MemoryConfig, MemoryUsage, ValueTable
+from ..memory.query import BatchQueryNorm
 from .config import PkmRobertaConfig, memory_config
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
@@ -74,6 +78,8 @@ class PkmRobertaModel(RobertaModel):
             model._layers_to_keep = kept
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
             model._keep_factored_gradients_out_of_ddp(args)
+            for norm in model._batch_norms():
+                norm.workers = data_parallel_group
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
             raise SystemExit(f"pkm_roberta: {error}") from None
@@ -95,6 +101,36 @@ class PkmRobertaModel(RobertaModel):
                 for name, module in self.named_modules(remove_duplicate=False)
                 if isinstance(module, ValueTable)
             ]
+
+    def _batch_norms(self) -> List[BatchQueryNorm]:
+        return [module for module in self.modules() if isinstance(module, BatchQueryNorm)]
+
+    @contextmanager
+    def idle_memories(self, is_idle: bool) -> Iterator[None]:
+        """While the context is open, say whether batches are no data but keep a worker in step."""
+        norms = self._batch_norms()
+        for norm in norms:
+            norm.is_idle = is_idle
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.is_idle = False
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Be told, by fairseq's training, how many updates are finished.
+
+        Raises:
+            SystemExit: torchrun started several trainings that know nothing of each other.
+        """
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        is_told = world == 1 or torch.distributed.is_initialized()
+        if torch.distributed.is_torchelastic_launched() and not is_told:
+            raise SystemExit(
+                f"pkm_roberta: torchrun started {world} workers, but fairseq was told of 1: "
+                f"give --distributed-world-size {world} (see docs/distributed.md)"
+            )
+        super().set_num_updates(num_updates)
 
     def memory_layers(self) -> Dict[int, MemoryEncoderLayer]:
         """The layers with a memory, by their index."""
@@ -138,7 +174,7 @@ class PkmRobertaModel(RobertaModel):
         model_cfg: Any = None,
         args: Any = None,
     ) -> Any:
-        """Load as fairseq does; ``encoder_layers_to_keep``, which this model was built with, prunes.
+        """Load as fairseq does, pruned if the model was built with ``encoder_layers_to_keep``.
 
         Raises:
             SystemExit: a layer to keep is not in the state, with a message of one line.
@@ -179,11 +215,20 @@ def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
         if layers.count(index) > 1:
             raise ValueError(f"memory-layers names layer {index} twice, each may be named once")
     if layers:
-        _check_unsupported(args, mode)
+        _check_unsupported(args, mode, config)
     return layers, mode, config
 
 
-def _check_unsupported(args: Any, mode: str) -> None:
+def _check_unsupported(args: Any, mode: str, config: MemoryConfig) -> None:
+    freeze = safe_getattr(args, "memory_freeze")
+    several = distributed_utils.get_data_parallel_world_size() > 1
+    takes_statistics = config.query_norm == "batch" and str(freeze) != "all"
+    if several and takes_statistics and safe_getattr(args, "encoder_layerdrop", 0.0) > 0:
+        raise ValueError(
+            f"--encoder-layerdrop {args.encoder_layerdrop} does not work with --memory-query-norm "
+            "batch on several workers: they drop different layers and would wait for each "
+            "other's statistics for ever; use --memory-query-norm layer"
+        )
     half = [name for name in HALF_PRECISION if safe_getattr(args, name, False)]
     if _optimizer_name(args) == "pkm_adam" and half:
         flag = "--" + half[-1].replace("_", "-")
@@ -210,6 +255,13 @@ def _check_distribution(args: Any) -> None:
         if str(safe_getattr(args, option)) == value:
             flag = "--" + option.replace("_", "-") + (f" {value}" if value != "True" else "")
             raise ValueError(f"{flag} does not work with --optimizer pkm_adam: {reason}")
+
+
+def data_parallel_group() -> Any:
+    """The process group of data-parallel workers; None if there is but one."""
+    if distributed_utils.get_data_parallel_world_size() == 1:
+        return None
+    return distributed_utils.get_data_parallel_group()
 
 
 def _optimizer_name(args: Any) -> Optional[str]:

@@ -1,5 +1,6 @@
 """What both tasks share: a hash of the dictionary, named splits, clear errors."""
 
+import contextlib
 import os
 from typing import Any, Dict, List
 
@@ -22,6 +23,29 @@ class NamedSplitDataset(BaseWrapperDataset):
         """Collate, and add the key "split"."""
         batch = self.dataset.collater(samples)
         return {**batch, "split": self.split} if batch else batch
+
+
+class MemoryTrainStep:
+    """Mixin for a task: what keeps an idle worker busy is in no statistic of a memory.
+
+    fairseq gives a worker that has run out of batches one to compute whose loss counts nothing.
+    """
+
+    def train_step(
+        self,
+        sample: Any,
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Do forward and backward; ``ignore_grad`` says that the worker is idle."""
+        step = super().train_step  # type: ignore[misc]
+        idle = getattr(model, "idle_memories", None)
+        with contextlib.nullcontext() if idle is None else idle(ignore_grad):
+            return step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
 
 
 def remember_dictionary(task: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, ValueTable, kernels
@@ -272,6 +273,7 @@ def test_the_squared_norm_is_that_of_the_dense_gradient():
 
 THREADS = """
 import torch
+import torch.distributed as dist
 from pkm_fairseq.memory import ValueTable
 before = torch.get_num_threads()
 ValueTable(10, 4)(torch.zeros(2, 1, 3, dtype=torch.int64), torch.ones(2, 1, 3))
@@ -293,42 +295,43 @@ def test_kernels_leave_the_number_of_threads_of_torch_alone(threads):
     assert done.stdout.split() == [threads, threads]
 
 
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-from tests.unit.test_gradient import N_SLOTS, WIDTH, dense, factors, reads, total_of
+WORLD = 3
 
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
-values = torch.empty(N_SLOTS, WIDTH, dtype=torch.float64)
-parts = [reads(), reads(n_tokens=2, reads=3, seed=1)]  # the third worker read nothing
-gradient = factors()
-if rank < 2:
-    gradient.add(*parts[rank])
-gradient.gather(values)
-assert torch.allclose(total_of(gradient.entries()), dense(*parts) / 3)
-gradient.clear()
-gradient.gather(values, dense(parts[0]) if rank == 1 else None)
-assert torch.allclose(total_of(gradient.entries()), dense(parts[0]) / 3)
-gradient.clear()
-gradient.gather(values)  # nobody read anything
-assert not gradient
-print("as expected")
-"""
+
+def exchange(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    values = torch.empty(N_SLOTS, WIDTH, dtype=torch.float64)
+    parts = [reads(), reads(n_tokens=2, reads=3, seed=1)]  # the third worker read nothing
+    gradient = factors()
+    if rank < 2:
+        gradient.add(*parts[rank])
+    gradient.gather(values)
+    assert torch.allclose(total_of(gradient.entries()), dense(*parts) / WORLD)
+    gradient.clear()
+    extra = dense(parts[1])  # a dense gradient beside factors: rows have other numbers of entries
+    if rank == 1:
+        gradient.add(*parts[0])
+    gradient.gather(values, extra if rank == 1 else None)
+    assert torch.allclose(total_of(gradient.entries()), dense(*parts) / WORLD)
+    gradient.clear()
+    gradient.gather(values)  # nobody read anything
+    assert not gradient
+    check_bytes(rank)
+
+
+def check_bytes(rank):
+    """What is handed to collectives is as large as the documents say."""
+    tokens, n_reads, sent = 5 - rank, 4, []
+    all_gather = dist.all_gather
+    dist.all_gather = lambda out, x, group: (sent.append(x.nbytes), all_gather(out, x, group))
+    gradient = factors()
+    slots, weights, grads = reads(n_tokens=tokens, reads=n_reads)
+    gradient.add(slots, weights.float(), grads.float())
+    gradient.gather(torch.empty(N_SLOTS, WIDTH))
+    dist.all_gather = all_gather
+    longest = 5
+    assert sum(sent) == longest * (8 * n_reads + 4 * WIDTH + 4) + 16
 
 
 def test_workers_exchange_their_factors(tmp_path):
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    for worker in workers:
-        out, errors = worker.communicate(timeout=120)
-        assert out.split("\n")[-2] == "as expected", errors[-2000:]
+    torch.multiprocessing.spawn(exchange, args=(str(tmp_path / "store"),), nprocs=WORLD)

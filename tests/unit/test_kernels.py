@@ -5,7 +5,9 @@
 
 import importlib
 import logging
+import os
 import sys
+import threading
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -719,3 +721,31 @@ def test_a_backend_that_fails_to_start_is_not_taken(log, monkeypatch):
     monkeypatch.setattr(backends, "_load", fail)
     assert backends.backend_for(torch.zeros(1)) is torch_backend
     assert "no locator available" in log.text
+
+
+@pytest.mark.parametrize("backend", ["numba"], indirect=True)
+def test_kernels_are_compiled_by_one_process_at_a_time(backend, monkeypatch):
+    """Two that compile at once can leave numba's cache with one's code under the other's name."""
+    fcntl = pytest.importorskip("fcntl")
+    from pkm_fairseq.memory.kernels import numba_backend, numba_kernels
+
+    numba_backend._group(torch.tensor([1]), 3)  # the rest takes no time, but for the lock
+    monkeypatch.setattr(numba_backend, "_compiled", set())
+    folder = numba_kernels.group.stats.cache_path
+    started, finished = threading.Event(), threading.Event()
+
+    def group():
+        started.set()
+        numba_backend._group(torch.tensor([2, 0, 2]), 3)
+        finished.set()
+
+    with open(os.path.join(folder, "pkm_fairseq.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process would
+        thread = threading.Thread(target=group)
+        thread.start()
+        started.wait()
+        assert not finished.wait(0.3)
+    thread.join(60)
+    assert finished.is_set()
+    with numba_backend._cache_locked(folder):  # what is compiled needs no lock
+        numba_backend._group(torch.tensor([1]), 3)

@@ -158,3 +158,15 @@ def test_a_checkpoint_of_a_version_without_times_loads(arch):
     older = {n: t for n, t in model.state_dict().items() if ".reads." not in n}
     assert len(older) < len(model.state_dict())
     model.load_state_dict(older, strict=True)
+
+
+def test_a_moving_average_of_times_is_known_to_be_one():
+    reads, average = ReadTimes(4), ReadTimes(4)
+    for times in (reads, average):
+        times.set_num_updates(2)
+        times.record(torch.tensor([[[0, 3]]]))
+    assert not reads.is_averaged
+    reads.set_num_updates(4)
+    reads.record(torch.tensor([[[0, 1]]]))
+    average.last_read.mul_(0.9).add_(reads.last_read, alpha=0.1)
+    assert average.is_averaged and not reads.is_averaged

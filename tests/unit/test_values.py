@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from pkm_fairseq.memory import ValueTable
 from pkm_fairseq.memory.reference import naive_read
@@ -104,3 +105,19 @@ def test_parameter_is_marked_for_the_optimizer():
         assert table.weight.value_gradient is table.gradient
     twin = copy.deepcopy(table)
     assert twin.weight.value_gradient is twin.gradient is not table.gradient
+
+
+def test_a_parameter_that_was_assigned_or_made_anew_keeps_its_gradient():
+    table, slots_and_weights = ValueTable(10, 5), lookup()
+    table.gradient.keep_factors()
+    nn.Sequential(table).load_state_dict({"0.weight": torch.ones(10, 5)}, assign=True)
+    assert table.weight.value_gradient is table.gradient
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        before, table = table.weight, table.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert table.weight is not before
+    assert table.weight.value_gradient is table.gradient
+    table(*slots_and_weights).sum().backward()
+    assert table.weight.value_gradient and table.weight.grad is None

@@ -1,8 +1,15 @@
 """The memory's operations on the CPU, compiled by numba; the loops are in ``numba_kernels``."""
 
+import contextlib
 import logging
+import os
 import threading
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, Iterator, Optional, Set, Tuple
+
+try:
+    import fcntl
+except ImportError:  # no Unix
+    fcntl = None  # type: ignore[assignment]
 
 import numba
 import numpy as np
@@ -18,8 +25,10 @@ DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of tables
 
 TASKS_PER_THREAD = 4
+logger = logging.getLogger(__name__)
 logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output drowns all other
 _one_at_a_time = threading.Lock()  # numba's simplest thread pool aborts when entered twice
+_compiled: Set[Tuple[Any, ...]] = set()  # kernels, with the kinds of arguments they had
 
 
 def topk_pairs(
@@ -53,7 +62,7 @@ def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     """See :func:`pkm_fairseq.memory.kernels.weight_gradient`."""
     out = grad_read.new_empty(slots.shape)
-    rows, starts, order = loops.group(_array(slots.view(-1)), len(values))
+    rows, starts, order = _group(slots.view(-1), len(values))
     given = _array(values), rows, starts, order, _array(grad_read)
     _run(loops.weight_gradient, *given, slots.shape[1], _array(out.view(-1)))
     return out
@@ -85,7 +94,7 @@ def squared_norm(entries: Entries, n_slots: int) -> Tensor:
 
 def _row_entries(entries: Entries, n_slots: int) -> Tuple[Array, ...]:
     """Rows that were read (R,), where their entries start (R + 1,), their order, and entries."""
-    rows, starts, order = loops.group(_array(entries.slots), n_slots)
+    rows, starts, order = _group(entries.slots, n_slots)
     return rows, starts, order, *map(_array, (entries.bags, entries.weights, entries.grads))
 
 
@@ -95,12 +104,57 @@ def _array(x: Tensor) -> Array:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def _group(slots: Tensor, n_slots: int) -> Tuple[Array, Array, Array]:
+    args = _array(slots), n_slots
+    _compile(loops.group, args)
+    grouped: Tuple[Array, Array, Array] = loops.group(*args)
+    return grouped
+
+
 def _run(kernel: Callable[..., None], *args: Any) -> None:
     """Run a kernel on as many threads as torch uses."""
     threads = torch.get_num_threads()
     used = min(threads, numba.config.NUMBA_NUM_THREADS)
     with _one_at_a_time:
         numba.set_num_threads(used)
-        kernel(*args, used * TASKS_PER_THREAD)
+        args = (*args, used * TASKS_PER_THREAD)
+        _compile(kernel, args)
+        kernel(*args)
     if torch.get_num_threads() != threads:  # when numba starts, it sets OpenMP's for all
         torch.set_num_threads(threads)
+
+
+def _compile(kernel: Any, args: Tuple[Any, ...]) -> None:
+    """Compile a kernel for arguments of this kind, or load it, while no other process does so.
+
+    Two processes that compile one function for different types can leave numba's cache on disk
+    naming the code of one as that of the other, which then computes nonsense without an error.
+    """
+    kinds = [
+        (x.dtype.char, x.flags.c_contiguous) if isinstance(x, np.ndarray) else type(x) for x in args
+    ]
+    kind = (kernel, *kinds)
+    if kind not in _compiled:
+        with _cache_locked(kernel.stats.cache_path):
+            kernel.compile(tuple(map(numba.typeof, args)))
+        _compiled.add(kind)
+
+
+@contextlib.contextmanager
+def _cache_locked(folder: Optional[str]) -> Iterator[None]:
+    if folder is None or fcntl is None:
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    file = os.open(os.path.join(folder, "pkm_fairseq.lock"), os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning(
+                f"memory kernels: {folder} cannot be locked ({error}): do not start "
+                "several processes for the first time at once"
+            )
+        yield
+    finally:
+        os.close(file)  # unlocks
