@@ -1,6 +1,7 @@
 """The value table: what a memory stores, and the weighted read from it."""
 
-from typing import Any, Dict, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,10 @@ class ValueTable(nn.Module):
         init: "normal", N(0, v_dim ** -0.5) (Lample et al. 2019, published code), or "zero".
         dtype: what the values are stored in; reads are in at least float32.
 
+    Attributes:
+        keeps_dtype: whether the values stay in their dtype when the model they are part of is
+            converted to another one, as by ``model.half()``. False, as for any other parameter.
+
     Raises:
         MemoryError: the table does not fit into memory; the message says how large it is.
     """
@@ -37,6 +42,7 @@ class ValueTable(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
+        self.keeps_dtype = False
         self.init = init
         self.gradient = ValueGradient()
         self.weight = nn.Parameter(allocate(n_slots, v_dim, dtype))
@@ -50,6 +56,11 @@ class ValueTable(nn.Module):
 
     def _tag(self) -> None:
         self.weight.value_gradient = self.gradient  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ValueTable":
+        """Convert as torch does, but for the dtype, if that is to be kept."""
+        convert = partial(_convert_but_dtype, fn) if self.keeps_dtype else fn
+        return super()._apply(convert, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def reset_parameters(self) -> None:
         """Draw the values anew."""
@@ -90,6 +101,11 @@ class ValueTable(nn.Module):
         if weights.dtype != self.weight.dtype:
             return _HalfRead.apply(weights, slots, self.weight)  # type: ignore[no-untyped-call, no-any-return]
         return F.embedding_bag(slots, self.weight, per_sample_weights=weights, mode="sum")
+
+
+def _convert_but_dtype(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+    example = convert(table[:0])  # no table of another dtype is made on the way
+    return convert(table) if example.dtype == table.dtype else table.to(example.device)
 
 
 class _HalfRead(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The model ``pkm_roberta``: fairseq's RoBERTa with product-key memories."""
 
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Dict, Iterator, List, Optional
 
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
@@ -14,8 +15,6 @@ from .config import PkmRobertaConfig, memory_config
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
 from .init_from import apply_init_from, complete_state
-
-HALF_PRECISION = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
 
 @register_model("pkm_roberta", dataclass=PkmRobertaConfig)
@@ -44,6 +43,7 @@ class PkmRobertaModel(RobertaModel):
                 encoder = MemoryRobertaEncoder(args, task.source_dictionary, layers, mode, config)
                 model = cls(args, encoder)
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
+            model._keep_values_in_their_dtype()
             model._keep_factored_gradients_out_of_ddp(args)
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
@@ -54,6 +54,12 @@ class PkmRobertaModel(RobertaModel):
         if part is not None:  # hydra hands over an Enum
             for layer in self.memory_layers().values():
                 layer.memory.freeze(str(part))
+
+    def _keep_values_in_their_dtype(self) -> None:
+        """Values are in what --memory-value-dtype says, also where the rest is trained in half."""
+        for module in self.modules():
+            if isinstance(module, ValueTable):
+                module.keeps_dtype = True
 
     def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
@@ -139,13 +145,16 @@ def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
 
 
 def _check_unsupported(args: Any, mode: str) -> None:
-    half = [name for name in HALF_PRECISION if safe_getattr(args, name, False)]
-    if _optimizer_name(args) == "pkm_adam" and half:
-        flag = "--" + half[-1].replace("_", "-")
+    for half in ("fp16", "bf16"):
+        if safe_getattr(args, f"memory_efficient_{half}") and not safe_getattr(args, half):
+            raise ValueError(
+                f"common.memory_efficient_{half} alone has no effect in fairseq-hydra-train: set "
+                f"common.{half}=true, too"
+            )
+    if safe_getattr(args, "tpu") and find_spec("torch_xla") is None:
         raise ValueError(
-            f"{flag} does not work with --optimizer pkm_adam: fairseq would round small gradients "
-            "of values to zero or hide which parameters are values; use full precision, or "
-            "--optimizer adam"
+            "--bf16 and --memory-efficient-bf16 of fairseq-train are for TPUs (torch_xla is not "
+            "installed): use fairseq-hydra-train with common.bf16=true"
         )
     if "pkm_adam" in _grouped_optimizer_names(args):
         raise ValueError(

@@ -3,14 +3,19 @@
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, ClassVar, Dict, Iterable, List, Optional, Union
 
 import torch
 from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
-from fairseq.optim import FairseqOptimizer, register_optimizer
+from fairseq.optim import (
+    FairseqOptimizer,
+    FP16Optimizer,
+    MemoryEfficientFP16Optimizer,
+    register_optimizer,
+)
 from fairseq.optim.adam import Adam, FairseqAdam
 from omegaconf import II
 from torch import Tensor, nn
@@ -20,6 +25,7 @@ from ..memory.dtypes import compute_dtype
 from ..memory.gradient import ValueGradient
 from ..memory.kernels import Entries
 from ..memory.values import allocate
+from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +69,15 @@ class PkmAdam(FairseqAdam):
     decay, one step count per table, and stand outside --clip-norm, which sees the rest (our choice:
     a norm over the table would let few rows that were read scale all others). Their gradient is
     kept as factors and never has the size of a table.
+
+    Attributes:
+        wrappers: what to build around this optimizer, for mixed precision, in place of fairseq's.
     """
+
+    wrappers: ClassVar[Dict[type, type]] = {
+        FP16Optimizer: ValuesFP16Optimizer,
+        MemoryEfficientFP16Optimizer: ValuesMemoryEfficientFP16Optimizer,
+    }
 
     def __init__(self, cfg: PkmAdamConfig, params: Iterable[nn.Parameter]) -> None:
         FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's would build its own Adam
@@ -85,6 +99,8 @@ class PkmAdam(FairseqAdam):
             lr = cfg.memory_value_lr
             groups.append({"params": self._values, "lr": lr, "weight_decay": 0.0, "lazy": True})
         self._optimizer = LazyAdam(groups, **self.optimizer_config)
+        # schedulers that reach into the groups do not reach values
+        self._optimizer.register_step_pre_hook(lambda *_: self._pin_values())
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of everything but values, which keep theirs."""
@@ -97,11 +113,6 @@ class PkmAdam(FairseqAdam):
         """Load as fairseq's adam does; the values' learning rate is that of this run's options."""
         super().load_state_dict(state_dict, optimizer_overrides)
         self._pin_values()
-
-    def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
-        """Perform one update; schedulers that reach into the groups do not reach values."""
-        self._pin_values()
-        super().step(closure, scale, groups)
 
     def _pin_values(self) -> None:
         for group in self.param_groups:
@@ -145,6 +156,27 @@ class PkmAdam(FairseqAdam):
             gradient_of(p).multiply(math.inf)  # so that torch's loss scaler skips the step
         return torch.full_like(norm, math.inf)
 
+    def multiply_values(self, factor: Union[float, Tensor]) -> None:
+        """Multiply the gradient of values only."""
+        for p in self._values:
+            gradient_of(p).multiply(factor)
+            if p.grad is not None:
+                p.grad.mul_(factor)
+
+    def multiply_rest(self, factor: Union[float, Tensor]) -> None:
+        """Multiply the gradient of everything but values."""
+        params = [p for group in self._dense_groups() for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        if grads:
+            on_device = isinstance(factor, Tensor)
+            torch._foreach_mul_(grads, factor.to(grads[0].device) if on_device else factor)
+
+    def clear_values(self) -> None:
+        """Forget the gradient of values only."""
+        for p in self._values:
+            gradient_of(p).clear()
+            p.grad = None
+
     def _clip_values(self, max_norm: float) -> float:
         squares = [
             kernels.squared_norm(p, gradient_of(p).entries(p.grad))
@@ -154,10 +186,7 @@ class PkmAdam(FairseqAdam):
         norm = math.sqrt(sum(float(square) for square in squares))
         metrics.log_scalar("value_gnorm", norm, weight=0, priority=401, round=3)
         if max_norm < norm < math.inf:
-            for p in self._values:
-                gradient_of(p).multiply(max_norm / norm)
-                if p.grad is not None:
-                    p.grad.mul_(max_norm / norm)
+            self.multiply_values(max_norm / norm)
         return norm
 
     def _dense_groups(self) -> List[Dict[str, Any]]:
@@ -173,6 +202,9 @@ class LazyAdam(Adam):
     tables one optimizer of this kind has taken over must not be trained by another one, and is
     reset by the ``zero_grad`` of the optimizer, not by its own.
     """
+
+    # fairseq's wrapper would put moments back as they were in the file, on the CPU
+    disable_mem_eff_fp16_loading_hack = True
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
@@ -200,17 +232,20 @@ class LazyAdam(Adam):
         return {**saved, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Load as torch does, which would cast moments to the precision of the values."""
+        """Load as torch does, which would cast moments to the precision of the parameters."""
         scales = [group for group in super().state_dict()["param_groups"] if group.get("scales")]
         groups = [*state_dict["param_groups"], *scales]
         super().load_state_dict({**state_dict, "param_groups": groups})
         places = [place for group in groups for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for place, param in zip(places, params, strict=True):
-            if hasattr(param, "value_gradient") and place in state_dict["state"]:
-                for moment in MOMENTS:
-                    saved = state_dict["state"][place][moment]
+            for moment in MOMENTS if place in state_dict["state"] else ():
+                saved = state_dict["state"][place][moment]
+                if hasattr(param, "value_gradient"):
                     self.state[param][moment] = new_moment(param).copy_(saved)
+                else:
+                    dtype = compute_dtype(param.dtype)
+                    self.state[param][moment] = saved.to(param.device, dtype, copy=True)
 
     def step(self, closure: Any = None) -> Any:
         """Perform one update; factors of gradients are used up by it."""
