@@ -1,6 +1,6 @@
 """The gradient of a value table, kept as what it is the product of."""
 
-from typing import Any, List, Optional, Tuple, Type
+from typing import Any, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.distributed as dist
@@ -91,8 +91,8 @@ class ValueGradient:
             part._replace(weights=part.weights * scale) for part in self._parts if scale is not None
         ]
 
-    def multiply(self, factor: float) -> None:
-        """Multiply the gradient, if there is one."""
+    def multiply(self, factor: Union[float, Tensor]) -> None:
+        """Multiply the gradient, if there is one, in at least float32."""
         if self.scale is not None and self.scale.grad is not None:
             self.scale.grad.mul_(factor)
 

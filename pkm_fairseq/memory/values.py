@@ -1,6 +1,7 @@
 """The value table: what a memory stores, and the weighted read from it."""
 
-from typing import Any, Dict, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,10 @@ class ValueTable(nn.Module):
         shards: workers to split the columns over; None means that this table is whole. Its
             initial values, reads and gradients are those of a whole table.
 
+    Attributes:
+        keeps_dtype: whether the values stay in their dtype when the model they are part of is
+            converted to another one, as by ``model.half()``. False, as for any other parameter.
+
     Raises:
         MemoryError: the table does not fit into memory; the message says how large it is.
         ValueError: the workers cannot have equally many columns.
@@ -42,6 +47,7 @@ class ValueTable(nn.Module):
         shards: Optional[ColumnShards] = None,
     ) -> None:
         super().__init__()
+        self.keeps_dtype = False
         self.init = init
         self.v_dim = v_dim
         self.gradient = ValueGradient(shards)
@@ -55,15 +61,11 @@ class ValueTable(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._tag()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Tag the parameter that ``load_state_dict(assign=True)`` puts in place of the old one."""
-        super()._load_from_state_dict(*args, **kwargs)
-        self._tag()
-
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueTable":
-        """Tag the parameter of a converted or moved table, which may be a new one."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._tag()
+        """Convert or move as torch does, but for the dtype, if that is to be kept."""
+        convert = partial(_convert_but_dtype, fn) if self.keeps_dtype else fn
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        self._tag()  # the parameter may be a new one
         return self
 
     def _tag(self) -> None:
@@ -97,6 +99,7 @@ class ValueTable(nn.Module):
         if self.shards is not None and name in state_dict:
             state_dict[name] = self.shards.own_columns(state_dict[name], self.v_dim)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._tag()  # load_state_dict(assign=True) puts another parameter in place of the old one
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Sum the values of the given slots, weighted, over heads and neighbours.
@@ -136,6 +139,11 @@ class ValueTable(nn.Module):
         if weights.dtype != self.weight.dtype:
             return _HalfRead.apply(weights, slots, self.weight)  # type: ignore[no-untyped-call, no-any-return]
         return F.embedding_bag(slots, self.weight, per_sample_weights=weights, mode="sum")
+
+
+def _convert_but_dtype(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+    example = convert(table[:0])  # no table of another dtype is made on the way
+    return convert(table) if example.dtype == table.dtype else table.to(example.device)
 
 
 class _HalfRead(torch.autograd.Function):

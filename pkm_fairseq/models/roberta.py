@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
@@ -20,8 +21,6 @@ from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
 from .init_from import apply_init_from, complete_state
 from .prune import prune_state, take_layers_to_keep
 from .sharding import take_shards
-
-HALF_PRECISION = ("fp16", "bf16", "memory_efficient_fp16", "memory_efficient_bf16")
 
 # what pkm_adam cannot be part of: options of fairseq's, values of theirs, and why
 NOT_WITH_PKM_ADAM = (
@@ -77,6 +76,7 @@ class PkmRobertaModel(RobertaModel):
                 model = cls(args, encoder)
             model._layers_to_keep = kept
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
+            model._keep_values_in_their_dtype()
             model._keep_factored_gradients_out_of_ddp(args)
             for norm in model._batch_norms():
                 norm.workers = data_parallel_group
@@ -89,6 +89,12 @@ class PkmRobertaModel(RobertaModel):
         if part is not None:  # hydra hands over an Enum
             for layer in self.memory_layers().values():
                 layer.memory.freeze(str(part))
+
+    def _keep_values_in_their_dtype(self) -> None:
+        """Values are in what --memory-value-dtype says, also where the rest is trained in half."""
+        for module in self.modules():
+            if isinstance(module, ValueTable):
+                module.keeps_dtype = True
 
     def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
@@ -229,13 +235,17 @@ def _check_unsupported(args: Any, mode: str, config: MemoryConfig) -> None:
             "batch on several workers: they drop different layers and would wait for each "
             "other's statistics for ever; use --memory-query-norm layer"
         )
-    half = [name for name in HALF_PRECISION if safe_getattr(args, name, False)]
-    if _optimizer_name(args) == "pkm_adam" and half:
-        flag = "--" + half[-1].replace("_", "-")
+    for half in ("fp16", "bf16"):
+        if safe_getattr(args, f"memory_efficient_{half}") and not safe_getattr(args, half):
+            raise ValueError(
+                f"common.memory_efficient_{half} alone has no effect in fairseq-hydra-train: set "
+                f"common.{half}=true, too"
+            )
+    # what fairseq-train makes of --bf16
+    if safe_getattr(args, "bf16") and safe_getattr(args, "tpu") and not find_spec("torch_xla"):
         raise ValueError(
-            f"{flag} does not work with --optimizer pkm_adam: fairseq would round small gradients "
-            "of values to zero or hide which parameters are values; use full precision, or "
-            "--optimizer adam"
+            "--bf16 and --memory-efficient-bf16 of fairseq-train are for TPUs (torch_xla is not "
+            "installed): use fairseq-hydra-train with common.bf16=true"
         )
     if _optimizer_name(args) == "pkm_adam":
         _check_distribution(args)

@@ -4,14 +4,19 @@ import logging
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, ClassVar, Dict, Iterable, List, Optional, Union
 
 import torch
 from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
-from fairseq.optim import FairseqOptimizer, register_optimizer
+from fairseq.optim import (
+    FairseqOptimizer,
+    FP16Optimizer,
+    MemoryEfficientFP16Optimizer,
+    register_optimizer,
+)
 from fairseq.optim.adam import Adam, FairseqAdam
 from omegaconf import II
 from torch import Tensor, nn
@@ -21,6 +26,7 @@ from ..memory.dtypes import compute_dtype
 from ..memory.gradient import ValueGradient
 from ..memory.kernels import Entries
 from ..memory.values import allocate
+from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +70,15 @@ class PkmAdam(FairseqAdam):
     decay, one step count per table, and stand outside --clip-norm, which sees the rest (our choice:
     a norm over the table would let few rows that were read scale all others). Their gradient is
     kept as factors and never has the size of a table.
+
+    Attributes:
+        wrappers: what to build around this optimizer, for mixed precision, in place of fairseq's.
     """
+
+    wrappers: ClassVar[Dict[type, type]] = {
+        FP16Optimizer: ValuesFP16Optimizer,
+        MemoryEfficientFP16Optimizer: ValuesMemoryEfficientFP16Optimizer,
+    }
 
     def __init__(self, cfg: PkmAdamConfig, params: Iterable[nn.Parameter]) -> None:
         FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's would build its own Adam
@@ -86,6 +100,8 @@ class PkmAdam(FairseqAdam):
             lr = cfg.memory_value_lr
             groups.append({"params": self._values, "lr": lr, "weight_decay": 0.0, "lazy": True})
         self._optimizer = LazyAdam(groups, **self.optimizer_config)
+        # schedulers that reach into the groups do not reach values
+        self._optimizer.register_step_pre_hook(lambda *_: self._pin_values())
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of everything but values, which keep theirs."""
@@ -98,11 +114,6 @@ class PkmAdam(FairseqAdam):
         """Load as fairseq's adam does; the values' learning rate is that of this run's options."""
         super().load_state_dict(state_dict, optimizer_overrides)
         self._pin_values()
-
-    def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
-        """Perform one update; schedulers that reach into the groups do not reach values."""
-        self._pin_values()
-        super().step(closure, scale, groups)
 
     def _pin_values(self) -> None:
         for group in self.param_groups:
@@ -142,14 +153,32 @@ class PkmAdam(FairseqAdam):
             gradient_of(p).multiply(math.inf)  # so that torch's loss scaler skips the step
         return torch.full_like(norm, math.inf)
 
+    def multiply_values(self, factor: Union[float, Tensor]) -> None:
+        """Multiply the gradient of values only."""
+        for p in self._values:
+            gradient_of(p).multiply(factor)
+            if p.grad is not None:
+                p.grad.mul_(factor)
+
+    def multiply_rest(self, factor: Union[float, Tensor]) -> None:
+        """Multiply the gradient of everything but values."""
+        params = [p for group in self._dense_groups() for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        if grads:
+            on_device = isinstance(factor, Tensor)
+            torch._foreach_mul_(grads, factor.to(grads[0].device) if on_device else factor)
+
+    def clear_values(self) -> None:
+        """Forget the gradient of values only."""
+        for p in self._values:
+            gradient_of(p).clear()
+            p.grad = None
+
     def _clip_values(self, max_norm: float) -> float:
         norm = math.sqrt(sum(gradient_of(p).squared_norm(p) for p in self._values))
         metrics.log_scalar("value_gnorm", norm, weight=0, priority=401, round=3)
         if max_norm < norm < math.inf:
-            for p in self._values:
-                gradient_of(p).multiply(max_norm / norm)
-                if p.grad is not None:
-                    p.grad.mul_(max_norm / norm)
+            self.multiply_values(max_norm / norm)
         return norm
 
     def _dense_groups(self) -> List[Dict[str, Any]]:
@@ -165,6 +194,9 @@ class LazyAdam(Adam):
     tables one optimizer of this kind has taken over must not be trained by another one, and is
     reset by the ``zero_grad`` of the optimizer, not by its own.
     """
+
+    # fairseq's wrapper would put moments back as they were in the file, on the CPU
+    disable_mem_eff_fp16_loading_hack = True
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
@@ -223,7 +255,7 @@ class LazyAdam(Adam):
         return {**saved, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Load as torch does, which would cast moments to the precision of the values."""
+        """Load as torch does, which would cast moments to the precision of the parameters."""
         scales = [group for group in super().state_dict()["param_groups"] if group.get("scales")]
         groups = [*state_dict["param_groups"], *scales]
         places = [place for group in groups for place in group["params"]]
@@ -231,18 +263,26 @@ class LazyAdam(Adam):
         state = dict(state_dict["state"])
         moments = {}
         for place, param in zip(places, params, strict=False):  # torch complains if they differ
-            if hasattr(param, "value_gradient") and place in state:
-                shards = gradient_of(param).shards
-                saved = {moment: state[place][moment] for moment in MOMENTS}
-                if shards is not None:
-                    v_dim = param.shape[1] * shards.n_shards
-                    saved = {m: shards.own_columns(x, v_dim) for m, x in saved.items()}
-                moments[param] = saved
+            if place in state:
+                moments[param] = self._own_moments(param, state[place])
                 state[place] = {k: v for k, v in state[place].items() if k not in MOMENTS}
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
         for param, saved in moments.items():
-            for moment in MOMENTS:
-                self.state[param][moment] = new_moment(param).copy_(saved[moment])
+            self.state[param].update(saved)
+
+    def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Tensor]:
+        """Copies of the moments of a parameter, or of this worker's columns of a table."""
+        moments = {}
+        for moment in MOMENTS:
+            whole = saved[moment]
+            if hasattr(param, "value_gradient"):
+                shards = gradient_of(param).shards
+                if shards is not None:
+                    whole = shards.own_columns(whole, param.shape[1] * shards.n_shards)
+                moments[moment] = new_moment(param).copy_(whole)
+            else:
+                moments[moment] = whole.to(param.device, compute_dtype(param.dtype), copy=True)
+        return moments
 
     def step(self, closure: Any = None) -> Any:
         """Perform one update; factors of gradients are used up by it."""

@@ -140,7 +140,7 @@ def test_the_bare_architecture_is_the_base_size_with_layers_3_and_7(monkeypatch)
         built.append(stop.value.args)
     (bare, memory), (base, base_memory) = built
     assert vars(bare) == vars(base)
-    assert memory == base_memory == ([3, 7], "replace", MemoryConfig())
+    assert memory == base_memory == ([3, 7], "replace", MemoryConfig(), None)
     assert (bare.encoder_layers, bare.encoder_embed_dim) == (12, 768)
 
 
@@ -387,12 +387,9 @@ IMPOSSIBLE = [
         },
         ["composite", "pkm_adam alone"],
     ),
-    ({"optimizer": "pkm_adam", "fp16": True}, ["pkm_adam", "--fp16", "full precision"]),
-    ({"optimizer": "pkm_adam", "bf16": True}, ["pkm_adam", "--bf16", "full precision"]),
-    (
-        {"optimizer": "pkm_adam", "fp16": True, "memory_efficient_fp16": True},
-        ["pkm_adam", "--memory-efficient-fp16", "full precision"],
-    ),
+    ({"bf16": True, "tpu": True}, ["--bf16", "torch_xla", "common.bf16=true"]),
+    ({"memory_efficient_fp16": True}, ["common.memory_efficient_fp16 alone", "common.fp16=true"]),
+    ({"memory_efficient_bf16": True}, ["common.memory_efficient_bf16 alone", "common.bf16=true"]),
     ({"ffn_reg_scale_factor": 0.1}, ["--ffn-reg-scale-factor", "replace"]),
     ({"ffn_blocks_to_remove": 2}, ["--ffn-blocks-to-remove", "replace"]),
 ]
@@ -418,9 +415,11 @@ def test_impossible_options_stop_with_one_line_that_names_them(options, named):
         {"optimizer": "adam", "bf16": True, "memory_efficient_bf16": True},
         {"optimizer": "adam", "fp16": True},
         {"optimizer": "adam", "bf16": True},
-        {"optimizer": "pkm_adam", "fp16": True, "memory_layers": []},
-        {"optimizer": "adam", "ddp_backend": "slowmo", "zero_sharding": "os", "tpu": True},
+        {"optimizer": "adam", "ddp_backend": "slowmo", "zero_sharding": "os"},
         {"optimizer": "pkm_adam", "ddp_backend": "legacy_ddp", "zero_sharding": "none"},
+        {"optimizer": "pkm_adam", "fp16": True},
+        {"optimizer": "pkm_adam", "bf16": True, "memory_efficient_bf16": True},
+        {"optimizer": "pkm_adam", "bf16": True, "tpu": True, "memory_layers": []},
         {"ffn_reg_scale_factor": 0.1, "memory_mode": "residual"},
         {"ffn_reg_scale_factor": 0.1, "memory_layers": []},
     ],

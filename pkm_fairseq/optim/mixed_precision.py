@@ -1,0 +1,105 @@
+"""fairseq's half-precision wrappers of an optimizer, as ``pkm_adam`` needs them.
+
+fairseq trains a model in half precision with one of two wrappers: ``FP16Optimizer`` (--fp16, bf16)
+trains float32 copies of the parameters, ``MemoryEfficientFP16Optimizer`` the parameters themselves.
+Values stay in float32 then (see ``ValueTable.keeps_dtype``) and need neither a copy nor a division
+in half precision, which would round small gradients to zero.
+"""
+
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq import optim
+from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer
+from torch import Tensor, nn
+
+
+class _ValuesApart:
+    """A half-precision wrapper that treats values as training in full precision does.
+
+    fairseq's wrappers put off all factors of the gradient (loss scale, sample size, number of
+    workers, --clip-norm) to the step. Values get theirs before the norms are taken, in float32;
+    --clip-norm, which leaves them out, is not among them.
+    """
+
+    _of_values: str  # the attribute with the optimizer that is wrapped
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
+        """Clip as the optimizer that is wrapped does, and adapt the loss scale.
+
+        Raises:
+            OverflowError: a gradient is not finite; fairseq catches it and skips the update.
+            SystemExit: the same without CUDA, where fairseq cannot.
+        """
+        getattr(self, self._of_values).multiply_values(self._multiply_factor)
+        try:
+            return super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        except OverflowError as error:
+            if torch.cuda.is_available():
+                raise
+            raise SystemExit(
+                f"fp16: a gradient is not finite, and fairseq cannot skip an update without CUDA "
+                f"({error}): use a smaller --fp16-init-scale, bfloat16 or full precision"
+            ) from None
+
+    def _unscale_grads(self) -> None:
+        getattr(self, self._of_values).multiply_rest(self._multiply_factor)
+        self._multiply_factor = 1.0
+
+
+class ValuesMemoryEfficientFP16Optimizer(_ValuesApart, MemoryEfficientFP16Optimizer):
+    """fairseq's wrapper that trains the parameters themselves; values in float32."""
+
+    _of_values = "wrapped_optimizer"
+
+
+class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
+    """fairseq's wrapper that trains float32 copies; values have none, being in float32.
+
+    Its state holds the copies, so that a run that resumes goes on as if it had not stopped.
+    fairseq's does not: it makes them anew from the rounded parameters.
+    """
+
+    _of_values = "fp32_optimizer"
+
+    @classmethod
+    def build_optimizer(cls, cfg: Any, params: List[nn.Parameter], **kwargs: Any) -> Any:
+        """Build it as fairseq does, with copies of everything but values."""
+        values = [p for p in params if hasattr(p, "value_gradient")]
+        rest = [p for p in params if not hasattr(p, "value_gradient")]
+        # as fairseq's: not for bfloat16
+        flatten = not (cfg.common.fp16_no_flatten_grads or cfg.common.bf16)
+        copies = cls.build_fp32_params(cfg.optimizer, rest, flatten=flatten)
+        trained = [*(copies.values() if flatten else copies), *values]
+        return cls(cfg, rest, optim.build_optimizer(cfg.optimizer, trained), copies, **kwargs)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        super().zero_grad()
+        self.fp32_optimizer.clear_values()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The state of the optimizer, the loss scale, and the copies."""
+        return {**super().state_dict(), "fp32_params": [copy.detach() for copy in self._copies()]}
+
+    def load_state_dict(
+        self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
+    ) -> None:
+        """Load what :meth:`state_dict` has saved.
+
+        Raises:
+            SystemExit: the copies are flat in one of the two runs only.
+        """
+        saved, copies = state_dict.get("fp32_params", []), self._copies()
+        if [x.shape for x in saved] != [x.shape for x in copies]:
+            raise SystemExit(
+                "fp16: the checkpoint was written by a run with another setting of "
+                "--fp16-no-flatten-grads: use that, or --reset-optimizer"
+            )
+        super().load_state_dict(state_dict, optimizer_overrides)
+        for copy, tensor in zip(copies, saved, strict=True):
+            copy.data.copy_(tensor)
+        self._sync_fp32_params_to_fp16()
+
+    def _copies(self) -> List[nn.Parameter]:
+        return list(self.fp32_params.values() if self.has_flat_params else self.fp32_params)
