@@ -40,6 +40,7 @@ FLAGS = {
     "--memory-read-dropout",
     "--memory-key-dropout",
     "--memory-freeze",
+    "--memory-shards",
     "--memory-share-values",
     "--memory-usage-interval",
     "--memory-usage-tokens",

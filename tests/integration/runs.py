@@ -98,7 +98,8 @@ def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]
         for rank in (0, 1)
     ]
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
+    tails = "\n\n".join(output[-2000:] for output in outputs)
+    assert [worker.returncode for worker in workers] == [0, 0], tails
     return [Run(0, output) for output in outputs]
 
 

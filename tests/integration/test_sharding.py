@@ -21,8 +21,9 @@ from .test_factored import EPS, assert_close_checkpoints, values_of
 
 OPTIONS = ["--arch", "resm_roberta_tiny", *MEMORY, *EPS, "--memory-query-norm", "layer"]
 OPTIONS += ["--dropout", "0", "--attention-dropout", "0", "--batch-size", "4"]
-OPTIONS += ["--memory-value-clip-norm", "1e-3", "--max-update", "6", "--memory-usage-interval", "2"]
+OPTIONS += ["--max-update", "6", "--memory-usage-interval", "2"]
 OPTIONS += ["--save-interval-updates", "3"]
+CLIP = ["--memory-value-clip-norm", "1e-3"]
 VALUES = "encoder.sentence_encoder.layers.1.memory.values.weight"
 
 
@@ -45,18 +46,18 @@ def test_shards_train_resume_and_are_counted_as_a_whole_table(
     data_bin: Path, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    whole = train(data_bin, one, *OPTIONS, "--update-freq", "2")
-    split = train_on_two_workers(data_bin, two, *OPTIONS, "--memory-shards", "2")
+    whole = train(data_bin, one, *OPTIONS, *CLIP, "--update-freq", "2")
+    split = train_on_two_workers(data_bin, two, *OPTIONS, *CLIP, "--memory-shards", "2")
     for key in ("loss", "value_gnorm"):
         assert values_of(split[0], key) == pytest.approx(values_of(whole, key), rel=1e-3), key
     assert_close_checkpoints(one, two)
     assert load(two / "checkpoint_last.pt")["model"][VALUES].shape == (256, 32)
     assert_close_counts(one, two)
 
-    train(data_bin, resume(two, tmp_path / "from_two", 6), *OPTIONS, "--update-freq", "2")
+    train(data_bin, resume(two, tmp_path / "from_two", 6), *OPTIONS, *CLIP, "--update-freq", "2")
     assert_close_checkpoints(one, tmp_path / "from_two")
     from_one = resume(one, tmp_path / "from_one", 3)
-    train_on_two_workers(data_bin, from_one, *OPTIONS, "--memory-shards", "2")
+    train_on_two_workers(data_bin, from_one, *OPTIONS, *CLIP, "--memory-shards", "2")
     assert_close_checkpoints(one, from_one)
 
 
