@@ -6,6 +6,7 @@ import pytest
 import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,6 +15,7 @@ from pkm_fairseq.memory import MemoryConfig, MemoryUsage
 from pkm_fairseq.models import roberta
 from pkm_fairseq.models.config import memory_config
 from pkm_fairseq.models.roberta import check_memory_options
+from pkm_fairseq.tasks.common import MemoryTrainStep
 from tests.helpers import LAYERS, WIDTH, batch, build, model_args, small_dictionary, small_task
 
 DICTIONARY = small_dictionary()
@@ -451,3 +453,64 @@ def test_torchs_ddp_is_told_to_leave_factored_gradients_alone(share):
     assert model._ddp_params_and_buffers_to_ignore == layers
     dense = build("resm_roberta_tiny", optimizer="adam", **options)
     assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore")
+
+
+# --- several workers; what they train is in tests/integration/test_workers.py ----------------
+
+
+def test_layers_dropped_by_each_worker_do_not_go_with_joint_statistics(monkeypatch):
+    options = dict(encoder_layerdrop=0.2, memory_query_norm="batch")
+    build("resm_roberta_tiny", **options)
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
+    with pytest.raises(
+        SystemExit, match=r"--encoder-layerdrop 0.2 .* use --memory-query-norm layer"
+    ):
+        build("resm_roberta_tiny", **options)
+    for harmless in (
+        {"memory_query_norm": "layer"},
+        {"memory_freeze": "all"},
+        {"encoder_layerdrop": 0.0},
+        {"memory_layers": []},
+    ):
+        build("resm_roberta_tiny", **{**options, **harmless})
+
+
+def test_norms_ask_fairseq_for_the_workers(monkeypatch):
+    norm = build("resm_roberta_tiny").memory_layers()[1].memory.query_norm
+    assert norm.workers() is None
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: "the group")
+    assert norm.workers() == "the group"
+
+
+def test_trainings_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    model = build("resm_roberta_tiny")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model.set_num_updates(0)  # not torchrun's
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit, match=r"2 workers, but .* --distributed-world-size 2"):
+        model.set_num_updates(0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model.set_num_updates(3)
+    assert model.memory_layers()[1].reads.updates == 3
+
+
+@pytest.mark.parametrize("ignore_grad", [False, True])
+def test_tasks_say_which_batches_are_no_data(ignore_grad):
+    model, seen = build("resm_roberta_tiny"), []
+    norm = model.memory_layers()[1].memory.query_norm
+
+    class Step:
+        def train_step(self, *args, **kwargs):
+            seen.append((norm.is_idle, args, kwargs))
+            return "done"
+
+    class Task(MemoryTrainStep, Step):
+        pass
+
+    args = ("sample", model, "criterion", "optimizer", 7)
+    assert Task().train_step(*args, ignore_grad=ignore_grad, more=1) == "done"
+    assert seen == [(ignore_grad, (*args, ignore_grad), {"more": 1})]
+    assert not norm.is_idle
+    stock = ("sample", nn.Linear(1, 1), "criterion", "optimizer", 7)
+    assert Task().train_step(*stock, ignore_grad=ignore_grad) == "done"
