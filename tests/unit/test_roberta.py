@@ -496,21 +496,31 @@ def test_trainings_that_know_nothing_of_each_other_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("ignore_grad", [False, True])
-def test_tasks_say_which_batches_are_no_data(ignore_grad):
-    model, seen = build("resm_roberta_tiny"), []
-    norm = model.memory_layers()[1].memory.query_norm
+@pytest.mark.parametrize("query_norm", ["batch", "layer"])
+def test_what_keeps_an_idle_worker_in_step_is_no_data(ignore_grad, query_norm):
+    model, asked = build("resm_roberta_tiny", memory_query_norm=query_norm), []
+    model.set_num_updates(0)
+    (layer,) = model.memory_layers().values()
 
     class Step:
         def train_step(self, *args, **kwargs):
-            seen.append((norm.is_idle, args, kwargs))
-            return "done"
+            asked.append((args, kwargs))
+            with model.train().record_memory_usage() as usage:
+                outputs(model)
+            return usage[1].tokens, getattr(layer.memory.query_norm, "is_idle", None)
 
     class Task(MemoryTrainStep, Step):
         pass
 
     args = ("sample", model, "criterion", "optimizer", 7)
-    assert Task().train_step(*args, ignore_grad=ignore_grad, more=1) == "done"
-    assert seen == [(ignore_grad, (*args, ignore_grad), {"more": 1})]
-    assert not norm.is_idle
-    stock = ("sample", nn.Linear(1, 1), "criterion", "optimizer", 7)
-    assert Task().train_step(*stock, ignore_grad=ignore_grad) == "done"
+    tokens, is_idle = Task().train_step(*args, ignore_grad=ignore_grad, more=1)
+    assert asked == [((*args, ignore_grad), {"more": 1})]
+    assert tokens == (0 if ignore_grad else int(REAL.sum()))
+    assert bool(layer.reads.last_read.any()) != ignore_grad
+    assert is_idle == (ignore_grad if query_norm == "batch" else None)
+    with model.record_memory_usage() as usage:
+        outputs(model)
+    assert usage[1].tokens == int(REAL.sum())
+    plain = build("roberta")
+    assert not hasattr(plain, "idle_memories")
+    Task().train_step("sample", plain, "criterion", "optimizer", 7, ignore_grad)
