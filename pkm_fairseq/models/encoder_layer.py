@@ -9,6 +9,7 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor, nn
 
 from ..memory import MemoryUsage, ProductKeyMemory, ReadTimes
+from ..memory.query import BatchQueryNorm
 
 MEMORY_MODES = ("replace", "residual")
 
@@ -26,6 +27,8 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
     Attributes:
         usage: counters of the look-ups; None, the normal state, counts nothing.
         reads: when each slot was last read in training by fairseq.
+        is_idle: whether what is read for is no data, but keeps a worker in step with the others:
+            it is in no count and no time, nor in statistics that workers take together.
     """
 
     def __init__(self, cfg: TransformerConfig, memory: ProductKeyMemory, mode: str) -> None:
@@ -35,6 +38,7 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         self.mode = mode
         self.usage: Optional[MemoryUsage] = None
         self.reads = ReadTimes(memory.config.n_slots)
+        self.is_idle = False
         if mode == "replace":
             self.fc1 = self.fc2 = None
 
@@ -75,11 +79,13 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
 
     def _read_memory(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         by_position = None if padding_mask is None else padding_mask.t()  # (T, B), as x
+        if isinstance(self.memory.query_norm, BatchQueryNorm):
+            self.memory.query_norm.is_idle = self.is_idle
         if self._is_recomputing:  # what there is to note, the first pass has noted
             with _statistics_kept(self.memory.query_norm):
                 return self.memory(x, by_position)
         is_update = self.training and self.reads.updates is not None
-        if self.usage is None and not is_update:
+        if self.is_idle or (self.usage is None and not is_update):
             return self.memory(x, by_position)
         read, lookup = self.memory(x, by_position, return_lookup=True)
         if self.usage is not None:

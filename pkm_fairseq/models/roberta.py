@@ -78,8 +78,7 @@ class PkmRobertaModel(RobertaModel):
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
             model._keep_values_in_their_dtype()
             model._keep_factored_gradients_out_of_ddp(args)
-            for norm in model._batch_norms():
-                norm.workers = data_parallel_group
+            model._take_query_statistics_of_all_workers()
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
             raise SystemExit(f"pkm_roberta: {error}") from None
@@ -96,6 +95,11 @@ class PkmRobertaModel(RobertaModel):
             if isinstance(module, ValueTable):
                 module.keeps_dtype = True
 
+    def _take_query_statistics_of_all_workers(self) -> None:
+        for layer in self.memory_layers().values():
+            if isinstance(layer.memory.query_norm, BatchQueryNorm):
+                layer.memory.query_norm.workers = data_parallel_group
+
     def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
 
@@ -108,20 +112,17 @@ class PkmRobertaModel(RobertaModel):
                 if isinstance(module, ValueTable)
             ]
 
-    def _batch_norms(self) -> List[BatchQueryNorm]:
-        return [module for module in self.modules() if isinstance(module, BatchQueryNorm)]
-
     @contextmanager
     def idle_memories(self, is_idle: bool) -> Iterator[None]:
         """While the context is open, say whether batches are no data but keep a worker in step."""
-        norms = self._batch_norms()
-        for norm in norms:
-            norm.is_idle = is_idle
+        layers = self.memory_layers().values()
+        for layer in layers:
+            layer.is_idle = is_idle
         try:
             yield
         finally:
-            for norm in norms:
-                norm.is_idle = False
+            for layer in layers:
+                layer.is_idle = False
 
     def set_num_updates(self, num_updates: int) -> None:
         """Be told, by fairseq's training, how many updates are finished.

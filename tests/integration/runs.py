@@ -65,6 +65,18 @@ def run(*command: Any, cwd: Optional[Path] = None, env: Optional[Dict[str, str]]
     return Run(done.returncode, done.stdout)
 
 
+def start(*command: Any, env: Optional[Dict[str, str]] = None) -> "subprocess.Popen[str]":
+    """Start a command and do not wait for it."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def run_well(*command: Any, **kwargs: Any) -> Run:
     """Run a command that must succeed."""
     done = run(*command, **kwargs)
@@ -87,16 +99,7 @@ def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]
     command += ["--distributed-world-size", "2", "--distributed-backend", "gloo"]
     command += ["--distributed-init-method", address, "--distributed-no-spawn"]
     command += ["--ddp-backend", "legacy_ddp", *options, "--distributed-rank"]
-    workers = [
-        subprocess.Popen(
-            [str(part) for part in (*command, rank)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    workers = [start(*command, rank) for rank in (0, 1)]
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     tails = "\n\n".join(output[-2000:] for output in outputs)
     assert [worker.returncode for worker in workers] == [0, 0], tails

@@ -2,10 +2,14 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import distributed_fairseq_model
 
 from pkm_fairseq.compat import end_prefetching
 
@@ -50,3 +54,44 @@ def test_without_such_threads_nothing_happens():
     threads = threading.enumerate()
     end_prefetching()
     assert threading.enumerate() == threads
+
+
+def test_pytorch_ddp_wraps_a_model_on_the_cpu(tmp_path):
+    """Two workers are in tests/integration/test_workers.py."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        model, places = torch.nn.Linear(2, 2), {"device_ids": [0], "output_device": 0}
+        with pytest.raises(ValueError, match="device_ids"):
+            torch.nn.parallel.DistributedDataParallel(model, **places)
+        wrapped = distributed_fairseq_model.DistributedDataParallel(
+            model, **places, broadcast_buffers=False
+        )
+        assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+        assert wrapped.broadcast_buffers is False
+        assert wrapped(torch.ones(1, 2)).shape == (1, 2)
+    finally:
+        dist.destroy_process_group()
+
+
+def workers_config(**settings):
+    training = dict(distributed_world_size=2, distributed_no_spawn=False, tpu=False)
+    training.update(
+        pipeline_model_parallel=False,
+        distributed_backend="nccl",
+        distributed_init_method="tcp://localhost:1",
+    )
+    training = SimpleNamespace(**{**training, **settings})
+    common = SimpleNamespace(cpu=True, tpu=False)
+    return SimpleNamespace(distributed_training=training, common=common)
+
+
+def test_workers_on_the_cpu_need_gloo():
+    with pytest.raises(SystemExit, match=r"--distributed-backend is nccl.* it must be gloo"):
+        distributed_utils.call_main(workers_config(), main=None)
+
+
+def test_a_single_worker_starts_as_ever():
+    asked = []
+    config = workers_config(distributed_world_size=1, distributed_init_method=None)
+    distributed_utils.call_main(config, lambda cfg, x: asked.append((cfg, x)), x=3)
+    assert asked == [(config, 3)]

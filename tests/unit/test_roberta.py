@@ -6,6 +6,7 @@ import pytest
 import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,6 +15,7 @@ from pkm_fairseq.memory import MemoryConfig, MemoryUsage
 from pkm_fairseq.models import roberta
 from pkm_fairseq.models.config import memory_config
 from pkm_fairseq.models.roberta import check_memory_options
+from pkm_fairseq.tasks.common import MemoryTrainStep
 from tests.helpers import LAYERS, WIDTH, batch, build, model_args, small_dictionary, small_task
 
 DICTIONARY = small_dictionary()
@@ -457,3 +459,74 @@ def test_torchs_ddp_is_told_to_leave_factored_gradients_alone(share):
     assert model._ddp_params_and_buffers_to_ignore == layers
     dense = build("resm_roberta_tiny", optimizer="adam", **options)
     assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore")
+
+
+# --- several workers; what they train is in tests/integration/test_workers.py ----------------
+
+
+def test_layers_dropped_by_each_worker_do_not_go_with_joint_statistics(monkeypatch):
+    options = dict(encoder_layerdrop=0.2, memory_query_norm="batch")
+    build("resm_roberta_tiny", **options)
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
+    with pytest.raises(
+        SystemExit, match=r"--encoder-layerdrop 0.2 .* use --memory-query-norm layer"
+    ):
+        build("resm_roberta_tiny", **options)
+    for harmless in (
+        {"memory_query_norm": "layer"},
+        {"memory_freeze": "all"},
+        {"encoder_layerdrop": 0.0},
+        {"memory_layers": []},
+    ):
+        build("resm_roberta_tiny", **{**options, **harmless})
+
+
+def test_norms_ask_fairseq_for_the_workers(monkeypatch):
+    norm = build("resm_roberta_tiny").memory_layers()[1].memory.query_norm
+    assert norm.workers() is None
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: "the group")
+    assert norm.workers() == "the group"
+
+
+def test_trainings_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    model = build("resm_roberta_tiny")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model.set_num_updates(0)  # not torchrun's
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit, match=r"2 workers, but .* --distributed-world-size 2"):
+        model.set_num_updates(0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    model.set_num_updates(3)
+    assert model.memory_layers()[1].reads.updates == 3
+
+
+@pytest.mark.parametrize("ignore_grad", [False, True])
+@pytest.mark.parametrize("query_norm", ["batch", "layer"])
+def test_what_keeps_an_idle_worker_in_step_is_no_data(ignore_grad, query_norm):
+    model, asked = build("resm_roberta_tiny", memory_query_norm=query_norm), []
+    model.set_num_updates(0)
+    (layer,) = model.memory_layers().values()
+
+    class Step:
+        def train_step(self, *args, **kwargs):
+            asked.append((args, kwargs))
+            with model.train().record_memory_usage() as usage:
+                outputs(model)
+            return usage[1].tokens, getattr(layer.memory.query_norm, "is_idle", None)
+
+    class Task(MemoryTrainStep, Step):
+        pass
+
+    args = ("sample", model, "criterion", "optimizer", 7)
+    tokens, is_idle = Task().train_step(*args, ignore_grad=ignore_grad, more=1)
+    assert asked == [((*args, ignore_grad), {"more": 1})]
+    assert tokens == (0 if ignore_grad else int(REAL.sum()))
+    assert bool(layer.reads.last_read.any()) != ignore_grad
+    assert is_idle == (ignore_grad if query_norm == "batch" else None)
+    with model.record_memory_usage() as usage:
+        outputs(model)
+    assert usage[1].tokens == int(REAL.sum())
+    plain = build("roberta")
+    assert not hasattr(plain, "idle_memories")
+    Task().train_step("sample", plain, "criterion", "optimizer", 7, ignore_grad)
