@@ -6,6 +6,11 @@ package (``--user-dir``) registers the models, criteria, tasks and the optimizer
 
 import importlib.util
 
+if __name__ != "pkm_fairseq":  # numba's cache imports modules by the name they had once
+    raise SystemExit(
+        f"--user-dir: {__name__} is a link or copy of pkm_fairseq, must have that name as well"
+    )
+
 __version__ = "0.1.0"
 
 if importlib.util.find_spec("fairseq") is not None:

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
-from fairseq.models.roberta import RobertaModel
+from fairseq.models.roberta import RobertaHubInterface, RobertaModel
 from fairseq.models.roberta import base_architecture as roberta_base_architecture
 from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
@@ -83,6 +83,52 @@ class PkmRobertaModel(RobertaModel):
         except (ValueError, MemoryError) as error:
             raise SystemExit(f"pkm_roberta: {error}") from None
         return model
+
+    @classmethod
+    def hub_models(cls) -> Dict[str, Any]:
+        """Models that fairseq would download by name: none, RoBERTa's have no memory."""
+        return {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str = ".",
+        bpe: str = "gpt2",
+        **kwargs: Any,
+    ) -> RobertaHubInterface:
+        """Load a checkpoint behind fairseq's hub interface, with all its classification heads.
+
+        Args:
+            model_name_or_path: the folder of the checkpoint.
+            checkpoint_file: its name there.
+            data_name_or_path: the data folder, with the dictionary; one that begins with a dot is
+                sought in the folder of the checkpoint.
+            bpe: how text is cut into symbols of the dictionary, as ``--bpe`` of fairseq.
+            kwargs: fairseq's options to change, such as ``sentencepiece_model``.
+
+        Returns:
+            The interface, in eval mode: in training mode a memory normalises queries by the batch
+            at hand, and changes its statistics.
+
+        Raises:
+            ValueError: there is no such folder, checkpoint or data, or ``user_dir`` is given,
+                which is not needed where this class has been imported.
+        """
+        if "user_dir" in kwargs:
+            raise ValueError("from_pretrained: leave user_dir away, the plugin is imported already")
+        data = data_name_or_path
+        data = os.path.join(model_name_or_path, data) if data.startswith(".") else data
+        checkpoint = os.path.join(model_name_or_path, checkpoint_file)
+        for path in (model_name_or_path, checkpoint, data):
+            if not os.path.exists(path):
+                raise ValueError(f"from_pretrained: {path} does not exist")
+        return (
+            super()
+            .from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, bpe, **kwargs)
+            .eval()
+        )
 
     def _freeze_memory(self, part: Any) -> None:
         if part is not None:  # hydra hands over an Enum

@@ -35,6 +35,18 @@ OPTIONS = {
         "--init-from a.pt and --restore-file b.pt exclude each other",
     ),
     "fp16 with pkm_adam": (["--fp16"], "use full precision, or --optimizer adam"),
+    "a sharded optimizer": (
+        ["--zero-sharding", "os"],
+        "--zero-sharding os does not work with --optimizer pkm_adam",
+    ),
+    "workers that train apart": (
+        ["--ddp-backend", "slowmo"],
+        "--ddp-backend slowmo does not work with --optimizer pkm_adam",
+    ),
+    "a layer to keep that is not there": (
+        ["--encoder-layers-to-keep", "0,2"],
+        "encoder-layers-to-keep names layer 2, must be in 0..1",
+    ),
     "another start": (
         ["--init-from", "a.pt", "--finetune-from-model", "b.pt"],
         "--init-from a.pt and --finetune-from-model b.pt exclude each other",
