@@ -34,7 +34,6 @@ OPTIONS = {
         ["--init-from", "a.pt", "--restore-file", "b.pt"],
         "--init-from a.pt and --restore-file b.pt exclude each other",
     ),
-    "fp16 with pkm_adam": (["--fp16"], "use full precision, or --optimizer adam"),
     "a sharded optimizer": (
         ["--zero-sharding", "os"],
         "--zero-sharding os does not work with --optimizer pkm_adam",
@@ -47,6 +46,8 @@ OPTIONS = {
         ["--encoder-layers-to-keep", "0,2"],
         "encoder-layers-to-keep names layer 2, must be in 0..1",
     ),
+    "fp16 on the CPU": (["--fp16"], "on the CPU use --fp16-no-flatten-grads too, or --memory-ef"),
+    "bf16 without a TPU": (["--bf16"], "use fairseq-hydra-train with common.bf16=true"),
     "another start": (
         ["--init-from", "a.pt", "--finetune-from-model", "b.pt"],
         "--init-from a.pt and --finetune-from-model b.pt exclude each other",

@@ -424,7 +424,7 @@ def test_amp_leaves_the_learning_rate_of_values_alone():
     assert not torch.equal(net.table, before)
 
 
-# --- without CUDA -----------------------------------------------------------------------------------
+# --- without CUDA ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pkm_adam", "adam"])
