@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the memory: the layer, its parts, whole models and peak memory, against other ways.
+"""Measure the memory: layer, parts, whole models, peak memory, what counting its usage costs.
 
 Both sides of a comparison take turns; a ratio above 1 means that the memory of this plugin is
 faster. Exit status: 0 measured, 1 the sides do not compute the same, 2 any other error.
@@ -21,7 +21,7 @@ def parse(argv: Optional[List[str]]) -> Any:
         "--what",
         type=words,
         metavar="NAME,NAME",
-        help="of layer, parts, model, memory (default: all)",
+        help="of layer, parts, model, memory, usage (default: all)",
     )
     parser.add_argument(
         "--tokens", type=numbers, metavar="N,N", help="per batch (default: 256,1024,4096)"

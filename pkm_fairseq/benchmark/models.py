@@ -2,9 +2,10 @@
 
 import gc
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq import options
@@ -73,8 +74,8 @@ PAIRS = [
     ("resm_base", "roberta_base"),
     ("pkm_base", "roberta_base"),
     ("resm_base", "roberta_large"),
-    ("resm_base", "resm_base_uncounted"),
 ]
+COUNTED = ("resm_base", "resm_base_uncounted")
 SMALL = ("--encoder-layers", "3", "--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512")
 SMALL += ("--encoder-attention-heads", "4", "--max-positions", str(LENGTH))
 SMALL_MODELS = {  # only to show that everything runs
@@ -86,8 +87,8 @@ SMALL_MODELS = {  # only to show that everything runs
 SMALL_PAIRS = [
     ("resm_tiny", "roberta_tiny"),
     ("pkm_tiny", "roberta_tiny"),
-    ("resm_tiny", "resm_tiny_uncounted"),
 ]
+SMALL_COUNTED = ("resm_tiny", "resm_tiny_uncounted")
 
 
 @dataclass
@@ -135,38 +136,58 @@ def measure(settings: Settings, report: Report) -> None:
     """Measure pairs of models; a pair that does not fit into memory is skipped."""
     models, pairs = choose(settings)
     for pair in pairs:
-        gc.collect()  # models of the last pair
-        problem = shortage(int(sum(models[name].gib for name in pair) * 2**30) + SLACK)
+        measure_pair(models, pair, (FORWARD, TRAIN), settings, report)  # training changes weights
+
+
+def measure_pair(
+    models: Dict[str, Model],
+    pair: Tuple[str, str],
+    whats: Tuple[str, ...],
+    settings: Settings,
+    report: Report,
+) -> None:
+    """Measure a pair of models, subject and against, or note why not."""
+    subject, against = pair
+    sizes = SENTENCES * LENGTH, models[subject].n_keys
+    with built(models, pair, settings.seed) as (problem, runs):
         if problem:
-            subject, against = pair
-            where = SENTENCES * LENGTH, models[subject].n_keys
-            for what in (FORWARD, TRAIN):
-                report.skip(what, *where, against, problem, subject=subject)
-        else:
-            with tempfile.TemporaryDirectory(prefix="pkm_benchmark_") as save_dir:
-                runs = {name: build(models[name], settings.seed, save_dir) for name in pair}
-                _measure_pair(runs, models[pair[0]], settings.rounds, report)
-                runs.clear()
+            for what in whats:
+                report.skip(what, *sizes, against, problem, subject=subject)
+            return
+        about = {
+            "subject_parameters": parameters(runs[subject]),
+            "against_parameters": parameters(runs[against]),
+            "distinct_slots": runs[subject].distinct_slots(),
+            "turns": "steps",
+        }
+        for what in whats:
+            steps = {name: step_of(run, what) for name, run in runs.items()}
+            seconds = interleave(steps, settings.rounds)
+            numbers = compare(seconds[subject], seconds[against])
+            report.result(what, *sizes, subject, against, **numbers, **about)
 
 
-def _measure_pair(runs: Dict[str, Run], model: Model, rounds: int, report: Report) -> None:
-    subject, against = runs
-    about = {
-        "subject_parameters": parameters(runs[subject]),
-        "against_parameters": parameters(runs[against]),
-        "distinct_slots": runs[subject].distinct_slots(),
-        "turns": "steps",
-    }
-    for what in (FORWARD, TRAIN):  # training changes the weights
-        seconds = interleave({name: step_of(run, what) for name, run in runs.items()}, rounds)
-        numbers = compare(seconds[subject], seconds[against])
-        sizes = SENTENCES * LENGTH, model.n_keys
-        report.result(what, *sizes, subject, against, **numbers, **about)
+@contextmanager
+def built(
+    models: Dict[str, Model], names: Sequence[str], seed: int
+) -> Iterator[Tuple[Optional[str], Dict[str, Run]]]:
+    """Models at once, by name, until the context ends; or what they lack memory for."""
+    gc.collect()  # models before
+    problem = shortage(int(sum(models[name].gib for name in names) * 2**30) + SLACK)
+    with tempfile.TemporaryDirectory(prefix="pkm_benchmark_") as save_dir:
+        runs = {} if problem else {name: build(models[name], seed, save_dir) for name in names}
+        yield problem, runs
+        runs.clear()
 
 
 def choose(settings: Settings) -> Tuple[Dict[str, Model], List[Tuple[str, str]]]:
     """The models and the pairs of subject and against."""
     return (SMALL_MODELS, SMALL_PAIRS) if settings.quick else (MODELS, PAIRS)
+
+
+def counted(settings: Settings) -> Tuple[Dict[str, Model], Tuple[str, str]]:
+    """The models, and the pair of one that counts usage and one that does not."""
+    return (SMALL_MODELS, SMALL_COUNTED) if settings.quick else (MODELS, COUNTED)
 
 
 def count(settings: Settings) -> int:

@@ -49,20 +49,20 @@ def _measure(what: str, settings: Settings, report: Report, memcpy: Memcpy) -> N
     elif what == "memory":
         peak.measure(settings, report)
     else:
-        models().measure(settings, report)
+        with_fairseq(what).measure(settings, report)
 
 
 def count(settings: Settings) -> int:
     """How many results there will be, skipped ones included."""
     counts = {"layer": layer.count, "parts": parts.count, "memory": peak.count}
     return sum(
-        counts[what](settings) if what in counts else models().count(settings)
+        counts[what](settings) if what in counts else with_fairseq(what).count(settings)
         for what in settings.what
     )
 
 
-def models() -> Any:
-    """The part that needs fairseq, which takes seconds to import."""
-    from . import models as part
+def with_fairseq(what: str) -> Any:
+    """A part that needs fairseq, which takes seconds to import."""
+    from . import counting, models
 
-    return part
+    return {"model": models, "usage": counting}[what]

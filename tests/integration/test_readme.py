@@ -1,15 +1,27 @@
 """What the README tells a reader to type works, and what it names exists."""
 
+import functools
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
+from typing import Dict, List, Set
 
 from .runs import BIN, ROOT, run, run_well
 
 FLAG = re.compile(r"--[a-z][a-z0-9-]+")
+HELPS = """  # of scripts, in one process
+import runpy, sys
+for script in sys.argv[1:]:
+    print("script", script)
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        pass
+"""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -46,7 +58,8 @@ def test_the_first_training_command_logs_the_lines_to_expect(
 
 
 def test_every_flag_of_the_readme_exists_and_every_memory_flag_is_in_it() -> None:
-    options = ["--task", "pkm_masked_lm", "--criterion", "pkm_masked_lm", "--optimizer", "pkm_adam"]
+    options = ["--task", "pkm_masked_lm", "--optimizer", "pkm_adam"]
+    options += ["--criterion", "pkm_sentence_prediction"]  # has all of pkm_masked_lm's and more
     options += ["--arch", "pkm_roberta", "--user-dir", ROOT / "pkm_fairseq", "--no-such-flag"]
     usage = run(BIN / "fairseq-train", "data", *options).output  # names every flag
     known = set(FLAG.findall(usage)) - {"--no-such-flag"}
@@ -54,8 +67,30 @@ def test_every_flag_of_the_readme_exists_and_every_memory_flag_is_in_it() -> Non
     of_ours -= {"--memory-efficient-fp16", "--memory-efficient-bf16"}  # fairseq's
     named = set(FLAG.findall(README))
     assert of_ours | {"--init-from"} <= named
-    assert len(of_ours) == 16
-    assert named - known == {"--help", "--checkpoint", "--data"}  # of the scripts
+    assert len(of_ours) == 20
+    assert named - known <= {"--help"}.union(*flags_of_scripts().values())
+
+
+def test_the_readmes_commands_give_scripts_only_flags_they_have() -> None:
+    given = {
+        (script, flag)
+        for line in "\n".join(blocks()).replace("\\\n", " ").splitlines()
+        for script in re.findall(r"(scripts/\w+\.py)", line)
+        for flag in FLAG.findall(line)
+    }
+    known = flags_of_scripts()
+    assert len({script for script, _ in given}) >= 5
+    assert not [(script, flag) for script, flag in given if flag not in known[script]]
+
+
+@functools.cache
+def flags_of_scripts() -> Dict[str, Set[str]]:
+    """The flags that each script of the README names in its help."""
+    scripts = sorted(set(re.findall(r"scripts/\w+\.py", README)))
+    path = os.pathsep.join([str(ROOT / "scripts"), str(ROOT)])
+    printed = run_well(sys.executable, "-c", HELPS, *scripts, env={"PYTHONPATH": path}).output
+    parts = [part.partition("\n") for part in printed.split("script scripts/")[1:]]
+    return {f"scripts/{name}": set(FLAG.findall(text)) for name, _, text in parts}
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

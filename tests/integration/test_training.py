@@ -183,6 +183,7 @@ def test_two_workers_report_the_usage_of_one(data_bin: Path, tmp_path: Path) -> 
     options = ["--arch", "resm_roberta_tiny", *MEMORY, "--max-update", "1", "--lr", "1e-12"]
     # with rates of next to zero and no batch statistics all workers keep the same model
     options += ["--memory-value-lr", "0", "--memory-query-norm", "layer", "--batch-size-valid", "8"]
+    options += ["--memory-usage-tokens", "100000"]  # all: of a smaller number each takes its own
     one = train(data_bin, tmp_path / "one", *options)
     workers = train_on_two_workers(data_bin, tmp_path / "two", *options)
     (alone,), (together,) = one.logged("valid"), workers[0].logged("valid")

@@ -13,12 +13,23 @@ import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from pkm_fairseq.benchmark import layer, machine, models, parts, peak, report, subjects, textbook
+from pkm_fairseq.benchmark import (
+    counting,
+    layer,
+    machine,
+    models,
+    parts,
+    peak,
+    report,
+    subjects,
+    textbook,
+)
 from pkm_fairseq.benchmark import run as benchmark_run
 from pkm_fairseq.benchmark.settings import Settings
 from pkm_fairseq.benchmark.textbook import MismatchError, TextbookMemory, check_same_read
 from pkm_fairseq.benchmark.timing import compare, interleave, quartiles
-from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory
+from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory
+from pkm_fairseq.memory.staleness import ReadTimes
 from tests.validation.models import SCRIPTS, load_script
 
 WIDTH = 12
@@ -409,8 +420,8 @@ def test_the_models_are_those_of_the_paper():
         ("resm_base", "roberta_base"),
         ("pkm_base", "roberta_base"),
         ("resm_base", "roberta_large"),
-        ("resm_base", "resm_base_uncounted"),
     ]
+    assert models.counted(settings) == (chosen, ("resm_base", "resm_base_uncounted"))
     for model in chosen.values():
         assert model.arch in ARCH_MODEL_REGISTRY
         optimizer = "adam" if model.n_keys is None else "pkm_adam"
@@ -495,7 +506,7 @@ def script():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["--what", "layers"], "what is layers, must be among layer, parts, model, memory"),
+        (["--what", "layers"], "what is layers, must be among layer, parts, model, memory, usage"),
         (["--tokens", "1"], "tokens is 1, must be in 2..65536"),
         (["--tokens", "many"], "argument --tokens: 'many' is not a list of numbers"),
         (["--tokens", ""], "argument --tokens: '' is not a list of numbers"),
@@ -570,7 +581,8 @@ def assert_json(found):
     assert whats == Counter(
         {
             **{what: 2 * times for what, times in names.items()},
-            **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 3, models.FORWARD: 3},
+            **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 3, models.FORWARD: 2},
+            counting.CALLS: 1,
         }
     )
     for result in found["results"]:
@@ -582,10 +594,13 @@ def assert_json(found):
         assert (set(result) >= MOVED) == moves
     resm = [r for r in found["results"] if r["subject"] == "resm_tiny"]
     assert {(r["what"], r["against"], r["tokens"], r["n_keys"]) for r in resm} == {
-        (what, against, 32, 64)
-        for what in (models.TRAIN, models.FORWARD)
-        for against in ("roberta_tiny", "resm_tiny_uncounted")
+        (models.FORWARD, "roberta_tiny", 32, 64),
+        (models.TRAIN, "roberta_tiny", 32, 64),
+        (models.TRAIN, "resm_tiny_uncounted", 32, 64),
     }
+    (calls,) = [r for r in found["results"] if r["what"] == counting.CALLS]
+    assert (calls["subject"], calls["against"], calls["tokens"]) == ("counting", "its step", 32)
+    assert 0 < calls["subject_ms"] < calls["against_ms"]
     assert [m["subject"] for m in found["memory"]] == 2 * [subjects.OURS, subjects.ADAM]
     assert {"subject", "table_bytes", "peak_bytes", "extra_share_of_table"} <= set(
         found["memory"][0]
@@ -635,7 +650,12 @@ def test_medians_are_over_pairs_in_one_process():
 @pytest.mark.parametrize(("name", "counts"), [("resm_tiny", True), ("resm_tiny_uncounted", False)])
 def test_the_uncounted_model_counts_no_read_and_the_other_does(name, counts, tmp_path):
     run = models.build(models.SMALL_MODELS[name], seed=1, save_dir=str(tmp_path))
-    run.train_step(0)()
+    calls = MemoryUsage.update, ReadTimes.record
+    ticks = iter(range(100))
+    with counting.stopwatch(run.trainer.criterion, lambda: next(ticks)) as laps:
+        run.train_step(0)()
+    assert laps == ([1, 1, 1] if counts else [])  # two in the layer, one after it
+    assert calls == (MemoryUsage.update, ReadTimes.record)
     logged = run.trainer.criterion._window
     (layer,) = run.trainer.get_model().memory_layers().values()
     assert bool(layer.reads.last_read.any()) == counts

@@ -1,0 +1,83 @@
+"""What counting usage and noting times of reads costs a training step."""
+
+import time
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Iterator, List, Tuple
+
+from ..memory import MemoryUsage
+from ..memory.staleness import ReadTimes
+from . import models
+from .report import Report
+from .settings import Settings
+from .timing import WARM_UP, Clock, compare, time_once
+
+CALLS = "counting_calls"  # within the steps that they are part of
+COUNTING, STEP = "counting", "its step"
+
+
+def measure(settings: Settings, report: Report) -> None:
+    """Measure the calls that count within their step, and a model that counts against one that not.
+
+    All steps are of the first updates of a training, in which usage is being counted; later only a
+    part of them is. What closes a count, once in so many updates, is not measured.
+    """
+    chosen, pair = models.counted(settings)
+    model = chosen[pair[0]]
+    where = models.SENTENCES * models.LENGTH, model.n_keys
+    with models.built(chosen, pair[:1], settings.seed) as (problem, runs):
+        if problem:
+            report.skip(CALLS, *where, STEP, problem, subject=COUNTING)
+        else:
+            (run,) = runs.values()
+            calls, steps = time_calls(run, settings.rounds)
+            slots = run.distinct_slots()
+            report.result(
+                *(CALLS, *where, COUNTING, STEP),
+                **{**compare(calls, steps), "distinct_slots": slots},
+            )
+    models.measure_pair(chosen, pair, (models.TRAIN,), settings, report)
+
+
+def count(settings: Settings) -> int:
+    """How many results there will be, skipped ones included."""
+    return 2
+
+
+def time_calls(
+    run: models.Run, rounds: int, clock: Clock = time.perf_counter
+) -> Tuple[List[float], List[float]]:
+    """Seconds of the counting calls of training steps, and of the steps as a whole."""
+    calls, steps = [], []
+    for turn in range(-WARM_UP, rounds):
+        step = run.train_step(turn + WARM_UP)
+        with stopwatch(run.trainer.criterion, clock) as laps:
+            took = time_once(step, clock)
+        if turn >= 0:
+            calls.append(sum(laps))
+            steps.append(took)
+    return calls, steps
+
+
+@contextmanager
+def stopwatch(criterion: Any, clock: Clock) -> Iterator[List[float]]:
+    """Time every call that counts, while the context is open; yields their seconds."""
+    laps: List[float] = []
+
+    def timed(call: Callable) -> Callable:
+        def lap(*args: Any) -> None:
+            start = clock()
+            call(*args)
+            laps.append(clock() - start)
+
+        return lap
+
+    with ExitStack() as undo:
+        for owner, name in (
+            (MemoryUsage, "update"),
+            (ReadTimes, "record"),
+            (type(criterion), "_close_window"),  # asks whether enough is counted
+        ):
+            call = getattr(owner, name)
+            setattr(owner, name, timed(call))
+            undo.callback(setattr, owner, name, call)
+        yield laps
