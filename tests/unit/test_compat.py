@@ -5,9 +5,11 @@ import time
 
 import pytest
 import torch
+from fairseq.checkpoint_utils import save_checkpoint
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
+from fairseq_cli.train import should_stop_early
 
-from pkm_fairseq.compat import end_prefetching
+from pkm_fairseq.compat import end_prefetching, forget_previous_training
 
 
 class Endless:
@@ -50,3 +52,12 @@ def test_without_such_threads_nothing_happens():
     threads = threading.enumerate()
     end_prefetching()
     assert threading.enumerate() == threads
+
+
+def test_the_best_score_of_another_training_is_forgotten():
+    kept = [(save_checkpoint, "best"), (should_stop_early, "best"), (should_stop_early, "num_runs")]
+    for function, name in kept:
+        setattr(function, name, 1.0)
+    for _ in range(2):  # the second time there is nothing
+        forget_previous_training()
+        assert not [name for function, name in kept if hasattr(function, name)]
