@@ -178,3 +178,18 @@ def _amp_step(self: Any) -> None:
 
 AMPOptimizer.clip_grad_norm = _amp_clip_grad_norm(AMPOptimizer.clip_grad_norm)
 AMPOptimizer.step = _amp_step
+
+
+def forget_previous_training() -> None:
+    """Forget the best score of another training in this process, as of a sweep's previous job.
+
+    fairseq keeps it as attributes of functions. A second training would write checkpoint_best.pt
+    only when it beats the first, and run out of the first one's --patience.
+    """
+    for module, function in (
+        ("fairseq.checkpoint_utils", "save_checkpoint"),
+        ("fairseq_cli.train", "should_stop_early"),
+    ):
+        kept = vars(getattr(sys.modules.get(module), function, types.SimpleNamespace()))
+        for name in ("best", "num_runs"):
+            kept.pop(name, None)

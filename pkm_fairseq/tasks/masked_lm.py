@@ -7,6 +7,7 @@ from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 
+from ..compat import forget_previous_training
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,
@@ -28,6 +29,12 @@ class PkmMaskedLMTask(MemoryTrainStep, MaskedLMTask):
     def __init__(self, cfg: PkmMaskedLMConfig, dictionary: Any = None) -> None:
         super().__init__(cfg, dictionary)
         remember_dictionary(self)
+
+    @classmethod
+    def setup_task(cls, cfg: PkmMaskedLMConfig, **kwargs: Any) -> "PkmMaskedLMTask":
+        """Load the dictionary; stop with one line if it is missing."""
+        forget_previous_training()
+        return super().setup_task(cfg, **kwargs)
 
     @classmethod
     def load_dict(cls, cfg: PkmMaskedLMConfig) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 
+from ..compat import forget_previous_training
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,
@@ -32,6 +33,7 @@ class PkmSentencePredictionTask(MemoryTrainStep, SentencePredictionTask):
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> "PkmSentencePredictionTask":
         """Load the dictionaries; stop with one line if one is missing."""
+        forget_previous_training()
         if cfg.num_classes < 1:
             raise SystemExit(f"--num-classes is {cfg.num_classes}, must be at least 1")
         require_dictionary(os.path.join(cfg.data, "input0"))

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq.checkpoint_utils import save_checkpoint
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
+from fairseq_cli.train import should_stop_early
 
-from pkm_fairseq.compat import end_prefetching
+from pkm_fairseq.compat import end_prefetching, forget_previous_training
 
 
 class Endless:
@@ -95,3 +97,12 @@ def test_a_single_worker_starts_as_ever():
     config = workers_config(distributed_world_size=1, distributed_init_method=None)
     distributed_utils.call_main(config, lambda cfg, x: asked.append((cfg, x)), x=3)
     assert asked == [(config, 3)]
+
+
+def test_the_best_score_of_another_training_is_forgotten():
+    kept = [(save_checkpoint, "best"), (should_stop_early, "best"), (should_stop_early, "num_runs")]
+    for function, name in kept:
+        setattr(function, name, 1.0)
+    for _ in range(2):  # the second time there is nothing
+        forget_previous_training()
+        assert not [name for function, name in kept if hasattr(function, name)]
