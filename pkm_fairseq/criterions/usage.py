@@ -188,9 +188,14 @@ class UsageReports:
     # --- both ---------------------------------------------------------------------------------
 
     def _write(self, count: Count) -> None:
-        if self._log is not None:
-            assert self._folder is not None
-            self._log.append(count.record(load_initial_values(self._folder)))
+        if self._log is None:
+            return
+        assert self._folder is not None
+        record = count.record(load_initial_values(self._folder))
+        try:
+            self._log.append(record)
+        except OSError as error:
+            raise SystemExit(f"memory usage: {self._log.file}: {error.strerror}") from None
 
 
 def _is_first_worker() -> bool:

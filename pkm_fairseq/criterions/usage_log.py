@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..files import write_file
+from ..files import whole_file, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,9 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
 
 def save_initial_values(model: Any, folder: Path) -> None:
     """Keep the values that a training starts from, to see later how far they have moved."""
-    file = folder / INITIAL_VALUES
-    part = file.with_name(f"{file.name}.part")
     tables = {str(i): x.memory.values.weight for i, x in sorted(model.memory_layers().items())}
-    torch.save({layer: values.detach().cpu() for layer, values in tables.items()}, part)
-    part.replace(file)
+    with whole_file(folder / INITIAL_VALUES) as out:
+        torch.save({layer: values.detach().cpu() for layer, values in tables.items()}, out)
 
 
 def load_initial_values(folder: Path) -> Optional[Dict[str, Tensor]]:

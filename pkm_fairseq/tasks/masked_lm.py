@@ -9,6 +9,7 @@ from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 
 from .common import (
     NamedSplitDataset,
+    TellsEndOfValidation,
     remember_dictionary,
     require_dictionary,
     require_examples,
@@ -21,7 +22,7 @@ class PkmMaskedLMConfig(MaskedLMConfig):
 
 
 @register_task("pkm_masked_lm", dataclass=PkmMaskedLMConfig)
-class PkmMaskedLMTask(MaskedLMTask):
+class PkmMaskedLMTask(TellsEndOfValidation, MaskedLMTask):
     """Masked language modelling."""
 
     def __init__(self, cfg: PkmMaskedLMConfig, dictionary: Any = None) -> None:

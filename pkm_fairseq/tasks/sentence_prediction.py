@@ -9,6 +9,7 @@ from fairseq.tasks.sentence_prediction import SentencePredictionConfig, Sentence
 
 from .common import (
     NamedSplitDataset,
+    TellsEndOfValidation,
     remember_dictionary,
     require_dictionary,
     require_examples,
@@ -21,7 +22,7 @@ class PkmSentencePredictionConfig(SentencePredictionConfig):
 
 
 @register_task("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
-class PkmSentencePredictionTask(SentencePredictionTask):
+class PkmSentencePredictionTask(TellsEndOfValidation, SentencePredictionTask):
     """Classification or regression of sentences and sentence pairs."""
 
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
