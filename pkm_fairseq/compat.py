@@ -70,7 +70,8 @@ _copy_elsewhere = PathManager.copy
 def save_checkpoint_file(obj: Any, filename: str, async_write: bool = False) -> None:
     """Write a checkpoint; stops the training with one line if that fails."""
     if async_write or not PathManager.supports_rename(filename):
-        return _save_elsewhere(obj, filename, async_write)
+        _save_elsewhere(obj, filename, async_write)
+        return
     with _checkpoint_file(filename) as out:
         torch.save(obj, out)
 
@@ -78,7 +79,7 @@ def save_checkpoint_file(obj: Any, filename: str, async_write: bool = False) -> 
 def copy_checkpoint_file(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     """Give a checkpoint another name too; stops the training with one line if that fails."""
     if not all(map(PathManager.supports_rename, (src_path, dst_path))):
-        return _copy_elsewhere(src_path, dst_path, overwrite)
+        return bool(_copy_elsewhere(src_path, dst_path, overwrite))
     with open(src_path, "rb") as source, _checkpoint_file(dst_path) as out:
         shutil.copyfileobj(source, out, COPY_BYTES)
     return True

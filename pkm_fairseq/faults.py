@@ -28,9 +28,11 @@ SHARES = (1, 3, 3)  # of kills at these moments
 POLL = 0.001  # seconds
 PATIENCE = 600.0  # seconds without a new update
 LOADED = re.compile(r"Loaded checkpoint .*checkpoint_last\.pt \(epoch \d+ @ (\d+) updates\)")
+UPDATE = re.compile(r'\| train_inner \| .*"num_updates": "(\d+)"')
 WRITING = re.compile(r"\(writing took ([\d.]+) seconds\)")
 
-# a ResM of 16,384 slots, a save of which takes a while; dropout and counts of usage are on, they must survive too
+# a ResM with enough slots that saving takes a while; dropout and counts of usage are on, for they
+# must survive too
 FLAGS = (
     *("--user-dir", str(PACKAGE), "--task", "pkm_masked_lm", "--criterion", "pkm_masked_lm"),
     *("--tokens-per-sample", "32", "--batch-size", "8", "--arch", "resm_roberta_tiny"),
@@ -99,6 +101,7 @@ class Training:
     def __init__(self, choices: Choices, save_dir: Path, log: Path) -> None:
         self.save_dir, self.log = save_dir, log
         self.began = time.time()
+        self._updates, self._unread = 0, ""
         command = [str(Path(sys.executable).parent / "fairseq-train"), str(choices.data), *FLAGS]
         command += ["--save-dir", str(save_dir), "--max-update", str(choices.updates)]
         command += ["--save-interval-updates", str(choices.interval)]
@@ -111,12 +114,14 @@ class Training:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._tail = log.open(encoding="utf-8", errors="replace")
 
     def __enter__(self) -> "Training":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+        self._tail.close()
 
     def kill(self) -> None:
         """SIGKILL, to the process and all it may have started."""
@@ -149,8 +154,10 @@ class Training:
 
     def updates(self) -> int:
         """The last update that was logged, 0 before the first."""
-        logged = read_log(self.log, "train_inner")
-        return int(logged[-1]["num_updates"]) if logged else 0
+        *lines, self._unread = (self._unread + self._tail.read()).split("\n")
+        for logged in filter(None, map(UPDATE.search, lines)):
+            self._updates = int(logged[1])
+        return self._updates
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written, or was when this process was killed."""
@@ -226,11 +233,12 @@ def _train_in_peace(choices: Choices, save_dir: Path, log: Path) -> Pace:
     began = time.monotonic()
     with Training(choices, save_dir, log) as training:
         training.wait_for(lambda: training.updates() > 0)
-        start = time.monotonic() - began
+        start = time.monotonic()
+        training.wait_for(lambda: training.updates() == choices.updates)
+        interval = (time.monotonic() - start) * choices.interval / choices.updates
         training.finish()
-    intervals = choices.updates / choices.interval
     saves = [float(seconds) for seconds in WRITING.findall(log.read_text())]
-    return Pace(start, (time.monotonic() - began - start) / intervals, statistics.median(saves))
+    return Pace(start - began, interval, statistics.median(saves))
 
 
 def _kill_one(
@@ -245,10 +253,10 @@ def _kill_one(
             training.wait_for(training.is_saving)
         longest = {"starting": pace.start, "training": pace.interval, "saving": pace.save}[moment]
         time.sleep(chance.uniform(0.0, longest))
-        if training.process.poll() is not None:
-            training.finish()
+        training.kill()
+        if training.updates() == choices.updates:
             raise ValueError("the training was faster than its kill: take more updates")
-    return training.is_saving()
+        return training.is_saving()
 
 
 def _examine(
@@ -286,7 +294,11 @@ def _examine(
     reached = max([resumed, *done])
     if not resumed <= kept <= reached + 1 or reached - kept > interval:
         raise ValueError(f"had reached update {reached}, but {LAST} has {kept}")
-    _check_usage(save_dir, straight, reached + 1)
+    if (save_dir / FILE).is_file():
+        read_usage_log(save_dir / FILE)  # raises if it is damaged
+    initial = load_initial_values(save_dir)
+    if initial is not None and differing(initial, load_initial_values(straight)):
+        raise ValueError(f"the initial values in {save_dir} are not those of the training")
     left = _parts(save_dir)
     if len(left) > 1:
         raise ValueError(f"temporary files pile up: {', '.join(map(str, left))}")
@@ -302,17 +314,6 @@ def _check_checkpoints(save_dir: Path) -> int:
         if named and int(named[1]) != updates[file.name]:
             raise ValueError(f"{file} has {updates[file.name]} updates")
     return updates.get(LAST, 0)
-
-
-def _check_usage(save_dir: Path, straight: Path, latest: int) -> None:
-    """See that the log of memory usage and the initial values are whole, and as they should be."""
-    if (save_dir / FILE).is_file():
-        records = read_usage_log(save_dir / FILE)[1]
-        if any(record["update"] > latest for record in records):
-            raise ValueError(f"{save_dir / FILE} has counts of updates behind {latest}")
-    initial, expected = load_initial_values(save_dir), load_initial_values(straight)
-    if initial is not None and differing(initial, expected):
-        raise ValueError(f"the initial values in {save_dir} are not those of the training")
 
 
 def _compare_ends(straight: Path, killed: Path) -> Dict[str, int]:
