@@ -32,14 +32,14 @@ UPDATE = re.compile(r'\| train_inner \| .*"num_updates": "(\d+)"')
 WRITING = re.compile(r"\(writing took ([\d.]+) seconds\)")
 
 # a ResM with enough slots that saving takes a while; dropout and counts of usage are on, for they
-# must survive too
+# must survive too, and no validation has the tokens of a whole count
 FLAGS = (
     *("--user-dir", str(PACKAGE), "--task", "pkm_masked_lm", "--criterion", "pkm_masked_lm"),
     *("--tokens-per-sample", "32", "--batch-size", "8", "--arch", "resm_roberta_tiny"),
     *("--encoder-layers", "2", "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),
     *("--encoder-attention-heads", "2", "--memory-layers", "1", "--memory-n-keys", "128"),
     *("--memory-heads", "2", "--memory-knn", "8", "--memory-k-dim", "32"),
-    *("--memory-usage-interval", "10", "--memory-usage-tokens", "400"),
+    *("--memory-usage-interval", "10", "--memory-usage-tokens", "1000"),
     *("--optimizer", "pkm_adam", "--lr", "1e-3", "--seed", "1", "--num-workers", "0", "--cpu"),
     *("--log-format", "json", "--log-interval", "1", "--max-valid-steps", "2"),
     *("--no-epoch-checkpoints", "--keep-interval-updates", "2"),

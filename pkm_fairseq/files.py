@@ -31,8 +31,11 @@ def whole_file(file: Path, part: Optional[Path] = None) -> Iterator[BinaryIO]:
         part.replace(file)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(file)  # writing and fsync name no file
+        # torch.save closes its archive after a failed write, which raises a RuntimeError instead
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            cause.filename = str(file)  # writing and fsync name no file
+            raise cause from None
         raise
 
 
