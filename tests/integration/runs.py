@@ -78,8 +78,8 @@ def train(data: Path, save_dir: Path, *options: Any) -> Run:
     return run_well(*command, *options)
 
 
-def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
-    """Run fairseq-train in two processes that exchange gradients; both must succeed."""
+def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subprocess.Popen[str]]":
+    """Start fairseq-train in two processes that exchange gradients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -87,7 +87,7 @@ def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]
     command += ["--distributed-world-size", "2", "--distributed-backend", "gloo"]
     command += ["--distributed-init-method", address, "--distributed-no-spawn"]
     command += ["--ddp-backend", "legacy_ddp", *options, "--distributed-rank"]
-    workers = [
+    return [
         subprocess.Popen(
             [str(part) for part in (*command, rank)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -97,6 +97,11 @@ def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]
         )
         for rank in (0, 1)
     ]
+
+
+def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
+    """Run fairseq-train in two processes that exchange gradients; both must succeed."""
+    workers = start_two_workers(data, save_dir, *options)
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
     return [Run(0, output) for output in outputs]
