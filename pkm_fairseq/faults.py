@@ -252,7 +252,11 @@ def _kill_one(
         if moment == "saving":
             training.wait_for(training.is_saving)
         longest = {"starting": pace.start, "training": pace.interval, "saving": pace.save}[moment]
-        time.sleep(chance.uniform(0.0, longest))
+        deadline = time.monotonic() + chance.uniform(0.0, longest)
+        # the machine may have become faster meanwhile
+        latest = training.updates() + (1 if moment == "starting" else 2 * choices.interval)
+        while time.monotonic() < deadline and training.updates() < latest:
+            time.sleep(POLL)
         training.kill()
         if training.updates() == choices.updates:
             raise ValueError("the training was faster than its kill: take more updates")
