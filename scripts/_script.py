@@ -10,8 +10,13 @@ from typing import Callable, Optional
 logging.disable(logging.INFO)  # fairseq's and matplotlib's notes when they are imported
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script; what the user can mend ends it with one line, and so does Ctrl-C."""
+def run(main: Callable[[], None], hint: str = "; run it again to continue") -> None:
+    """Run a script; what the user can mend ends it with one line, and so does Ctrl-C.
+
+    Args:
+        main: the script.
+        hint: what to say of an interrupted one.
+    """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -19,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"{name}: {error}") from None
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run it again to continue", file=sys.stderr)
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -209,8 +209,12 @@ class UsageReports:
         if self._folder is None or (self._log is None and not self._is_split):
             return
         record = count.record(load_initial_values(self._folder))
-        if self._log is not None:
+        if self._log is None:
+            return
+        try:
             self._log.append(record)
+        except OSError as error:
+            raise SystemExit(f"memory usage: {self._log.file}: {error.strerror}") from None
 
 
 def _is_first_worker() -> bool:

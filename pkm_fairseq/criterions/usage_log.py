@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..files import write_file
+from ..files import whole_file, write_file
 from ..memory import ValueTable
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,8 @@ def _whole(table: ValueTable) -> Optional[Tensor]:
 
 def save_initial_values(values: Dict[str, Tensor], folder: Path) -> None:
     """Keep the values that a training starts from, to see later how far they have moved."""
-    file = folder / INITIAL_VALUES
-    part = file.with_name(f"{file.name}.part")
-    torch.save({layer: table.cpu() for layer, table in values.items()}, part)
-    part.replace(file)
+    with whole_file(folder / INITIAL_VALUES) as out:
+        torch.save({layer: table.cpu() for layer, table in values.items()}, out)
 
 
 def load_initial_values(folder: Path) -> Optional[Dict[str, Tensor]]:

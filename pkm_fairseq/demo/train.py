@@ -54,8 +54,6 @@ def train_arms(preset: Preset, data: Path, folder: Path) -> None:
     flags = {arm: arm_flags(arm, preset) for arm in ARMS}
     key = key_of(key_of_files(*inputs), code, flags, preset.half)
     unfinished = [arm for arm in ARMS if begin(folder / arm, key)]
-    for arm in unfinished:
-        _mend_last(folder / arm)
     n = preset.half
     runs = [Run("plain", n, False), Run("pkm", 2 * n, False)]
     runs += [Run("plain", 2 * n, True), Run("resm_init", n, True)]
@@ -132,25 +130,6 @@ def updates_of(checkpoint: Path) -> int:
     """Number of updates that a checkpoint has seen, without those of what it was started from."""
     history = read_checkpoint(str(checkpoint), "checkpoint")["optimizer_history"]
     return history[-1]["num_updates"]
-
-
-def _mend_last(folder: Path) -> None:
-    """Put the newest whole checkpoint in the place of a last one that a kill left half-written.
-
-    fairseq copies ``checkpoint_last.pt`` in place, but renames the others when they are written.
-    """
-    last = folder / LAST
-    try:
-        if last.exists():
-            read_checkpoint(str(last), "checkpoint")
-        return
-    except ValueError as error:
-        print(f"{error}: starting from the one before", flush=True)
-    whole = max(folder.glob("checkpoint_[0-9]*_[0-9]*.pt"), key=updates_of, default=None)
-    last.unlink()
-    if whole is not None:
-        shutil.copyfile(whole, last.with_suffix(".part"))
-        last.with_suffix(".part").replace(last)
 
 
 def _check(run: Run, process: subprocess.Popen, folder: Path) -> None:

@@ -22,7 +22,6 @@ from ..demo.logs import read_log
 from ..demo.steps import PACKAGE, begin, finish, is_finished, key_of
 from ..demo.train import LAST, LOG, stop_all, updates_of
 from ..files import write_file
-from ..models.init_from import read_checkpoint
 from .data import PreparedTask, dev_name
 from .memory import measure_memory
 from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
@@ -249,7 +248,6 @@ def _start(run: Run, slot: int, workers: int) -> subprocess.Popen:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{run.folder} is being trained by another process") from None
-        _drop_damaged(run.folder / LAST)
         command = [str(Path(sys.executable).parent / "fairseq-train"), *run.flags]
         return subprocess.Popen(
             [*command, "--seed", str(run.seed), "--save-dir", str(run.folder)],
@@ -270,16 +268,6 @@ def _environment(slot: int, workers: int) -> Dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % n_gpus]
     return environment
-
-
-def _drop_damaged(last: Path) -> None:
-    """Remove a last checkpoint that a kill left half-written: fairseq copies it in place."""
-    if last.exists():
-        try:
-            read_checkpoint(str(last), "checkpoint")
-        except ValueError as error:
-            print(f"{error}: that run starts anew", flush=True)
-            last.unlink()
 
 
 def _show(run: Run, progress: FinetuneProgress) -> None:

@@ -48,6 +48,23 @@ class MemoryTrainStep:
             return step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
 
 
+class TellsEndOfValidation:
+    """Mixin for a task: lets its criterion finish its counts before a checkpoint is saved.
+
+    Else a kill after the save would lose them: the training goes on behind that validation.
+    """
+
+    def build_criterion(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the criterion, and remember it."""
+        self._criterion = super().build_criterion(*args, **kwargs)
+        return self._criterion
+
+    def post_validate(self, model: Any, stats: Any, agg: Any) -> None:
+        """What fairseq-train calls at the end of each validation subset."""
+        if hasattr(self._criterion, "finish_validation"):
+            self._criterion.finish_validation()
+
+
 def remember_dictionary(task: Any) -> None:
     """Have the task's dictionary hash stored in its checkpoints, for ``--init-from``."""
     task.state.merge_state_dict({"dictionary_sha256": dictionary_sha256(task.source_dictionary)})

@@ -11,6 +11,7 @@ from ..compat import forget_previous_training
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,
+    TellsEndOfValidation,
     remember_dictionary,
     require_dictionary,
     require_examples,
@@ -23,7 +24,7 @@ class PkmMaskedLMConfig(MaskedLMConfig):
 
 
 @register_task("pkm_masked_lm", dataclass=PkmMaskedLMConfig)
-class PkmMaskedLMTask(MemoryTrainStep, MaskedLMTask):
+class PkmMaskedLMTask(MemoryTrainStep, TellsEndOfValidation, MaskedLMTask):
     """Masked language modelling."""
 
     def __init__(self, cfg: PkmMaskedLMConfig, dictionary: Any = None) -> None:

@@ -11,6 +11,7 @@ from ..compat import forget_previous_training
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,
+    TellsEndOfValidation,
     remember_dictionary,
     require_dictionary,
     require_examples,
@@ -23,7 +24,7 @@ class PkmSentencePredictionConfig(SentencePredictionConfig):
 
 
 @register_task("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
-class PkmSentencePredictionTask(MemoryTrainStep, SentencePredictionTask):
+class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentencePredictionTask):
     """Classification or regression of sentences and sentence pairs."""
 
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:

@@ -90,8 +90,8 @@ def train(data: Path, save_dir: Path, *options: Any) -> Run:
     return run_well(*command, *options)
 
 
-def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
-    """Run fairseq-train in two processes that exchange gradients; both must succeed."""
+def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subprocess.Popen[str]]":
+    """Start fairseq-train in two processes that exchange gradients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -99,7 +99,12 @@ def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]
     command += ["--distributed-world-size", "2", "--distributed-backend", "gloo"]
     command += ["--distributed-init-method", address, "--distributed-no-spawn"]
     command += ["--ddp-backend", "legacy_ddp", *options, "--distributed-rank"]
-    workers = [start(*command, rank) for rank in (0, 1)]
+    return [start(*command, rank) for rank in (0, 1)]
+
+
+def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
+    """Run fairseq-train in two processes that exchange gradients; both must succeed."""
+    workers = start_two_workers(data, save_dir, *options)
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     tails = "\n\n".join(output[-2000:] for output in outputs)
     assert [worker.returncode for worker in workers] == [0, 0], tails

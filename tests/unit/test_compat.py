@@ -1,5 +1,8 @@
 """The cures for fairseq."""
 
+import contextlib
+import os
+import resource
 import threading
 import time
 from types import SimpleNamespace
@@ -7,12 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq import checkpoint_utils
 from fairseq.checkpoint_utils import save_checkpoint
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
 from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq_cli.train import should_stop_early
 
+from pkm_fairseq import compat
 from pkm_fairseq.compat import end_prefetching, forget_previous_training
 
 
@@ -106,3 +112,90 @@ def test_the_best_score_of_another_training_is_forgotten():
     for _ in range(2):  # the second time there is nothing
         forget_previous_training()
         assert not [name for function, name in kept if hasattr(function, name)]
+
+
+# --- checkpoints that are whole or absent ---------------------------------------------------------
+
+
+def checkpoint(updates):
+    return {"updates": updates, "model": [torch.zeros(20_000), torch.zeros(100_000)]}
+
+
+def updates_in(file):
+    return torch.load(file, weights_only=True)["updates"]
+
+
+def save(folder):
+    """As fairseq's trainer saves under the first name of a checkpoint."""
+    checkpoint_utils.torch_persistent_save(checkpoint(2), str(folder / "checkpoint_last.pt"))
+
+
+def copy(folder):
+    """As fairseq saves under all other names."""
+    names = (str(folder / "checkpoint_1_2.pt"), str(folder / "checkpoint_last.pt"))
+    assert PathManager.copy(*names, overwrite=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.save(checkpoint(2), tmp_path / "checkpoint_1_2.pt")
+    torch.save(checkpoint(1), tmp_path / "checkpoint_last.pt")
+    return tmp_path
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can have more than 100 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("write", [save, copy])
+def test_a_checkpoint_gets_its_name_when_it_is_whole_and_on_the_disk(folder, monkeypatch, write):
+    last, part = folder / "checkpoint_last.pt", folder / "saving0.part"
+    on_disk, seen = os.fsync, []
+
+    def fsync(descriptor):
+        seen.append((updates_in(last), updates_in(part)))
+        on_disk(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(folder)
+    assert seen == [(1, 2)]
+    assert updates_in(last) == 2
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("write", [save, copy])
+def test_on_a_full_disk_the_checkpoint_before_stays(folder, write):
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    with full_disk(), pytest.raises(SystemExit) as stopped:
+        write(folder)
+    last = folder / "checkpoint_last.pt"
+    assert str(stopped.value).startswith(f"{last} was not saved: File too large;")
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_what_a_kill_leaves_is_no_checkpoint_and_taken_up_by_the_next_save(folder):
+    (folder / "saving0.part").write_bytes(b"half")
+    found = checkpoint_utils.checkpoint_paths(str(folder), r".*\.pt")
+    assert str(folder / "saving0.part") not in found
+    save(folder)
+    names = ["checkpoint_1_2.pt", "checkpoint_last.pt"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+
+
+def test_elsewhere_than_on_the_local_disk_fairseq_does_it_itself(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(compat, "_save_elsewhere", lambda *a: calls.append(("save", *a)))
+    monkeypatch.setattr(compat, "_copy_elsewhere", lambda *a: calls.append(("copy", *a)) or True)
+    checkpoint_utils.torch_persistent_save(1, "a.pt", async_write=True)
+    monkeypatch.setattr(PathManager, "supports_rename", lambda path: not path.startswith("s3:"))
+    checkpoint_utils.torch_persistent_save(1, "s3://a.pt")
+    assert PathManager.copy("a.pt", "s3://b.pt", overwrite=True)
+    saved = [("save", 1, "a.pt", True), ("save", 1, "s3://a.pt", False)]
+    assert calls == [*saved, ("copy", "a.pt", "s3://b.pt", True)]

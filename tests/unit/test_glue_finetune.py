@@ -334,17 +334,6 @@ def test_memory_settings_need_a_memory(tmp_path, data, arms):
         plan(arms[:1], tasks, chosen(tmp_path, memory_value_lr=0.5))
 
 
-def test_a_half_written_last_checkpoint_is_dropped(tmp_path):
-    last = tmp_path / "checkpoint_last.pt"
-    finetune_module._drop_damaged(last)
-    save(last)
-    finetune_module._drop_damaged(last)
-    assert last.is_file()
-    last.write_bytes(last.read_bytes()[:1000])
-    finetune_module._drop_damaged(last)
-    assert not last.exists()
-
-
 def test_runs_share_the_processors_and_the_gpus(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(finetune_module.os, "cpu_count", lambda: 8)

@@ -17,6 +17,7 @@ from pkm_fairseq.criterions.usage_log import (
     save_initial_values,
 )
 from pkm_fairseq.memory.usage import tokens_for_ceiling
+from pkm_fairseq.tasks.common import TellsEndOfValidation
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 
 DICTIONARY = small_dictionary()
@@ -215,6 +216,36 @@ def test_a_validation_set_that_is_too_small_is_counted_whole_and_said(tmp_path, 
     assert "30 tokens" in said
     assert "100" in said
     assert "90.9 %" in said  # 1 - exp(-60 / 25)
+
+
+def test_a_task_of_the_plugin_has_it_counted_before_the_checkpoint_is_saved(tmp_path):
+    class Builds:
+        def build_criterion(self, criterion):
+            return criterion
+
+    class Task(TellsEndOfValidation, Builds):
+        pass
+
+    task, model = Task(), model_of()
+    criterion = task.build_criterion(criterion_of(tmp_path, memory_usage_tokens=100))
+    update(criterion, model, 0)
+    validate(criterion, model, sample_of())
+    task.post_validate(model, {}, None)
+    assert len(read_usage_log(tmp_path / FILE)[1]) == 1
+    criterion.train()
+    assert len(read_usage_log(tmp_path / FILE)[1]) == 1  # no second time
+
+
+def test_a_full_disk_stops_the_training_with_one_line(tmp_path, monkeypatch):
+    criterion, model = criterion_of(tmp_path, memory_usage_tokens=15), model_of()
+    update(criterion, model, 0)
+
+    def full(record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(criterion._log, "append", full)
+    with pytest.raises(SystemExit, match=f"^memory usage: {tmp_path / FILE}: No space left"):
+        validate(criterion, model, sample_of())
 
 
 def test_subsets_are_lines_of_their_own(tmp_path):

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Kill a tiny training with SIGKILL at random moments, and let it go on each time.
+
+Everything a kill leaves is looked at, and the end is compared with that of the same training left
+alone: status 0 if nothing was lost beyond the last checkpoint and all is equal, else 1.
+"""
+
+import argparse
+from pathlib import Path
+
+from _script import run
+
+from pkm_fairseq.faults import Choices, kill_training
+
+
+def main() -> None:
+    """Kill, and say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        *("--data",), type=Path, required=True, metavar="FOLDER",
+        help="a folder that fairseq-preprocess made",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"), metavar="FOLDER",
+                        help="a new folder (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments")
+    parser.add_argument("--interval", type=int, default=5, metavar="N",
+                        help="updates between checkpoints (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--updates", type=int, metavar="N",
+                        help="of the whole training (default: ten for each kill)")  # fmt: skip
+    args = parser.parse_args()
+    updates = args.updates or max(10 * args.kills, 10 * args.interval)
+    choices = Choices(args.data, args.out, args.kills, args.seed, updates, args.interval)
+    result = kill_training(choices, lambda line: print(line, flush=True))
+    print(
+        f"{result['kills']} kills, {result['hit_a_save']} in the middle of a save: every "
+        f"checkpoint whole, at most {result['most_lost']} updates lost (saved every "
+        f"{result['interval']}), all {result['equal']['tensors']} tensors equal at the end"
+    )
+    print(f"details in {args.out / 'result.json'}")
+
+
+if __name__ == "__main__":
+    run(main, hint="")

@@ -1,0 +1,84 @@
+"""What a kill, a lost worker and a full disk leave behind."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .runs import (
+    BIN,
+    MASKED_LM,
+    MEMORY,
+    MODEL,
+    ROOT,
+    TRAIN,
+    Run,
+    load,
+    run,
+    run_well,
+    start_two_workers,
+)
+
+WITHIN = 60.0  # seconds in which a worker that is left alone ends, see docs/faults.md
+
+
+def test_killed_trainings_go_on_from_their_last_checkpoint(data_bin: Path, tmp_path: Path) -> None:
+    """Whether files are whole and losses equal is what the script looks at."""
+    script = [sys.executable, ROOT / "scripts/kill_training.py", "--data", data_bin]
+    options = ["--out", tmp_path / "out", "--kills", "4", "--updates", "80", "--interval", "5"]
+    said = run_well(*script, *options).output
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert "4 kills" in said and result["kills"] == len(result["each"]) == 4
+    assert all(result["by_moment"].values())
+    assert 0 <= result["most_lost"] <= 5
+    assert result["updates_done"] >= 80
+    assert result["equal"]["tensors"] > 100
+    assert result["equal"]["validation_counts"] >= 16
+    again = run(*script, *options)
+    assert again.status == 1
+    assert again.output.endswith("/out is not empty: choose a new folder\n")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_is_left_alone_ends(data_bin: Path, tmp_path: Path, victim: int) -> None:
+    options = ["--arch", "resm_roberta_tiny", *MEMORY, "--max-update", "100000", "--no-save"]
+    workers = start_two_workers(data_bin, tmp_path, *options)
+    try:
+        assert workers[0].stdout is not None
+        for line in workers[0].stdout:
+            if '"num_updates": "5"' in line:
+                break
+        workers[victim].kill()
+        killed = time.monotonic()
+        output = workers[1 - victim].communicate(timeout=WITHIN)[0]
+        assert time.monotonic() - killed < WITHIN
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert workers[1 - victim].returncode == 1
+    assert "Connection closed by peer" in output or "Connection reset by peer" in output
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    data_bin: Path, resm_run: "tuple[Path, Run]", tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(resm_run[0], out)
+    before = {file: file.read_bytes() for file in out.glob("*.pt")}
+    command = [BIN / "fairseq-train", data_bin, *TRAIN, *MASKED_LM, *MODEL, *MEMORY]
+    command += ["--arch", "resm_roberta_tiny", "--save-dir", out, "--max-update", "14"]
+    # no file can have more than 200 kB
+    failed = run("bash", "-c", 'ulimit -f 200 && exec "$@"', "bash", *command)
+    assert failed.status == 1
+    assert '"num_updates": "14"' in failed.output
+    last_line = failed.output.strip().splitlines()[-1]
+    name = next(name for name in ("checkpoint_best.pt", "checkpoint_last.pt") if name in last_line)
+    assert last_line.startswith(f"{out / name} was not saved: File too large;")
+    assert "Traceback" not in failed.output
+    assert {file: file.read_bytes() for file in out.glob("*.pt")} == before
+    assert not list(out.glob("*.part")) and not list(out.glob("*.tmp"))
+    assert load(out / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 12
