@@ -7,7 +7,7 @@ from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 
-from ..compat import forget_previous_training
+from ..compat.processes import forget_previous_training
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,

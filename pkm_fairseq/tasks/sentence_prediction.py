@@ -7,7 +7,7 @@ from typing import Any
 from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 
-from ..compat import forget_previous_training
+from ..compat.processes import forget_previous_training
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,

@@ -18,8 +18,8 @@ from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq_cli.train import should_stop_early
 
-from pkm_fairseq import compat
-from pkm_fairseq.compat import end_prefetching, forget_previous_training
+from pkm_fairseq.compat import checkpoints
+from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
 
 
 class Endless:
@@ -191,8 +191,10 @@ def test_what_a_kill_leaves_is_no_checkpoint_and_taken_up_by_the_next_save(folde
 
 def test_elsewhere_than_on_the_local_disk_fairseq_does_it_itself(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(compat, "_save_elsewhere", lambda *a: calls.append(("save", *a)))
-    monkeypatch.setattr(compat, "_copy_elsewhere", lambda *a: calls.append(("copy", *a)) or True)
+    monkeypatch.setattr(checkpoints, "_save_elsewhere", lambda *a: calls.append(("save", *a)))
+    monkeypatch.setattr(
+        checkpoints, "_copy_elsewhere", lambda *a: calls.append(("copy", *a)) or True
+    )
     checkpoint_utils.torch_persistent_save(1, "a.pt", async_write=True)
     monkeypatch.setattr(PathManager, "supports_rename", lambda path: not path.startswith("s3:"))
     checkpoint_utils.torch_persistent_save(1, "s3://a.pt")

@@ -83,7 +83,7 @@ def as_the_trainer_does(monkeypatch, form, net=None, **settings):
     """A model and its optimizer, converted and wrapped as fairseq's trainer does it."""
     # of the wrappers for fp16, the flat one asks for the device, None on the CPU
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr("pkm_fairseq.compat._check_device", lambda *_: None)
+    monkeypatch.setattr("pkm_fairseq.compat.precision._check_device", lambda *_: None)
     torch.manual_seed(1)
     net = Net() if net is None else net
     cfg = config(**settings, **(FORMS[form] if form else {}))
@@ -435,7 +435,7 @@ def test_flat_parameters_are_refused_on_the_cpu(name):
 
 def test_amp_warns_on_the_cpu(caplog):
     amp("pkm_adam", 1.0)
-    (record,) = [r for r in caplog.records if r.name == "pkm_fairseq.compat"]
+    (record,) = [r for r in caplog.records if r.name == "pkm_fairseq.compat.precision"]
     assert record.levelname == "WARNING"
     assert "--amp does nothing on the CPU" in record.getMessage()
 

@@ -1,0 +1,81 @@
+"""Mixed precision: what fairseq's trainer builds around an optimizer."""
+
+import logging
+from functools import wraps
+from typing import Any, Callable
+
+import torch
+from fairseq.optim import (
+    OPTIMIZER_REGISTRY,
+    AMPOptimizer,
+    FP16Optimizer,
+    MemoryEfficientFP16Optimizer,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def _ask_the_optimizer(stock: Callable[..., Any]) -> Any:
+    """Let an optimizer say what is to be built around it for mixed precision.
+
+    fairseq's trainer builds its own wrappers, whatever the optimizer.
+    """
+
+    @wraps(stock)
+    def build_optimizer(cls: Any, cfg: Any, params: Any, **kwargs: Any) -> Any:
+        optimizer = OPTIMIZER_REGISTRY.get(cfg.optimizer._name)
+        wrapper = getattr(optimizer, "wrappers", {}).get(cls, cls)
+        _check_device(wrapper, cfg)
+        if wrapper is cls:
+            return stock(cls, cfg, params, **kwargs)
+        return wrapper.build_optimizer(cfg, params, **kwargs)
+
+    return classmethod(build_optimizer)  # type: ignore[arg-type]
+
+
+def _check_device(wrapper: Any, cfg: Any) -> None:
+    """Say what fairseq does not, or not in one line, where there is no CUDA device."""
+    common, on_cpu = cfg.common, cfg.common.cpu or not torch.cuda.is_available()
+    if issubclass(wrapper, AMPOptimizer) and on_cpu:
+        logger.warning("--amp does nothing on the CPU: this is training in full precision")
+    is_flat = not (common.fp16_no_flatten_grads or common.bf16)
+    if issubclass(wrapper, FP16Optimizer) and is_flat and on_cpu:
+        raise SystemExit(
+            "--fp16 needs CUDA: on the CPU use --fp16-no-flatten-grads too, or "
+            "--memory-efficient-fp16"
+        )
+
+
+for _wrapper in (AMPOptimizer, FP16Optimizer, MemoryEfficientFP16Optimizer):
+    _wrapper.build_optimizer = _ask_the_optimizer(_wrapper.build_optimizer.__func__)
+
+
+def _amp_clip_grad_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Skip a step whose norm is not finite, as fairseq says in the log that it does.
+
+    torch's scaler skips it only if a ``.grad`` is not finite.
+    """
+
+    @wraps(stock)
+    def clip_grad_norm(self: Any, max_norm: float, aggregate_norm_fn: Any = None) -> Any:
+        norm = stock(self, max_norm, aggregate_norm_fn)
+        if not torch.isfinite(norm).all():
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                found.fill_(1.0)
+        return norm
+
+    return clip_grad_norm
+
+
+def _amp_step(self: Any) -> None:
+    """Step with the gradients that ``clip_grad_norm`` has divided by the loss scale.
+
+    fairseq gives torch's scaler one object there and another one here, so that it divides the same
+    gradients by the scale a second time.
+    """
+    self.scaler.step(self.optimizer)
+    self.scaler.update()
+
+
+AMPOptimizer.clip_grad_norm = _amp_clip_grad_norm(AMPOptimizer.clip_grad_norm)
+AMPOptimizer.step = _amp_step
