@@ -1,9 +1,9 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Measure what data-parallel workers exchange for the gradient of a value table, as a table."""
 
 import argparse
 
-import _script  # noqa: F401  (finds the repository)
+from _script import run
 
 from pkm_fairseq.benchmark.exchange import Table, even_tokens, factor_bytes, measure, received_bytes
 
@@ -14,8 +14,10 @@ def main() -> None:
     parser.add_argument("--n-keys", type=int, default=128, help="sub-keys per half (default 128)")
     parser.add_argument("--v-dim", type=int, default=768, help="width of a value (default 768)")
     parser.add_argument("--reads", type=int, default=128, help="heads * knn (default 128)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="of each worker in one update", default=[256, 1024]
+    )
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     args = parser.parse_args()
     for name in ("n_keys", "v_dim", "reads"):
         if getattr(args, name) < 1:
@@ -41,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

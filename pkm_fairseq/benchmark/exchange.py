@@ -21,12 +21,12 @@ class Table(NamedTuple):
     reads: int  # of a token: heads * knn
 
 
-def factor_bytes(table: Table, tokens: int) -> int:
+def factor_bytes(table: Table, tokens: float) -> float:
     """Bytes of one worker's factors: slots and weights, gradients and a count for each token."""
     return tokens * (8 * table.reads + 4 * table.v_dim + 4)
 
 
-def received_bytes(table: Table, tokens: int, workers: int) -> Dict[str, float]:
+def received_bytes(table: Table, tokens: float, workers: int) -> Dict[str, float]:
     """What each worker receives, by formula: factors from all others, or a ring's all-reduce."""
     dense = 4 * table.n_slots * table.v_dim
     return {

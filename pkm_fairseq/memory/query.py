@@ -87,7 +87,7 @@ class BatchQueryNorm(nn.Module):
         mean, var, count = _JointMoments.apply(tokens, group)  # type: ignore[no-untyped-call]
         if count < 2:  # on all workers
             return self._normalise(query, use_batch=False)
-        with torch.no_grad():
+        with torch.no_grad():  # again in a forward that a backward repeats, as on one worker
             unbiased = var * (count / (count - 1))
             for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
                 running.copy_(torch.lerp(at_least_float32(running), now, self.momentum))

@@ -330,7 +330,7 @@ def check_bytes(rank):
     gradient.gather(torch.empty(N_SLOTS, WIDTH))
     dist.all_gather = all_gather
     longest = 5
-    assert sum(sent) == longest * (8 * n_reads + 4 * WIDTH + 4) + 16
+    assert sum(sent) == longest * (8 * n_reads + 4 * WIDTH + 4) + 16  # 16: how many there are
 
 
 def test_workers_exchange_their_factors(tmp_path):
