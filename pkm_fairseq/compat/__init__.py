@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import omegaconf
 import torch
+from fairseq.distributed import utils as distributed_utils
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
@@ -15,10 +16,11 @@ from . import checkpoints, precision, processes, workers  # noqa: F401  (importi
 
 # torch >= 2.6 loads checkpoints with weights_only=True and refuses classes it does not know.
 # fairseq stores the options of a run in an argparse.Namespace, and data-parallel workers send each
-# other a loaded checkpoint with its options as omegaconf's containers. All of that is plain data.
+# other a loaded checkpoint, with omegaconf's containers and the places of tensors. All of that is
+# plain data.
 PLAIN_DATA = (
     *(argparse.Namespace, omegaconf.DictConfig, omegaconf.ListConfig, ContainerMetadata, Metadata),
-    *(AnyNode, collections.defaultdict, dict, list, int, Any),
+    *(AnyNode, collections.defaultdict, dict, list, int, Any, distributed_utils._TensorPlaceholder),
 )
 torch.serialization.add_safe_globals(list(PLAIN_DATA))
 

@@ -238,6 +238,10 @@ class PkmRobertaModel(RobertaModel):
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> None:
         """Take checkpoints of older versions, and memory-less ones, as the start of a run."""
+        if name == "":
+            # of a state without a version, as an EMA's, fairseq drops the last layer norm
+            version = "sentence_encoder.version"
+            state_dict.setdefault(f"encoder.{version}", self.encoder.get_buffer(version).clone())
         super().upgrade_state_dict_named(state_dict, name)
         if name == "":
             complete_state(self, state_dict)

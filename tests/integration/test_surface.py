@@ -33,6 +33,7 @@ from .runs import (
     train_on_two_workers,
 )
 from .test_factored import EPS, assert_close_checkpoints, values_of
+from .test_readme import blocks
 
 RESM = ["--arch", "resm_roberta_tiny", *MEMORY]
 LAST = "checkpoint_last.pt"
@@ -88,12 +89,12 @@ def dropped(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[
 
 
 def test_a_layer_may_be_dropped_by_one_worker_only(dropped: "tuple[Path, Any]") -> None:
-    out, (first, second) = dropped
-    assert values_of(first, "gnorm") == values_of(second, "gnorm")
+    out, (first, _) = dropped  # fairseq stops if the workers' gradients differ
     assert len(values_of(first, "loss")) == 8
     state = load(out / LAST)["last_optimizer_state"]["state"]
-    moments = [s for s in state.values() if s["exp_avg"].shape == (256, 32)]
-    assert len(moments) == 2 and all(s["exp_avg"].any() for s in moments)
+    updates = [table["step"] for table in state.values() if table["exp_avg"].shape == (256, 32)]
+    assert len(updates) == 2 and all(0 < n <= 8 for n in updates)
+    assert min(updates) < 8  # no worker read it
 
 
 def test_a_pruned_checkpoint_is_validated_finetuned_and_resumed(
@@ -141,11 +142,14 @@ def test_the_moving_average_is_that_of_the_whole_model_and_changes_nothing(
     extra = load(averaged / LAST)["extra_state"]
     assert extra["ema"].keys() == models[0].keys() and VALUES.format(1) in extra["ema"]
     for name in models[0]:
+        # fairseq averages what has two names once for each of them
+        weight = 0.25 if "embed_tokens" in name or name == "encoder.lm_head.weight" else 0.5
         expected = models[0][name].clone()  # the copy is made after the first update
         for model in models[1::2]:
-            expected = 0.5 * expected + 0.5 * model[name]
+            expected = weight * expected + (1 - weight) * model[name]
         for copy in (extra["ema"], extra["ema_fp32_params"]):
             assert torch.allclose(copy[name], expected, rtol=1e-6, atol=1e-8), name
+    assert torch.equal(extra["ema"]["encoder.sentence_encoder.version"], torch.tensor([3.0]))
     assert not torch.equal(extra["ema"][VALUES.format(1)], models[-1][VALUES.format(1)])
 
 
@@ -260,6 +264,17 @@ def test_the_hub_interface_reads_writes_and_fills_masks(spoken: Path) -> None:
     with hub.model.record_memory_usage() as usage:
         hub.extract_features(tokens)
     assert usage[1].tokens == len(tokens)
+
+
+def test_the_lines_of_the_readme_run(spoken: Path) -> None:
+    (code,) = [block for block in blocks("python") if "from_pretrained" in block]
+    for demo, here in (("arms/resm_init", "model"), ("data/bin", "bin"), ("data/spm", "spm")):
+        assert f"demo_out/{demo}" in code
+        code = code.replace(f"demo_out/{demo}", str(spoken / here))
+    names: Dict[str, Any] = {}
+    exec(code, names)
+    tokens = names["hub"].encode("Good morrow, my lord.")
+    assert names["features"].shape == (1, len(tokens), 32)
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq import options
+from fairseq.dataclass.configs import EMAConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.models.ema.ema import EMA
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -530,3 +532,14 @@ def test_what_keeps_an_idle_worker_in_step_is_no_data(ignore_grad, query_norm):
     plain = build("roberta")
     assert not hasattr(plain, "idle_memories")
     Task().train_step("sample", plain, "criterion", "optimizer", 7, ignore_grad)
+
+
+def test_a_moving_average_keeps_the_last_layer_norm():
+    """fairseq's EMA loads states without a version, which fairseq takes for very old ones."""
+    model = build("resm_roberta_tiny", encoder_normalize_before=True)
+    average = EMA(model, EMAConfig(store_ema=True, ema_decay=0.5))
+    model(TOKENS)
+    average.step(model)
+    assert set(average.get_model().state_dict()) == set(model.state_dict())
+    copy = average.get_model().encoder.sentence_encoder
+    assert copy.layer_norm is not None and copy.version.tolist() == [3]
