@@ -1,11 +1,13 @@
 """Normalisation of the query, computed in at least float32."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .dtypes import at_least_float32
+from .dtypes import at_least_float32, is_half
 
 
 def build_query_norm(config: MemoryConfig) -> nn.Module:
@@ -29,6 +31,8 @@ class BatchQueryNorm(nn.Module):
 
     Attributes:
         is_frozen: whether training, too, normalises by the running statistics and leaves them.
+        keeps_dtype: whether the running statistics stay in their dtype when the model they are
+            part of is converted to half precision, where small changes of them are lost.
     """
 
     eps = 1e-5
@@ -39,11 +43,20 @@ class BatchQueryNorm(nn.Module):
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
-        self.is_frozen = False
+        self.is_frozen = self.keeps_dtype = False
         self.weight = nn.Parameter(torch.ones(n_features))
         self.bias = nn.Parameter(torch.zeros(n_features))
         self.register_buffer("running_mean", torch.zeros(n_features))
         self.register_buffer("running_var", torch.ones(n_features))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BatchQueryNorm":
+        """Convert as torch does, but no statistics to half precision, if they keep their dtype."""
+        statistics = self.running_mean, self.running_var
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.keeps_dtype and is_half(self.running_mean.dtype):
+            device = self.running_mean.device
+            self.running_mean, self.running_var = (x.to(device) for x in statistics)
+        return self
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over N."""

@@ -11,6 +11,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 
 from ..memory import MemoryConfig, MemoryUsage, ValueTable
+from ..memory.query import BatchQueryNorm
 from .config import PkmRobertaConfig, memory_config
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
@@ -43,7 +44,7 @@ class PkmRobertaModel(RobertaModel):
                 encoder = MemoryRobertaEncoder(args, task.source_dictionary, layers, mode, config)
                 model = cls(args, encoder)
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
-            model._keep_values_in_their_dtype()
+            model._keep_dtypes()
             model._keep_factored_gradients_out_of_ddp(args)
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
@@ -55,10 +56,10 @@ class PkmRobertaModel(RobertaModel):
             for layer in self.memory_layers().values():
                 layer.memory.freeze(str(part))
 
-    def _keep_values_in_their_dtype(self) -> None:
-        """Values are in what --memory-value-dtype says, also where the rest is trained in half."""
+    def _keep_dtypes(self) -> None:
+        """Have fairseq's half precision leave values, and statistics of the query, as they are."""
         for module in self.modules():
-            if isinstance(module, ValueTable):
+            if isinstance(module, (ValueTable, BatchQueryNorm)):
                 module.keeps_dtype = True
 
     def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
