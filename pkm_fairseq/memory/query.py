@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .dtypes import at_least_float32
+from .dtypes import at_least_float32, is_half
 
 
 def build_query_norm(config: MemoryConfig) -> nn.Module:
@@ -40,6 +40,8 @@ class BatchQueryNorm(nn.Module):
             since a model is copied and pickled, and a group cannot be.
         is_idle: whether the tokens of now are no data, but keep this worker in step with the
             others: they are normalised and enter no statistic of several workers.
+        keeps_dtype: whether the running statistics stay in their dtype when the model they are
+            part of is converted to half precision, where small changes of them are lost.
     """
 
     eps = 1e-5
@@ -50,12 +52,21 @@ class BatchQueryNorm(nn.Module):
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
-        self.is_frozen = self.is_idle = False
+        self.is_frozen = self.is_idle = self.keeps_dtype = False
         self.workers: Optional[Callable[[], Any]] = None
         self.weight = nn.Parameter(torch.ones(n_features))
         self.bias = nn.Parameter(torch.zeros(n_features))
         self.register_buffer("running_mean", torch.zeros(n_features))
         self.register_buffer("running_var", torch.ones(n_features))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BatchQueryNorm":
+        """Convert as torch does, but no statistics to half precision, if they keep their dtype."""
+        statistics = self.running_mean, self.running_var
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.keeps_dtype and is_half(self.running_mean.dtype):
+            device = self.running_mean.device
+            self.running_mean, self.running_var = (x.to(device) for x in statistics)
+        return self
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over N."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .dtypes import compute_dtype
+from .dtypes import compute_dtype, is_half
 from .gradient import ValueGradient
 from .kernels.pages import advise_huge_pages
 from .kernels.torch_backend import row_gradients
@@ -31,7 +31,7 @@ class ValueTable(nn.Module):
 
     Attributes:
         keeps_dtype: whether the values stay in their dtype when the model they are part of is
-            converted to another one, as by ``model.half()``. False, as for any other parameter.
+            converted to half precision. False, as for any other parameter.
 
     Raises:
         MemoryError: the table does not fit into memory; the message says how large it is.
@@ -62,8 +62,8 @@ class ValueTable(nn.Module):
         self._tag()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueTable":
-        """Convert or move as torch does, but for the dtype, if that is to be kept."""
-        convert = partial(_convert_but_dtype, fn) if self.keeps_dtype else fn
+        """Convert or move as torch does, but not to half precision, if the dtype is to be kept."""
+        convert = partial(_convert_but_to_half, fn) if self.keeps_dtype else fn
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         self._tag()  # the parameter may be a new one
         return self
@@ -141,9 +141,9 @@ class ValueTable(nn.Module):
         return F.embedding_bag(slots, self.weight, per_sample_weights=weights, mode="sum")
 
 
-def _convert_but_dtype(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
     example = convert(table[:0])  # no table of another dtype is made on the way
-    return convert(table) if example.dtype == table.dtype else table.to(example.device)
+    return table.to(example.device) if is_half(example.dtype) else convert(table)
 
 
 class _HalfRead(torch.autograd.Function):

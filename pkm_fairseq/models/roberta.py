@@ -76,7 +76,7 @@ class PkmRobertaModel(RobertaModel):
                 model = cls(args, encoder)
             model._layers_to_keep = kept
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
-            model._keep_values_in_their_dtype()
+            model._keep_dtypes()
             model._keep_factored_gradients_out_of_ddp(args)
             model._take_query_statistics_of_all_workers()
             apply_init_from(model, args, task.source_dictionary)
@@ -135,10 +135,10 @@ class PkmRobertaModel(RobertaModel):
             for layer in self.memory_layers().values():
                 layer.memory.freeze(str(part))
 
-    def _keep_values_in_their_dtype(self) -> None:
-        """Values are in what --memory-value-dtype says, also where the rest is trained in half."""
+    def _keep_dtypes(self) -> None:
+        """Have fairseq's half precision leave values, and statistics of the query, as they are."""
         for module in self.modules():
-            if isinstance(module, ValueTable):
+            if isinstance(module, (ValueTable, BatchQueryNorm)):
                 module.keeps_dtype = True
 
     def _take_query_statistics_of_all_workers(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pkm_fairseq.memory import ValueTable
 from pkm_fairseq.memory.kernels.torch_backend import row_gradients
+from pkm_fairseq.memory.query import BatchQueryNorm
 from pkm_fairseq.optim.pkm_adam import PkmAdam
 from tests.helpers import batch, build, small_dictionary
 
@@ -135,13 +136,44 @@ def test_values_of_a_model_stay_in_their_dtype_and_nothing_else_does(stored, dty
     assert torch.equal(table, before)
     rest = {p.dtype for p in model.parameters() if p is not table}
     assert rest == {dtype}
+    norm = layer.memory.query_norm
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    still = norm.running_mean.clone()
     logits = model(batch(small_dictionary(), [5, 3]))[0]
     assert logits.dtype == dtype
     assert logits.isfinite().all()
+    assert not torch.equal(norm.running_mean, still)
+    assert set(dict(norm.named_buffers())) == {"running_mean", "running_var"}
+
+
+def test_small_changes_of_the_statistics_are_not_lost():
+    norms = [BatchQueryNorm(16) for _ in range(2)]
+    norms[0].keeps_dtype = True
+    norms[0].bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        query = (torch.randn(64, 16, generator=generator) / 8 + 1).bfloat16()
+        for norm in norms:
+            norm(query)
+    assert torch.equal(norms[0].running_mean, norms[1].running_mean)
+    assert torch.equal(norms[0].running_var, norms[1].running_var)
+
+
+def test_no_table_of_another_dtype_is_made_on_the_way():
+    seen = []
+    Net().values._apply(lambda x: (seen.append(x.numel()), x.half())[1])
+    assert seen == [0]
 
 
 def test_values_on_their_own_are_converted():
     assert ValueTable(ROWS, WIDTH).half().weight.dtype == torch.float16
+
+
+def test_a_model_in_double_precision_has_values_in_it():
+    model = build("resm_roberta_tiny").double()
+    assert {x.dtype for x in model.parameters()} == {torch.float64}
+    (layer,) = model.memory_layers().values()
+    assert {x.dtype for x in layer.memory.buffers()} == {torch.float64}
 
 
 def test_values_that_keep_their_dtype_follow_to_another_device():
