@@ -272,3 +272,47 @@ def test_bad_input_ends_with_one_line(
     assert lines[0].startswith("finetune_glue.py: ")
     assert message in lines[0]
     assert not out.exists()
+
+
+def test_the_hydra_example_trains_what_fairseq_train_does(
+    ready: SimpleNamespace, tmp_path: Path
+) -> None:
+    """STS-B, a regression, of a ResM; and a memory-less checkpoint on CoLA, by two seeds."""
+    size = ["encoder_layers=2", "encoder_embed_dim=32", "encoder_ffn_embed_dim=64"]
+    size = [f"+model.{option}" for option in [*size, "encoder_attention_heads=2"]]
+    common = ["model._name=resm_roberta_tiny", "task.max_positions=32", *size, "common.cpu=true"]
+    common += ["optimization.max_update=3", "lr_scheduler.warmup_updates=1"]
+    common += ["common.log_interval=1", "dataset.num_workers=0"]
+    memory = ["n_keys=16", "heads=2", "knn=4", "k_dim=16"]
+    script, out = ROOT / "user_dir_examples/glue/run.sh", tmp_path / "hydra"
+    memory = [f"model.memory_{option}" for option in memory]
+    hydra = run_well(script, "STS-B", ready.data, ready.resm, out, *common, *memory)
+    cli = run_well(
+        *(BIN / "fairseq-train", ready.data / "STS-B", "--user-dir", USER_DIR, "--cpu"),
+        *("--save-dir", tmp_path / "cli", "--finetune-from-model", ready.resm),
+        *("--task", "pkm_sentence_prediction", "--criterion", "pkm_sentence_prediction"),
+        *("--regression-target", "--num-classes", "1", "--glue-metrics", "pearson,spearman"),
+        *("--init-token", "0", "--separator-token", "2", "--max-positions", "32"),
+        *("--best-checkpoint-metric", "pearson", "--maximize-best-checkpoint-metric"),
+        *("--shorten-method", "truncate", "--arch", "resm_roberta_tiny", *MODEL, *MEMORY),
+        *("--attention-dropout", "0.1", "--optimizer", "pkm_adam", "--adam-betas", "(0.9,0.98)"),
+        *("--adam-eps", "1e-6", "--weight-decay", "0.1", "--lr", "2e-5", "--max-update", "3"),
+        *("--lr-scheduler", "polynomial_decay", "--warmup-updates", "1"),
+        *("--total-num-update", "3", "--batch-size", "16", "--max-tokens", "4400"),
+        *("--required-batch-size-multiple", "1", "--no-epoch-checkpoints", "--num-workers", "0"),
+        *("--log-format", "json", "--log-interval", "1"),
+    )
+    by_hydra, by_cli = hydra.logged("train_inner"), cli.logged("train_inner")
+    assert [log["num_updates"] for log in by_cli] == ["1", "2", "3"]
+    assert [log["loss"] for log in by_hydra] == [log["loss"] for log in by_cli]
+    for key in ("valid_loss", "valid_pearson", "valid_spearman", "valid_memory1_top1_usage"):
+        assert hydra.logged("valid")[-1][key] == cli.logged("valid")[-1][key], key
+    assert (out / "checkpoint_best.pt").is_file()
+    plain = ["model.memory_layers=[]", "optimizer._name=adam", "hydra.sweep.subdir=${common.seed}"]
+    swept = run_well(script, "CoLA", ready.data, ready.plain, tmp_path, "-m", *common, *plain,
+                     "common.seed=1,2")  # fmt: skip
+    losses = [log["loss"] for log in swept.logged("train_inner")]
+    assert len(losses) == 6 and losses[:3] != losses[3:]
+    assert all("valid_mcc" in log for log in swept.logged("valid"))
+    assert (tmp_path / "1/checkpoint_best.pt").is_file()
+    assert (tmp_path / "2/checkpoint_best.pt").is_file()

@@ -1,7 +1,12 @@
 """The configurations in user_dir_examples are what fairseq-hydra-train takes, for every model."""
 
+import os
+import re
+import shlex
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, List, Tuple
 
 import pytest
 import yaml
@@ -22,10 +27,12 @@ from pkm_fairseq.models.roberta import PkmRobertaModel
 from pkm_fairseq.optim.pkm_adam import PkmAdam
 from tests.helpers import small_dictionary, write_split
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "user_dir_examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "user_dir_examples"
 FILES = sorted(EXAMPLES.glob("*/config/*.yaml"))
 ARCHS = sorted(arch for arch, model in ARCH_MODEL_REGISTRY.items() if model is PkmRobertaModel)
 LAYERS = {"tiny": (3, [1]), "base": (12, [3, 7]), "large": (24, [7, 15])}
+REFUSALS = (ConfigKeyError, ConfigCompositionException)
 # widths that every number of attention heads divides, and a small memory
 NARROW = ["+model.encoder_embed_dim=48", "+model.encoder_ffn_embed_dim=8"]
 SMALL_MEMORY = ["model.memory_n_keys=8", "model.memory_knn=4", "model.memory_k_dim=8"]
@@ -65,6 +72,10 @@ def built(cfg: DictConfig) -> Any:
     task = tasks.setup_task(cfg.task)
     with open_dict(cfg.model):
         return task, task.build_model(cfg.model)
+
+
+def defaults_of(file: Path) -> List[str]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
 
 
 def size_of(arch: str) -> str:
@@ -110,11 +121,39 @@ def test_every_architecture_is_a_name_for_hydra(arch: str, data: Path) -> None:
     assert all(layer.memory.config.n_keys == 8 for layer in model.memory_layers().values())
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parts[-3]}-{file.stem}")
-@pytest.mark.parametrize("part", ["common", "model", "task", "criterion", "optimizer"])
-def test_a_mistyped_option_is_refused(file: Path, part: str, data: Path) -> None:
-    with pytest.raises((ConfigKeyError, ConfigCompositionException), match="mistyped"):
-        composed(file, data, f"+{part}.mistyped=1")
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"+{part}.mistyped=1" for part in ("model", "task", "criterion", "optimizer")),
+        *("common.mistyped=1", "model.mistyped=1"),
+    ],
+)
+def test_a_mistyped_option_is_refused(override: str, data: Path) -> None:
+    with pytest.raises(REFUSALS, match="mistyped"):
+        composed(EXAMPLES / "pretraining/config/resm_tiny.yaml", data, override)
+
+
+SECTIONS = ["common", "task", "model", "criterion", "optimizer", "lr_scheduler", "dataset"]
+SECTIONS += ["optimization", "distributed_training", "checkpoint"]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_mistyped_option_in_a_file_is_refused(section: str, data: Path, tmp_path: Path) -> None:
+    """So every option in the files that make a training is one that fairseq or the plugin knows."""
+    folder = shutil.copytree(EXAMPLES / "pretraining/config", tmp_path / "pretraining/config")
+    (folder / "shared/wrong.yaml").write_text(f"# @package _global_\n{section}: {{mistyped: 1}}\n")
+    file = folder / "pkm_base.yaml"
+    file.write_text(
+        file.read_text().replace("- shared/memory", "- shared/memory\n  - shared/wrong")
+    )
+    with pytest.raises(REFUSALS, match="mistyped"):
+        composed(file, data)
+
+
+def test_there_are_no_other_sections() -> None:
+    for file in EXAMPLES.glob("*/config/**/*.yaml"):
+        sections = set(yaml.safe_load(file.read_text(encoding="utf-8"))) - {"defaults", "hydra"}
+        assert sections <= set(SECTIONS), file
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -136,15 +175,75 @@ def test_glue_by_hydra_and_by_script_have_the_same_settings(name: str, data: Pat
     splits = [split for split in spec.files if split.startswith("valid")]
     assert cfg.dataset.valid_subset == ",".join(splits)
     batches = spec.files["train"].rows / cfg.dataset.batch_size
-    assert cfg.optimization.max_update == pytest.approx(10 * batches, rel=0.02)
+    if name != "RTE":  # fairseq's number is larger
+        assert cfg.optimization.max_update == pytest.approx(10 * batches, rel=0.02)
 
 
 def test_every_shared_file_is_used_and_every_file_is_read() -> None:
     for folder in {file.parent for file in FILES}:
         used = set()
         for file in folder.glob("*.yaml"):
-            defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
+            defaults = defaults_of(file)
             assert defaults[0] == "_self_", file  # fairseq's default values come with it
             used.update(defaults[1:])
         shared = {str(f.relative_to(folder).with_suffix("")) for f in folder.glob("*/*.yaml")}
         assert used == shared
+
+
+# --- what the READMEs tell a reader to type -----------------------------------------------------
+
+
+def commands_of(example: Path) -> List[List[str]]:
+    """The commands in the fenced blocks of an example's README, as words."""
+    text = (example / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    programs = ("user_dir_examples/", "scripts/", ".venv/bin/", "OMP_NUM_THREADS=")
+    found = [shlex.split(line) for line in lines if line.startswith(programs)]
+    return [words[1:] if words[0].startswith("OMP") else words for words in found]
+
+
+def hydra_run(words: List[str]) -> "Tuple[Path, List[str]]":
+    """The configuration that a command names, and its overrides; of a sweep, the first job's."""
+    if "--config-name" in words:
+        folder, name = (
+            words[words.index("--config-dir") + 1],
+            words[words.index("--config-name") + 1],
+        )
+        file = ROOT / folder / f"{name}.yaml"
+    else:
+        file = ROOT / Path(words[0]).parent / "config" / f"{words[1]}.yaml"
+    given = [word for word in words if re.match(r"\+?\w+\.[\w.]+=", word)]
+    given = [word.split(",")[0] if "-m" in words else word for word in given]
+    return file, [word for word in given if not word.startswith("task.data=")]
+
+
+def test_the_examples_are_all_of_one_form() -> None:
+    folders = {readme.parent for readme in EXAMPLES.glob("*/README.md")}
+    assert {folder.name for folder in folders} == {"pretraining", "four_arms", "glue", "extend"}
+    assert folders == {folder for folder in EXAMPLES.iterdir() if folder.is_dir()}
+    for folder in folders:
+        assert os.access(folder / "run.sh", os.X_OK)
+        assert any(words[0].endswith(f"{folder.name}/run.sh") for words in commands_of(folder))
+
+
+def test_the_commands_of_the_readmes_exist(data: Path) -> None:
+    source = "".join(f.read_text() for part in ("scripts", "pkm_fairseq") for f in sources(part))
+    n_hydra = 0
+    for words in [words for folder in EXAMPLES.iterdir() for words in commands_of(folder)]:
+        program = words[1] if words[0] == ".venv/bin/python" else words[0]
+        if program.startswith(".venv/bin/"):
+            assert (Path(sys.executable).parent / Path(program).name).is_file(), program
+        else:
+            assert (ROOT / program).is_file(), program
+        if program.startswith("scripts/"):
+            assert not [w for w in words if w.startswith("--") and f'"{w}"' not in source], words
+        if program.endswith(("pretraining/run.sh", "glue/run.sh", "hydra-train")):
+            file, overrides = hydra_run(words)
+            composed(file, data, *overrides)
+            n_hydra += 1
+    assert n_hydra >= 6
+
+
+def sources(folder: str) -> List[Path]:
+    return list((ROOT / folder).rglob("*.py"))
