@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -12,7 +13,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from omegaconf import II
 
-from .usage_count import PREFIX, Count, finished_updates, merge_read_times
+from .usage_count import PREFIX, Count, finished_updates, merge_read_times, without_read_times
 from .usage_log import FILE, UsageLog, header_of, load_initial_values, save_initial_values
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ class UsageReports:
 
     With the tasks of this plugin each validation subset is counted on its own; with stock tasks,
     whose batches do not name their subset, all subsets of one validation are counted together, and
-    with several workers and subsets the batches that keep idle workers busy are not recognised
-    after the first subset.
+    with several workers the batches that keep idle workers busy are not recognised in training, nor
+    in validation after the first subset.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
@@ -98,14 +99,21 @@ class UsageReports:
         if self._interval and self._window is None and updates >= self._next_window:
             self._window = Count(model, TRAINING, self._tokens)
             self._next_window = (updates // self._interval + 1) * self._interval
-        if self._window is None:
+        with self._counting_training(model, sample):
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
-        else:
-            with model.record_memory_usage(self._window.usage):
-                loss, sample_size, logging_output = super().forward(model, sample, reduce)
-            self._close_window(model, updates, loss.device)
+        merge_read_times(model)  # now, as fairseq may save with or without a validation
+        if self._window is not None:
+            self._close_window(updates, loss.device)
         logging_output.update(self._report)  # in all from then on, or fairseq would log None
         return loss, sample_size, logging_output
+
+    def _counting_training(self, model: Any, sample: Dict[str, Any]) -> Any:
+        """The context of a forward pass: what it reads is noted, and counted if a count is on."""
+        if sample.get("is_filler"):
+            return without_read_times(model)
+        return (
+            nullcontext() if self._window is None else model.record_memory_usage(self._window.usage)
+        )
 
     def _begin_training(self, model: Any, updates: int) -> None:
         self._is_training = True
@@ -124,12 +132,11 @@ class UsageReports:
             raise SystemExit(f"memory usage: {problem}")
         atexit.register(self.finish_validation)  # after the last one no training follows
 
-    def _close_window(self, model: Any, updates: int, device: torch.device) -> None:
+    def _close_window(self, updates: int, device: torch.device) -> None:
         """Report the count of training batches if it is complete."""
         assert self._window is not None
         self._window.check(device)
         if self._window.is_full:
-            merge_read_times(model)
             self._window.updates = updates + 1
             self._window.add_up(device)
             self._write(self._window)
@@ -141,7 +148,6 @@ class UsageReports:
     def _validation_step(self, model: Any, sample: Dict[str, Any], reduce: bool) -> Tuple:
         subset = sample.get("split", "")
         if subset not in self._validation:
-            merge_read_times(model)
             self._validation[subset] = Count(model, subset, self._tokens)
         count = self._validation[subset]
         if count.is_full:

@@ -1,6 +1,7 @@
 """One count of look-ups over all workers, and what it says."""
 
-from typing import Any, Dict, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -140,10 +141,28 @@ def merge_read_times(model: Any) -> None:
     """Let every worker know when any of them has read a slot; every worker must call it."""
     if distributed_utils.get_data_parallel_world_size() == 1:
         return
-    group = distributed_utils.get_data_parallel_group()
-    for _, layer in sorted(model.memory_layers().items()):
-        for last in (layer.reads.last_read, layer.reads.last_top1):
-            distributed_utils.all_reduce(last, group=group, op="max")
+    reads = [layer.reads for _, layer in sorted(model.memory_layers().items())]
+    times = [last for x in reads for last in (x.last_read, x.last_top1)]
+    latest = torch.stack(times)  # (2 L, n_slots), exchanged at once
+    distributed_utils.all_reduce(
+        latest, group=distributed_utils.get_data_parallel_group(), op="max"
+    )
+    for last, merged in zip(times, latest, strict=True):
+        last.copy_(merged)
+
+
+@contextmanager
+def without_read_times(model: Any) -> Iterator[None]:
+    """A context in which reads are not noted."""
+    reads = [layer.reads for layer in model.memory_layers().values()]
+    updates = [x.updates for x in reads]
+    for x in reads:
+        x.updates = None
+    try:
+        yield
+    finally:
+        for x, known in zip(reads, updates, strict=True):
+            x.updates = known
 
 
 def sum_over_workers(local: MemoryUsage) -> MemoryUsage:

@@ -24,6 +24,23 @@ class NamedSplitDataset(BaseWrapperDataset):
         return {**batch, "split": self.split} if batch else batch
 
 
+class MarksFillers:
+    """Mixin for a task: marks batches that only keep a worker busy which has run out of them.
+
+    Nothing is learnt from them. The criteria tell them by the key "is_filler".
+    """
+
+    def train_step(
+        self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int,
+        ignore_grad: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Do a training step, as the parent does."""
+        sample = {**sample, "is_filler": True} if ignore_grad else sample
+        return super().train_step(  # type: ignore[misc]
+            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+        )
+
+
 def remember_dictionary(task: Any) -> None:
     """Have the task's dictionary hash stored in its checkpoints, for ``--init-from``."""
     task.state.merge_state_dict({"dictionary_sha256": dictionary_sha256(task.source_dictionary)})

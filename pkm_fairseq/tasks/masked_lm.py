@@ -8,6 +8,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 
 from .common import (
+    MarksFillers,
     NamedSplitDataset,
     remember_dictionary,
     require_dictionary,
@@ -21,7 +22,7 @@ class PkmMaskedLMConfig(MaskedLMConfig):
 
 
 @register_task("pkm_masked_lm", dataclass=PkmMaskedLMConfig)
-class PkmMaskedLMTask(MaskedLMTask):
+class PkmMaskedLMTask(MarksFillers, MaskedLMTask):
     """Masked language modelling."""
 
     def __init__(self, cfg: PkmMaskedLMConfig, dictionary: Any = None) -> None:

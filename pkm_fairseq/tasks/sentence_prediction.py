@@ -8,6 +8,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 
 from .common import (
+    MarksFillers,
     NamedSplitDataset,
     remember_dictionary,
     require_dictionary,
@@ -21,7 +22,7 @@ class PkmSentencePredictionConfig(SentencePredictionConfig):
 
 
 @register_task("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
-class PkmSentencePredictionTask(SentencePredictionTask):
+class PkmSentencePredictionTask(MarksFillers, SentencePredictionTask):
     """Classification or regression of sentences and sentence pairs."""
 
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
