@@ -113,6 +113,42 @@ def read_log(name: str, file: Path) -> Log:
     return Log(name, file, header, ordered, truncated)
 
 
+def logs_of_checkpoints(reports: Sequence[Dict[str, Any]], split: str) -> List[Log]:
+    """Counts of checkpoints over their updates, as if trainings had logged them.
+
+    Checkpoints in one folder are of one training. One alone makes no curve and is left out.
+
+    Args:
+        reports: of checkpoints, as :func:`pkm_fairseq.analysis.examine.examine` makes them.
+        split: what they have read.
+    """
+    trainings: Dict[Tuple[Path, str], List[Dict[str, Any]]] = {}
+    for report in reports:
+        if report["updates"] is not None:
+            folder = Path(report["checkpoint"]).absolute().parent
+            trainings.setdefault((folder, str(_header_of(report))), []).append(report)
+    logs = []
+    for (folder, _), found in trainings.items():
+        by_update = {report["updates"]: {**report, "update": report["updates"], "split": split}
+                     for report in found}  # fmt: skip
+        records = [by_update[update] for update in sorted(by_update)]
+        if len(records) > 1:
+            logs.append(Log(f"{folder.name}, checkpoints", folder, _header_of(found[0]), records,
+                            truncated=False))  # fmt: skip
+    names = [log.name for log in logs]
+    return [log._replace(name=str(log.file)) if names.count(log.name) > 1 else log for log in logs]
+
+
+def _header_of(report: Dict[str, Any]) -> Dict[str, Any]:
+    layers = {
+        str(layer["layer"]): {
+            "n_slots": layer["n_slots"], "heads": len(layer["heads"]), "knn": layer["knn"]
+        }
+        for layer in report["layers"]
+    }  # fmt: skip
+    return {"layers": layers, "shared_values": report["shared"] is not None}
+
+
 def shapes_of(log: Log) -> str:
     """The memories of a log in a few words."""
     layers: Dict[str, List[str]] = {}

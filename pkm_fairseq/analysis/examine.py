@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..memory import MemoryUsage
+from ..memory.staleness import summarise
 from ..memory.usage import tokens_for_ceiling
 from ..models.capture import batches
 from .checkpoints import Opened, count_tokens
@@ -46,7 +47,8 @@ def examine(
     Returns:
         The report: ``name``, ``checkpoint``, ``updates``, ``tokens``; ``layers``, for each
         ``MemoryUsage.summary`` and ``layer``, ``knn``, ``staleness`` (None if unknown) and
-        ``hot_slots``; ``shared``, the summary of the one table that layers share, or None.
+        ``hot_slots``; ``shared``, summary and ``staleness`` of the one table that layers share, or
+        None.
     """
     model, pad = opened.model, opened.dictionary.pad()
     usage = count_usage(model, sequences, pad, advance)
@@ -63,7 +65,7 @@ def examine(
             "layer": layer,
             "knn": counts.knn,
             **counts.summary(),
-            "staleness": staleness(opened, layer),
+            "staleness": staleness(opened, [layer]),
             "hot_slots": describe_readers(
                 watchers[layer], mass[layer], sequences, opened.dictionary
             ),
@@ -110,18 +112,26 @@ def watch_readers(
             advance(int(batch.ne(pad).sum()))
 
 
-def staleness(opened: Opened, layer: int) -> Optional[Dict[str, Any]]:
-    """When the slots of a layer were last read in training; None if the checkpoint has no record.
+def staleness(opened: Opened, layers: Sequence[int]) -> Optional[Dict[str, Any]]:
+    """When slots were last read in training by any of these layers, which share their values.
+
+    None if the checkpoint has no record.
 
     An average of checkpoints, or of a model (--store-ema), has none. It says
     ``updates``, ``read`` and ``top1`` as in the log of a training.
     """
-    reads = opened.model.memory_layers()[layer].reads
-    if not opened.has_read_times or not opened.updates or not reads.last_read.any():
+    reads = [opened.model.memory_layers()[layer].reads for layer in layers]
+    last_read = torch.stack([x.last_read for x in reads]).amax(0)  # (n_slots,)
+    last_top1 = torch.stack([x.last_top1 for x in reads]).amax(0)
+    if not opened.has_read_times or not opened.updates or not last_read.any():
         return None
-    if reads.is_averaged:
+    if any(x.is_averaged for x in reads):
         return None
-    return reads.summary(opened.updates)
+    return {
+        "updates": opened.updates,
+        "read": summarise(last_read, opened.updates),
+        "top1": summarise(last_top1, opened.updates),
+    }
 
 
 def _shared(opened: Opened, usage: Dict[int, MemoryUsage]) -> Optional[Dict[str, Any]]:
@@ -133,4 +143,4 @@ def _shared(opened: Opened, usage: Dict[int, MemoryUsage]) -> Optional[Dict[str,
     whole = MemoryUsage(first.n_slots, first.heads)
     for counts in (first, *others):
         whole.merge(counts)
-    return whole.summary()
+    return {**whole.summary(), "staleness": staleness(opened, list(usage))}

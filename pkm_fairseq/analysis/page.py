@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import List
 
 from jinja2 import Environment, FileSystemLoader
 
 from ..files import write_file
 from . import tables
-from .curves import draw_curves
-from .plots import COLOURS, charts_of_checkpoints
+from .curves import draw_curves, logs_of_checkpoints
+from .plots import COLOURS, Chart, charts_of_checkpoints
 from .report import Analysis
 
 
@@ -17,7 +18,7 @@ def write_charts(analysis: Analysis, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     by_layer = charts_of_checkpoints(analysis.report["checkpoints"], analysis.masses)
     charts = [chart for drawn in by_layer.values() for chart in drawn]
-    charts += draw_curves(analysis.logs) if analysis.logs else []
+    charts += _curves(analysis)
     for chart in charts:
         name = re.sub(r"\W+", "_", chart.title.lower()).strip("_")
         svg = str(chart.svg).replace("<svg", '<svg style="background: #fff"', 1)
@@ -35,7 +36,7 @@ def page(analysis: Analysis) -> str:
         **report,
         colours=COLOURS,
         charts=charts_of_checkpoints(checkpoints, analysis.masses),
-        curves=draw_curves(analysis.logs) if analysis.logs else [],
+        curves=_curves(analysis),
         usage=(("checkpoint", "layer", "head", *tables.USAGE_COLUMNS),
                tables.usage_rows(checkpoints)),
         staleness=(("checkpoint", "layer", *tables.STALENESS_COLUMNS),
@@ -45,3 +46,10 @@ def page(analysis: Analysis) -> str:
         last=(("log", "memories", "layer", *tables.LOG_COLUMNS), tables.log_rows(analysis.logs)),
         last_head=tables.LAST_HEAD,
     )  # fmt: skip
+
+
+def _curves(analysis: Analysis) -> List[Chart]:
+    """What logs, and several checkpoints of one training, say over updates."""
+    report = analysis.report
+    of_checkpoints = logs_of_checkpoints(report["checkpoints"], report["split"] or "text")
+    return draw_curves([*analysis.logs, *of_checkpoints])

@@ -91,7 +91,10 @@ def _checkpoints(
     for name, file in named_files(args.checkpoint):
         opened = open_checkpoint(name, file, args)
         if previous is not None:
-            drifts.append(_drift(args, previous, opened))
+            try:
+                drifts.append(_drift(args, previous, opened))
+            except ValueError as error:  # arms of different shapes stand side by side all the same
+                note(f"no drift from {previous.name} to {opened.name}: {error}")
         previous = None  # frees it
         sequences = _text_for(args, opened, note)
         advance = begin(name, 2 * count_tokens(sequences))

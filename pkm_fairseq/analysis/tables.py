@@ -74,10 +74,13 @@ STALENESS_COLUMNS = (
 def staleness_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
     """Rows of checkpoint, layer and :data:`STALENESS_COLUMNS`, where a checkpoint knows them."""
     return [
-        [report["name"], str(layer["layer"]), *_staleness_cells(layer["staleness"])]
+        [report["name"], name, *_staleness_cells(counted["staleness"])]
         for report in reports
-        for layer in report["layers"]
-        if layer["staleness"]
+        for name, counted in (
+            *((str(layer["layer"]), layer) for layer in report["layers"]),
+            ("shared", report["shared"] or {}),
+        )
+        if counted.get("staleness")
     ]
 
 

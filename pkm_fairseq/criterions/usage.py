@@ -13,7 +13,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from omegaconf import II
 
-from .usage_count import PREFIX, Count, finished_updates, merge_read_times
+from .usage_count import PREFIX, Count, finished_updates
 from .usage_log import (
     FILE,
     UsageLog,
@@ -59,8 +59,9 @@ class UsageReports:
 
     With the tasks of this plugin each validation subset is counted on its own; with stock tasks,
     whose batches do not name their subset, all subsets of one validation are counted together, and
-    with several workers and subsets the batches that keep idle workers busy are not recognised
-    after the first subset.
+    with several workers the batches that keep idle workers busy are not recognised in training, nor
+    in validation after the first subset, and workers tell each other about reads when a count is
+    finished, and not after each update.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
@@ -143,7 +144,7 @@ class UsageReports:
         assert self._window is not None
         self._window.check(device)
         if self._window.is_full:
-            merge_read_times(model)
+            model.merge_read_times()
             self._window.updates = updates + 1
             self._window.add_up(device)
             self._write(self._window)
@@ -155,7 +156,7 @@ class UsageReports:
     def _validation_step(self, model: Any, sample: Dict[str, Any], reduce: bool) -> Tuple:
         subset = sample.get("split", "")
         if subset not in self._validation:
-            merge_read_times(model)
+            model.merge_read_times()
             self._validation[subset] = Count(model, subset, self._tokens)
         count = self._validation[subset]
         if count.is_full:

@@ -137,16 +137,6 @@ def finished_updates(model: Any) -> Optional[int]:
     return next(iter(model.memory_layers().values())).reads.updates
 
 
-def merge_read_times(model: Any) -> None:
-    """Let every worker know when any of them has read a slot; every worker must call it."""
-    if distributed_utils.get_data_parallel_world_size() == 1:
-        return
-    group = distributed_utils.get_data_parallel_group()
-    for _, layer in sorted(model.memory_layers().items()):
-        for last in (layer.reads.last_read, layer.reads.last_top1):
-            distributed_utils.all_reduce(last, group=group, op="max")
-
-
 def sum_over_workers(local: MemoryUsage) -> MemoryUsage:
     """The usage of all data-parallel workers together; ``local`` is left as it is."""
     if distributed_utils.get_data_parallel_world_size() == 1:

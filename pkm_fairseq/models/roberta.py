@@ -192,6 +192,18 @@ class PkmRobertaModel(RobertaModel):
             i: layers[i] for i in range(len(layers)) if isinstance(layers[i], MemoryEncoderLayer)
         }
 
+    def merge_read_times(self) -> None:
+        """Let every worker know when any of them has read a slot; every worker must call it."""
+        if distributed_utils.get_data_parallel_world_size() == 1:
+            return
+        reads = [layer.reads for _, layer in sorted(self.memory_layers().items())]
+        times = [last for x in reads for last in (x.last_read, x.last_top1)]
+        latest = torch.stack(times)  # (2 L, n_slots), exchanged at once
+        group = distributed_utils.get_data_parallel_group()
+        distributed_utils.all_reduce(latest, group=group, op="max")
+        for last, merged in zip(times, latest, strict=True):
+            last.copy_(merged)
+
     @contextmanager
     def record_memory_usage(
         self, usage: Optional[Dict[int, MemoryUsage]] = None

@@ -26,9 +26,10 @@ class NamedSplitDataset(BaseWrapperDataset):
 
 
 class MemoryTrainStep:
-    """Mixin for a task: what keeps an idle worker busy is in no statistic of a memory.
+    """Mixin for a task: memories know what is data, and what other workers have read.
 
-    fairseq gives a worker that has run out of batches one to compute whose loss counts nothing.
+    fairseq gives a worker that has run out of batches one to compute whose loss counts nothing:
+    what keeps an idle worker busy is in no statistic of a memory.
     """
 
     def train_step(
@@ -46,6 +47,12 @@ class MemoryTrainStep:
         idle = getattr(model, "idle_memories", None)
         with contextlib.nullcontext() if idle is None else idle(ignore_grad):
             return step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """Finish an update; what is saved after it tells when any worker has read a slot."""
+        super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
+        if hasattr(model, "memory_layers") and model.memory_layers():
+            model.merge_read_times()
 
 
 class TellsEndOfValidation:

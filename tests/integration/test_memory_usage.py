@@ -127,6 +127,9 @@ def test_checkpoints_and_logs_together(trained: Path, evil_data: Path, tmp_path:
     assert not [tag for tag, _ in page.tags if tag in ("script", "i")]
     figures = sum(tag == "figure" for tag, _ in page.tags)
     assert figures > 15
+    assert "Through training" in page.text and f"{trained.name}, checkpoints" in "".join(
+        str(attributes.get("aria-label")) for _, attributes in page.tags
+    )
     charts = [ElementTree.parse(file).getroot() for file in (tmp_path / "charts").iterdir()]
     assert len(charts) == figures
     assert all(chart.tag == "{http://www.w3.org/2000/svg}svg" for chart in charts)

@@ -12,7 +12,18 @@ import torch
 
 from pkm_fairseq.criterions.usage_log import FILE, INITIAL_VALUES, read_usage_log
 
-from .runs import BIN, MASKED_LM, MEMORY, MODEL, TRAIN, load, train, train_on_two_workers
+from .runs import (
+    BIN,
+    MASKED_LM,
+    MEMORY,
+    MODEL,
+    TRAIN,
+    binarise,
+    load,
+    train,
+    train_on_two_workers,
+    write_sentences,
+)
 
 ALL = ["--memory-usage-tokens", "100000"]  # more than the validation set has
 RESM = ["--arch", "resm_roberta_tiny", *MEMORY]
@@ -126,6 +137,25 @@ def test_two_workers_report_what_one_that_accumulates_does(
     assert ours["layers"][0]["tokens"] > 100
     assert (ours["shared"] is not None) == bool(shared)
     assert_same_counts(ours, theirs)
+
+
+def test_two_workers_note_the_reads_of_one_when_there_is_no_validation(tmp_path: Path) -> None:
+    write_sentences(tmp_path / "train.txt", 58, seed=0)  # an odd number of batches
+    write_sentences(tmp_path / "valid.txt", 10, seed=1)
+    data = binarise(tmp_path, tmp_path / "bin")
+    options = [*RESM, "--memory-n-keys", "32", "--max-epoch", "1", "--disable-validation"]
+    options += ["--seed", "8"]  # then the batch that fills its time is one of an earlier update
+    options += ["--dropout", "0", "--attention-dropout", "0", "--memory-query-norm", "layer"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    accumulated = train(data, one, *options, "--update-freq", "2")
+    first, _ = train_on_two_workers(data, two, *options)
+    sizes = [[float(line["bsz"]) for line in run.logged("train_inner")]
+             for run in (accumulated, first)]  # fmt: skip
+    assert sizes[0] == sizes[1]
+    assert sizes[0][-1] <= 8 < sizes[0][0]  # in the end one of two workers has nothing to learn
+    for name, tensor in times(one).items():
+        assert torch.equal(tensor, times(two)[name]), name
+        assert 0 in tensor
 
 
 def test_two_workers_count_the_training_together(data_bin: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import html
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from fairseq.data import Dictionary
 
 from pkm_fairseq.analysis import checkpoints, curves, drift, examine, plots, readers, report, tables
-from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory
+from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory, ReadTimes
 from tests.helpers import SMALL, build, small_dictionary
 
 WIDTH = 8
@@ -386,6 +387,76 @@ def test_logs_of_different_shapes_stand_side_by_side(
     rows = tables.log_rows(logs)
     assert [row[:5] for row in rows][-1] == ["b", "25 slots, 2 heads, knn 3", "1", "valid", "10"]
     assert len(rows) == 5
+
+
+def checkpoint_report(file: str, updates: Any, layers: Any = (1, 2)) -> Dict[str, Any]:
+    found = record(updates or 0, "", layers=layers)["layers"]
+    for layer in found:
+        layer["knn"] = 3
+    more = {"updates": updates, "layers": found, "shared": None}
+    return {"name": file, "checkpoint": file, **more}
+
+
+def test_checkpoints_of_a_training_make_a_curve_and_a_lone_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(curves, "METRICS", curves.METRICS[:1])
+    reports = [
+        checkpoint_report("x/arm/last.pt", 30),
+        checkpoint_report("x/arm/first.pt", 10),
+        checkpoint_report("x/other/last.pt", 30),
+        checkpoint_report("x/arm/of_other_layers.pt", 20, (1,)),
+        checkpoint_report("y/arm/a.pt", 5),
+        checkpoint_report("y/arm/b.pt", 6),
+        checkpoint_report("y/arm/unknown.pt", None),
+    ]
+    first, second = curves.logs_of_checkpoints(reports, "test")
+    assert first.name.endswith("x/arm") and second.name.endswith("y/arm")  # not both "arm"
+    assert curves.logs_of_checkpoints(reports[:2], "test")[0].name == "arm, checkpoints"
+    updates, ginis = curves.series(first, "test", "2", ("gini",))
+    assert updates == [10, 30]
+    assert ginis == [reports[1]["layers"][1]["gini"], reports[0]["layers"][1]["gini"]]
+    usage = curves.draw_curves([first])[0].svg
+    assert "split test" in usage and "at update 30" in usage
+    assert curves.draw_curves(curves.logs_of_checkpoints(reports[2:3], "test")) == []
+
+
+def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("memories are in layers [0] before, [1] after")
+
+    monkeypatch.setattr(report, "open_checkpoint", lambda name, *_: SimpleNamespace(name=name))
+    monkeypatch.setattr(report, "_drift", refuse)
+    monkeypatch.setattr(report, "_text_for", lambda *_: [])
+    monkeypatch.setattr(
+        report, "examine", lambda opened, *_: examine.Examined({"name": opened.name}, {})
+    )
+    args = Namespace(checkpoint=["a=x", "b=y"], log=[], data="d", text=None, split="valid", hot=1)
+    warnings: List[str] = []
+    found = report.analyse(args, lambda *_: lambda n: None, warnings.append).report
+    assert [checkpoint["name"] for checkpoint in found["checkpoints"]] == ["a", "b"]
+    assert found["drift"] == []
+    assert found["notes"] == warnings
+    assert warnings == ["no drift from a to b: memories are in layers [0] before, [1] after"]
+
+
+def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
+    layers = {}
+    for layer, (read, top1) in {0: ([5, 0], [1, 0]), 2: ([3, 9], [4, 0])}.items():
+        reads = ReadTimes(2)
+        reads.last_read.copy_(torch.tensor(read))
+        reads.last_top1.copy_(torch.tensor(top1))
+        layers[layer] = SimpleNamespace(reads=reads)
+    model = SimpleNamespace(memory_layers=lambda: layers)
+    opened: Any = SimpleNamespace(model=model, updates=10, has_read_times=True)
+    shared = examine.staleness(opened, [0, 2])
+    assert shared is not None
+    assert (shared["read"]["p10"], shared["read"]["p99"]) == (1, 5)
+    assert (shared["top1"]["p10"], shared["top1"]["p99"], shared["top1"]["never"]) == (6, 10, 0.5)
+    counted = {"name": "a", "layers": [], "shared": {"staleness": shared}}
+    assert [row[:3] for row in tables.staleness_rows([counted])] == [["a", "shared", "10"]]
 
 
 # --- options ------------------------------------------------------------------------------------
