@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
@@ -57,6 +57,7 @@ class Choices:
         seed: of the moments.
         updates: of the whole training.
         interval: updates between checkpoints.
+        further: flags for fairseq-train that win over those of the tiny model.
 
     Raises:
         ValueError: the numbers do not fit together, or the folder is not new.
@@ -68,6 +69,7 @@ class Choices:
     seed: int
     updates: int
     interval: int
+    further: Tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kills < 1 or self.interval < 1:
@@ -104,7 +106,7 @@ class Training:
         self._updates, self._unread = 0, ""
         command = [str(Path(sys.executable).parent / "fairseq-train"), str(choices.data), *FLAGS]
         command += ["--save-dir", str(save_dir), "--max-update", str(choices.updates)]
-        command += ["--save-interval-updates", str(choices.interval)]
+        command += ["--save-interval-updates", str(choices.interval), *choices.further]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             self.process = subprocess.Popen(
@@ -207,6 +209,7 @@ def kill_training(choices: Choices, say: Callable[[str], None]) -> Dict[str, Any
     _examine(killed, straight, logs / "end.log", losses, resumed, choices.interval)
     result = {
         **{"kills": len(kills), "seed": choices.seed, "updates": choices.updates},
+        "further": choices.further,
         **{"interval": choices.interval, "seconds": round(time.monotonic() - began, 1)},
         "by_moment": {m: sum(kill["moment"] == m for kill in kills) for m in MOMENTS},
         "hit_a_save": sum(kill["hit_a_save"] for kill in kills),

@@ -2,10 +2,12 @@
 """Kill a tiny training with SIGKILL at random moments, and let it go on each time.
 
 Everything a kill leaves is looked at, and the end is compared with that of the same training left
-alone: status 0 if nothing was lost beyond the last checkpoint and all is equal, else 1.
+alone: status 0 if nothing was lost beyond the last checkpoint and all is equal, else 1. Flags
+behind -- go to fairseq-train, such as -- --memory-n-keys 256 for larger checkpoints.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from _script import run
@@ -28,9 +30,11 @@ def main() -> None:
                         help="updates between checkpoints (default: %(default)s)")  # fmt: skip
     parser.add_argument("--updates", type=int, metavar="N",
                         help="of the whole training (default: ten for each kill)")  # fmt: skip
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    args, further = parser.parse_args(words[:at]), tuple(words[at + 1 :])
     updates = args.updates or max(10 * args.kills, 10 * args.interval)
-    choices = Choices(args.data, args.out, args.kills, args.seed, updates, args.interval)
+    choices = Choices(args.data, args.out, args.kills, args.seed, updates, args.interval, further)
     result = kill_training(choices, lambda line: print(line, flush=True))
     print(
         f"{result['kills']} kills, {result['hit_a_save']} in the middle of a save: every "

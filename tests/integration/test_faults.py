@@ -22,6 +22,7 @@ from .runs import (
     start_two_workers,
 )
 
+VALUES = "encoder.sentence_encoder.layers.1.memory.values.weight"
 WITHIN = 60.0  # seconds in which a worker that is left alone ends, see docs/faults.md
 
 
@@ -29,6 +30,7 @@ def test_killed_trainings_go_on_from_their_last_checkpoint(data_bin: Path, tmp_p
     """Whether files are whole and losses equal is what the script looks at."""
     script = [sys.executable, ROOT / "scripts/kill_training.py", "--data", data_bin]
     options = ["--out", tmp_path / "out", "--kills", "4", "--updates", "80", "--interval", "5"]
+    options += ["--", "--memory-n-keys", "64"]
     said = run_well(*script, *options).output
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert "4 kills" in said and result["kills"] == len(result["each"]) == 4
@@ -36,6 +38,7 @@ def test_killed_trainings_go_on_from_their_last_checkpoint(data_bin: Path, tmp_p
     assert 0 <= result["most_lost"] <= 5
     assert result["updates_done"] >= 80
     assert result["equal"]["tensors"] > 100
+    assert len(load(tmp_path / "out/killed/checkpoint_last.pt")["model"][VALUES]) == 64**2
     assert result["equal"]["validation_counts"] >= 16
     again = run(*script, *options)
     assert again.status == 1
