@@ -48,7 +48,8 @@ def prepared_tasks(data: Path, names: Optional[Sequence[str]] = None) -> List[Pr
     Raises:
         ValueError: there are none, or one of them is not prepared.
     """
-    found = {file.parent.name for file in data.glob("*/task.json")}
+    folders = [file.parent.name for file in data.glob("*/task.json")]
+    found = {name for name in folders if "." not in name}  # else left by an interrupted preparation
     if not found:
         raise ValueError(f"--data {data} holds no prepared task: run scripts/prepare_glue.py")
     known = [*(name for name in TASKS if name in found), *sorted(found - set(TASKS))]

@@ -93,8 +93,9 @@ def _prepare_task(
     about: Dict[str, Any],
 ) -> None:
     splits, notes = read_task(folder, spec)
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "old"))
+    for left in (part, old):  # by an interruption
+        shutil.rmtree(left, ignore_errors=True)
     inputs = [part / f"input{number}" for number in range(1 + spec.is_pair)]
     for inputs_folder in inputs:
         inputs_folder.mkdir(parents=True)
@@ -114,9 +115,10 @@ def _prepare_task(
         )
     _write_description(part, splits, spec, about)
     if out.exists():
-        shutil.rmtree(out)
+        out.replace(old)  # in one step: half a folder could not be told from somebody else's
         print(f"{spec.name}: was prepared from other files or settings, done anew")
     part.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
     for note in notes:
         print(f"warning: {note}")
     print(f"{spec.name}: " + ", ".join(f"{s} {len(r.texts):,}" for s, r in splits.items()))

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from pkm_fairseq.data.prepare import load_sentencepiece, train_sentencepiece
 from pkm_fairseq.glue import prepare as module
+from pkm_fairseq.glue.data import prepared_tasks
 from pkm_fairseq.glue.prepare import prepare
 from pkm_fairseq.glue.read import read_task
 from pkm_fairseq.glue.tasks import TASKS
@@ -156,6 +158,31 @@ def test_what_was_interrupted_is_done_anew(made, tmp_path, monkeypatch):
     assert not (tmp_path / "RTE.part").exists()
     assert not (tmp_path / "RTE" / "stale").exists()
     assert as_fairseq_reads(tmp_path / "RTE", "valid", 2)[1]
+
+
+def test_a_kill_while_old_data_are_replaced_does_not_stop_the_next_run(made, tmp_path, monkeypatch):
+    run(made, tmp_path, ["RTE"])
+    other = write_glue(tmp_path / "other", ["RTE"], seed=1)
+
+    def killed(folder, **_):
+        if (folder / "task.json").exists():  # a kill in the middle of removing it
+            (folder / "task.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path, ["RTE"], glue=other)
+    monkeypatch.undo()
+    run(made, tmp_path, ["RTE"], glue=other)
+    left = {folder.name for folder in tmp_path.iterdir()}
+    assert left <= {"RTE", "tokenizer", "other", "RTE.old"}
+    assert [task.name for task in prepared_tasks(tmp_path)] == ["RTE"]
+
+
+def test_what_an_interruption_left_is_no_prepared_task(made, tmp_path):
+    run(made, tmp_path, ["RTE"])
+    shutil.copytree(tmp_path / "RTE", tmp_path / "RTE.part")  # killed just before the renaming
+    assert [task.name for task in prepared_tasks(tmp_path)] == ["RTE"]
 
 
 def test_a_bad_file_leaves_nothing_half_written_and_the_old_data(made, tmp_path):
