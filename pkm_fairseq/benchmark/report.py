@@ -14,7 +14,7 @@ TITLES = {
     "layer_forward": "Layer: forward in evaluation",
     "model_train_step": "Model: training step",
     "model_forward": "Model: forward in evaluation",
-    "counting_calls": "Counting usage: its calls within a training step of the model",
+    "counting_calls": "Counting usage: its calls within a training step, processor time",
     PEAK: "Peak memory of a training step of the layer",
 }
 PARTS = "Parts of a layer's step"
