@@ -1,11 +1,18 @@
 #!/usr/bin/env python3
-"""Measure what data-parallel workers exchange for the gradient of a value table, as a table."""
+"""Measure, or calculate, what data-parallel workers exchange for a value table."""
 
 import argparse
 
 from _script import run
 
-from pkm_fairseq.benchmark.exchange import Table, even_tokens, factor_bytes, measure, received_bytes
+from pkm_fairseq.benchmark.exchange import (
+    Table,
+    even_tokens,
+    factor_bytes,
+    measure,
+    plan_bytes,
+    received_bytes,
+)
 
 
 def main() -> None:
@@ -17,29 +24,51 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="of each worker in one update", default=[256, 1024]
     )
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4], help="how many (2 4)")
+    parser.add_argument("--plan", action="store_true", help="calculate, do not measure")
+    shards = "with --plan: workers to a group that shares a table (1 8)"
+    parser.add_argument("--shards", type=int, nargs="+", help=shards, default=[1, 8])
     args = parser.parse_args()
     for name in ("n_keys", "v_dim", "reads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1")
-    for name, least in (("tokens", 0), ("workers", 2)):
+    for name, least in (("tokens", 1), ("workers", 2), ("shards", 1)):
         if min(getattr(args, name)) < least:
             parser.error(f"--{name} has {min(getattr(args, name))}, must be at least {least}")
     table = Table(args.n_keys**2, args.v_dim, args.reads)
     print(f"{table.n_slots:,} slots of width {table.v_dim}, {table.reads} reads per token")
     print(f"{factor_bytes(table, 1):,} bytes per token; as many as a dense all-reduce sends from")
     print(f"{even_tokens(table):,.0f} tokens of all workers in one update\n")
+    print_plan(table, args) if args.plan else print_measured(table, args)
+
+
+def print_measured(table: Table, args: argparse.Namespace) -> None:
+    """Print what really crosses, beside the formula."""
     print("| workers | tokens each | | received by each, MB, by formula | measured | handed over |")
     print("|--:|--:|---|--:|--:|--:|")
     for workers in args.workers:
-        for tokens in (*args.tokens, None):
-            what = "dense" if tokens is None else "factors"
-            found = measure(table, tokens or 0, workers, dense=tokens is None)
-            formula = received_bytes(table, tokens or 0, workers)[what]
+        ways = [(way, tokens) for tokens in args.tokens for way in ("factors", "shards")]
+        for way, tokens in (*ways, ("dense", 0)):
+            found = measure(table, tokens, workers, way)
+            formula = received_bytes(table, tokens, workers)[way]
             numbers = (formula, found["received"], found["sent"])
             cells = " | ".join(f"{number / 1e6:,.2f}" for number in numbers)
-            shown = "any" if tokens is None else f"{tokens:,}"
-            print(f"| {workers} | {shown} | {what} | {cells} |", flush=True)
+            print(
+                f"| {workers} | {f'{tokens:,}' if tokens else 'any'} | {way} | {cells} |",
+                flush=True,
+            )
+
+
+def print_plan(table: Table, args: argparse.Namespace) -> None:
+    """Print the formula only, for any number of workers, in groups that share a table."""
+    print("| workers | shards | tokens each | held, MB | in a group | factors | dense |")
+    print("|--:|--:|--:|--:|--:|--:|--:|")
+    for workers in args.workers:
+        for shards in (n for n in args.shards if workers % n == 0):
+            for tokens in args.tokens:
+                plan = plan_bytes(table, tokens, workers, shards)
+                cells = " | ".join(f"{number / 1e6:,.0f}" for number in plan.values())
+                print(f"| {workers:,} | {shards} | {tokens:,} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bytes that data-parallel workers exchange for the gradient of a value table."""
+"""Bytes that data-parallel workers exchange for a value table."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from ..memory.gradient import ValueGradient
+from ..memory import ColumnShards, ValueTable
 
 LOOPBACK = Path("/proc/self/net/dev")
 
@@ -26,12 +26,49 @@ def factor_bytes(table: Table, tokens: float) -> float:
     return tokens * (8 * table.reads + 4 * table.v_dim + 4)
 
 
-def received_bytes(table: Table, tokens: float, workers: int) -> Dict[str, float]:
-    """What each worker receives, by formula: factors from all others, or a ring's all-reduce."""
-    dense = 4 * table.n_slots * table.v_dim
+def received_bytes(table: Table, tokens: int, workers: int) -> Dict[str, float]:
+    """What each worker receives for so many tokens of each, by formula.
+
+    Args:
+        table: the table.
+        tokens: of each worker.
+        workers: W.
+
+    Returns:
+        "factors": from all others, once an update; "dense": a ring's all-reduce, once an update;
+        "shards": of a table that is split over all workers, look-ups and columns in the forward
+        pass, and columns and the gradients of weights in the backward pass.
+    """
+    others, dense = workers - 1, 4 * table.n_slots * table.v_dim
+    look_up = (4 + 4 + 4) * table.reads  # slots and weights; the gradient of weights
+    columns = 2 * 4 * table.v_dim / workers  # of what was read, and their gradient
     return {
-        "factors": (workers - 1) * (factor_bytes(table, tokens) + 16),  # 16: how many there are
-        "dense": 2 * (workers - 1) / workers * dense,
+        "factors": others * (factor_bytes(table, tokens) + 16),  # 16: how many there are
+        "dense": 2 * others / workers * dense,
+        "shards": others * (tokens * (look_up + columns) + 8),  # 8: how many tokens there are
+    }
+
+
+def plan_bytes(table: Table, tokens: int, workers: int, shards: int) -> Dict[str, float]:
+    """Bytes for workers in groups, each of which splits a table over its members, by formula.
+
+    Args:
+        table: the table.
+        tokens: of each worker in one update.
+        workers: W.
+        shards: members of a group, a divisor of W; 1 for no split.
+
+    Returns:
+        "held": a worker's part of the table and of two moments; "group": received by each in
+        reads; "factors" and "dense": received by each from the other groups, either way.
+    """
+    columns, groups = table._replace(v_dim=table.v_dim // shards), workers // shards
+    between = received_bytes(columns, tokens * shards, groups)
+    return {
+        "held": 3 * 4 * table.n_slots * columns.v_dim,
+        "group": received_bytes(table, tokens, shards)["shards"],
+        "factors": between["factors"],
+        "dense": between["dense"],
     }
 
 
@@ -40,35 +77,42 @@ def even_tokens(table: Table) -> float:
     return 2 * 4 * table.n_slots * table.v_dim / factor_bytes(table, 1)
 
 
-def measure(table: Table, tokens: int, workers: int, dense: bool) -> Dict[str, float]:
-    """Let processes exchange a gradient over gloo.
+def measure(table: Table, tokens: int, workers: int, way: str) -> Dict[str, float]:
+    """Let processes exchange what one read of a table takes, over gloo.
+
+    Args:
+        table: the table.
+        tokens: of each worker.
+        workers: how many.
+        way: "factors", "dense" or "shards", as in :func:`received_bytes`.
 
     Returns:
         Bytes per worker: "sent", of all tensors handed to collectives; "received", what the
         loopback device carried, whoever used it meanwhile, headers included.
     """
     with TemporaryDirectory() as folder:
-        spawn(_work, args=(folder, table, tokens, workers, dense), nprocs=workers)  # type: ignore[no-untyped-call]
+        spawn(_work, args=(folder, table, tokens, workers, way), nprocs=workers)  # type: ignore[no-untyped-call]
         found: Dict[str, float] = torch.load(Path(folder, "found.pt"), weights_only=True)
         return found
 
 
-def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, dense: bool) -> None:
+def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, way: str) -> None:
     torch.set_num_threads(1)
     method = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=workers)
-    values = torch.zeros(table.n_slots, table.v_dim)
-    gradient = ValueGradient()
-    gradient.keep_factors(values)
-    slots = torch.randint(table.n_slots, (tokens, table.reads))
-    gradient.add(slots, torch.rand(tokens, table.reads), torch.rand(tokens, table.v_dim))
+    shards = ColumnShards(workers) if way == "shards" else None
+    values = ValueTable(table.n_slots, table.v_dim, shards=shards)
+    values.gradient.keep_factors(values.weight)
+    slots = torch.randint(table.n_slots, (tokens, 1, table.reads))
+    weights = torch.rand(tokens, 1, table.reads, requires_grad=True)
     dist.barrier()
     before, sent = _loopback(), _count_bytes()
     dist.barrier()
-    if dense:
-        dist.all_reduce(values)
+    values(slots, weights).sum().backward()
+    if way == "dense":
+        dist.all_reduce(torch.zeros_like(values.weight))
     else:
-        gradient.gather(values)
+        values.gradient.average(values.weight)
     dist.barrier()
     if rank == 0:
         found = {"sent": sum(sent), "received": (_loopback() - before) / workers}
@@ -79,7 +123,8 @@ def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, dense
 
 def _count_bytes() -> "list[int]":
     """From now on the sizes of tensors that this worker hands to collectives."""
-    sent, all_gather, all_reduce = [], dist.all_gather, dist.all_reduce
+    sent, to_all = [], (dist.all_gather, dist.all_reduce, dist.all_to_all_single)
+    all_gather, all_reduce, all_to_all = to_all
 
     def gather(out: Any, x: Any, group: Any = None) -> None:
         sent.append(x.nbytes)
@@ -89,7 +134,11 @@ def _count_bytes() -> "list[int]":
         sent.append(x.nbytes)
         all_reduce(x, group=group)
 
-    dist.all_gather, dist.all_reduce = gather, reduce
+    def exchange(out: Any, x: Any, *sizes: Any, group: Any = None) -> None:
+        sent.append(x.nbytes)
+        all_to_all(out, x, *sizes, group=group)
+
+    dist.all_gather, dist.all_reduce, dist.all_to_all_single = gather, reduce, exchange
     return sent
 
 

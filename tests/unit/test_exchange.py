@@ -2,17 +2,42 @@
 
 import pytest
 
-from pkm_fairseq.benchmark.exchange import Table, even_tokens, measure, received_bytes
+from pkm_fairseq.benchmark.exchange import (
+    Table,
+    even_tokens,
+    measure,
+    plan_bytes,
+    received_bytes,
+)
 
 TABLE = Table(n_slots=64, v_dim=8, reads=6)
 
 
-def test_workers_exchange_what_the_formula_says():
-    found = measure(TABLE, tokens=50, workers=2, dense=False)
-    formula = received_bytes(TABLE, tokens=50, workers=2)["factors"]
-    assert formula == 50 * (6 * 8 + 8 * 4 + 4) + 16
-    assert found["sent"] == formula  # to the one other worker
+@pytest.mark.parametrize(
+    "way,expected",
+    [
+        ("factors", 50 * (6 * 8 + 8 * 4 + 4) + 16),
+        ("shards", 50 * (6 * 12 + 2 * 8 * 4 / 2) + 8),
+    ],
+)
+def test_workers_exchange_what_the_formula_says(way, expected):
+    found = measure(TABLE, tokens=50, workers=2, way=way)
+    formula = received_bytes(TABLE, tokens=50, workers=2)[way]
+    assert formula == expected
+    # to the one other worker; columns and gradients of weights also to itself, which is not sent
+    assert found["sent"] - formula == (0 if way == "factors" else 50 * (2 * 8 * 4 / 2 + 6 * 4))
     assert found["received"] == 0 or found["received"] >= formula  # 0: no such device
+
+
+def test_a_plan_adds_what_groups_exchange_to_what_is_exchanged_within():
+    plan = plan_bytes(TABLE, tokens=10, workers=8, shards=2)
+    assert plan["held"] == 3 * 64 * (8 / 2) * 4
+    assert plan["group"] == 10 * (6 * 12 + 8 * 4) + 8
+    assert plan["factors"] == 3 * (20 * (6 * 8 + 4 * 4 + 4) + 16)
+    assert plan["dense"] == 2 * 3 / 4 * 64 * 4 * 4
+    alone = plan_bytes(TABLE, tokens=10, workers=8, shards=1)
+    assert alone["group"] == 0
+    assert alone["factors"] == received_bytes(TABLE, tokens=10, workers=8)["factors"]
 
 
 @pytest.mark.parametrize("workers", [2, 7])
