@@ -39,8 +39,8 @@ $(INSTALLED): $(REQUIREMENTS)
 demo: install ## pretrain three arms on real text and write demo_out/report.html (CORPUS=file)
 	$(BIN)/python scripts/demo.py --validate-faiss --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
 
-test: install ## run every test
-	$(BIN)/python -m pytest
+test: install ## run every test, on all cores
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-triton: install ## run triton's kernels in its interpreter, on the CPU, against plain loops
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/triton.txt

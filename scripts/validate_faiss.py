@@ -77,7 +77,7 @@ def run(args: Any) -> bool:
         results,
         checkpoint=args.checkpoint,
         text=args.data or args.text,
-        seconds=round(time.perf_counter() - start, 1),
+        seconds=round(time.perf_counter() - start, 3),
         threads=torch.get_num_threads(),
         versions={"pkm_fairseq": __version__},
     )
@@ -88,7 +88,7 @@ def run(args: Any) -> bool:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in report.tables(results):
         console.print(table)
-    print(f"{verdict(summary)} ({summary['seconds']} s)")
+    print(f"{verdict(summary)} ({summary['seconds']:.1f} s)")
     return bool(summary["exact"])
 
 

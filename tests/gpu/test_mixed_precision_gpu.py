@@ -7,8 +7,19 @@ import pytest
 import torch
 
 from ..integration.conftest import data_bin  # noqa: F401  (a fixture)
-from ..integration.runs import BIN, MASKED_LM, MEMORY, MODEL, ROOT, TRAIN, Run, load, run_well
-from ..integration.test_factored import tensors, values_of
+from ..integration.runs import (
+    BIN,
+    MASKED_LM,
+    MEMORY,
+    MODEL,
+    ROOT,
+    TRAIN,
+    Run,
+    load,
+    run_well,
+    values_of,
+)
+from ..integration.test_factored import tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -50,6 +50,11 @@ class Run:
         return [json.loads(match[1]) for match in found]
 
 
+def values_of(run: Run, key: str) -> List[float]:
+    """What a training logged of each update under a key."""
+    return [float(log[key]) for log in run.logged("train_inner")]
+
+
 def run(*command: Any, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None) -> Run:
     """Run a command of the environment, or of the repository, to its end."""
     done = subprocess.run(

@@ -20,8 +20,9 @@ from .runs import (
     run_well,
     train,
     train_on_two_workers,
+    values_of,
 )
-from .test_factored import tensors, values_of
+from .test_factored import tensors
 
 VALUES = "encoder.sentence_encoder.layers.1.memory.values.weight"
 EMBEDDING = "encoder.sentence_encoder.embed_tokens.weight"

@@ -67,7 +67,7 @@ def test_every_flag_of_the_readme_exists_and_every_memory_flag_is_in_it() -> Non
     of_ours -= {"--memory-efficient-fp16", "--memory-efficient-bf16"}  # fairseq's
     named = set(FLAG.findall(README))
     assert of_ours | {"--init-from"} <= named
-    assert len(of_ours) == 20
+    assert len(of_ours) == 21
     assert named - known <= {"--help", "--model-overrides"}.union(*flags_of_scripts().values())
 
 

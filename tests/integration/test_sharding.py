@@ -12,11 +12,11 @@ from .runs import (
     MEMORY,
     MODEL,
     TRAIN,
-    Run,
     load,
     run,
     train,
     train_on_two_workers,
+    values_of,
 )
 from .test_factored import EPS, assert_close_checkpoints
 
@@ -50,7 +50,7 @@ def test_shards_train_resume_and_are_counted_as_a_whole_table(
     whole = train(data_bin, one, *OPTIONS, *CLIP, "--update-freq", "2")
     split = train_on_two_workers(data_bin, two, *OPTIONS, *CLIP, "--memory-shards", "2")
     for key in ("loss", "value_gnorm"):
-        assert logged(split[0], key) == pytest.approx(logged(whole, key), rel=1e-3), key
+        assert values_of(split[0], key) == pytest.approx(values_of(whole, key), rel=1e-3), key
     assert_close_checkpoints(one, two)
     assert load(two / "checkpoint_last.pt")["model"][VALUES].shape == (256, 32)
     assert_close_counts(one, two)
@@ -60,10 +60,6 @@ def test_shards_train_resume_and_are_counted_as_a_whole_table(
     from_one = resume(one, tmp_path / "from_one", 3)
     train_on_two_workers(data_bin, from_one, *OPTIONS, *CLIP, "--memory-shards", "2")
     assert_close_checkpoints(one, from_one)
-
-
-def logged(run: Run, key: str) -> "list[float]":
-    return [float(log[key]) for log in run.logged("train_inner")]
 
 
 def assert_close_counts(one: Path, two: Path) -> None:

@@ -31,8 +31,9 @@ from .runs import (
     run_well,
     train,
     train_on_two_workers,
+    values_of,
 )
-from .test_factored import EPS, assert_close_checkpoints, values_of
+from .test_factored import EPS, assert_close_checkpoints
 from .test_readme import blocks
 
 RESM = ["--arch", "resm_roberta_tiny", *MEMORY]
