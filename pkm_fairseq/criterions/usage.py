@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -76,6 +75,7 @@ class UsageReports:
         self._log: Optional[UsageLog] = None
         self._is_training = False  # whether this process trains
         self._is_split = False  # whether it holds columns of tables only
+        self._is_alone = False  # whether other workers are not to be asked
         self._validation: Dict[str, Count] = {}  # by subset
         self._first_ids: Dict[str, List[int]] = {}  # by subset
         self._window: Optional[Count] = None  # of training batches
@@ -187,8 +187,8 @@ class UsageReports:
         self._validation.clear()
 
     def _finish_at_exit(self) -> None:
-        if not (self._is_split and hasattr(sys, "last_value")):  # after an error nobody may answer
-            self.finish_validation()
+        self._is_alone = True  # after an error on one worker nobody may answer
+        self.finish_validation()
 
     def _is_filler(self, subset: str, sample: Dict[str, Any]) -> bool:
         """Whether this batch only keeps a worker busy that has run out of batches.
@@ -209,7 +209,7 @@ class UsageReports:
     def _write(self, count: Count) -> None:
         if self._folder is None or (self._log is None and not self._is_split):
             return
-        record = count.record(load_initial_values(self._folder))
+        record = count.record(load_initial_values(self._folder), self._is_alone)
         if self._log is None:
             return
         try:

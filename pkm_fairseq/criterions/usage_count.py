@@ -88,13 +88,16 @@ class Count:
         # fairseq may sum logging outputs over workers: this says by how much
         return {**report, f"{PREFIX}_reports": 1.0} if report else {}
 
-    def record(self, initial: Optional[Dict[str, torch.Tensor]]) -> Dict[str, Any]:
+    def record(
+        self, initial: Optional[Dict[str, torch.Tensor]], is_alone: bool = False
+    ) -> Dict[str, Any]:
         """The line of ``memory_usage.jsonl``; every worker must call it if tables are split.
 
         Args:
             initial: values at the start of the training, by layer; None if they are not known.
+            is_alone: whether other workers are not to be asked how far their columns have moved.
         """
-        moved = {layer: self._moved(layer, initial) for layer in self.total}
+        moved = {layer: self._moved(layer, initial, is_alone) for layer in self.total}
         layers = [
             {"layer": i, **total.summary(), "staleness": self._staleness([i], moved[i])}
             for i, total in sorted(self.total.items())
@@ -124,9 +127,11 @@ class Count:
         said["top1"] = summarise(last_top1, self.updates)
         return {"updates": self.updates, **said, "moved": moved}
 
-    def _moved(self, layer: int, initial: Any) -> Optional[Dict[str, float]]:
+    def _moved(self, layer: int, initial: Any, is_alone: bool) -> Optional[Dict[str, float]]:
         values, name = self.layers[layer].memory.values, str(layer)
         is_known = initial is not None and name in initial
+        if values.shards is not None and is_alone:
+            return None
         if values.shards is not None:  # all workers must know, to add up what they find
             is_known = values.shards.all_have(is_known, values.weight.device)
         return movement(values.weight, initial[name], values.shards) if is_known else None

@@ -62,10 +62,19 @@ class ColumnShards:
         return v_dim // self.n_shards
 
     def own_columns(self, table: Tensor, v_dim: int) -> Tensor:
-        """This worker's columns of a whole table (n_slots, V), as a view; other widths as given."""
-        if table.dim() != 2 or table.shape[1] != v_dim:
-            return table
+        """This worker's columns of a whole table (n_slots, V), as a view; other shapes as given.
+
+        Raises:
+            ValueError: the table is a part of one, and nobody can say which worker's.
+        """
         width = self.width(v_dim)
+        if table.dim() == 2 and table.shape[1] == width < v_dim:
+            raise ValueError(
+                f"a table of values has shape {tuple(table.shape)}, which is the part of one "
+                f"worker; must be whole, {(len(table), v_dim)}"
+            )
+        if table.dim() != 2 or table.shape[1] != v_dim:
+            return table  # whoever loads it will complain
         return table[:, self.rank * width : (self.rank + 1) * width]
 
     def __deepcopy__(self, memo: Any) -> "ColumnShards":

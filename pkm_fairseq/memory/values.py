@@ -94,10 +94,11 @@ class ValueTable(nn.Module):
             destination[f"{prefix}weight"] = self.gradient.assembled
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load this worker's columns of a whole table."""
-        name = f"{prefix}weight"
-        if self.shards is not None and name in state_dict:
-            state_dict[name] = self.shards.own_columns(state_dict[name], self.v_dim)
+        """Load this worker's columns of a whole table, or what is here already."""
+        given = state_dict.get(f"{prefix}weight")
+        is_own = given is None or given.data_ptr() == self.weight.data_ptr()
+        if self.shards is not None and not is_own:
+            state_dict[f"{prefix}weight"] = self.shards.own_columns(given, self.v_dim)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._tag()  # load_state_dict(assign=True) puts another parameter in place of the old one
 

@@ -165,6 +165,7 @@ class PkmRobertaConfig(FairseqDataclass):
     checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
     no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
     store_ema: bool = II("ema.store_ema")
+    use_bmuf: bool = II("optimization.use_bmuf")
 
 
 def memory_config(args: Any) -> MemoryConfig:

@@ -117,7 +117,7 @@ def load_parameters(
     state = {name: tensor for name, tensor in state.items() if name not in heads}
     RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
     state = {name: tensor for name, tensor in state.items() if not READ_TIMES.search(name)}
-    state = own_columns(model, state)
+    fitting = own_columns(model, state)
     full = model.state_dict()
     own = {name: tensor for name, tensor in full.items() if not READ_TIMES.search(name)}
     missing = [name for name in own if name not in state]
@@ -135,7 +135,7 @@ def load_parameters(
     problems += [
         f"{name} is {tuple(state[name].shape)}, must be {tuple(own[name].shape)}"
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in state and fitting[name].shape != own[name].shape
     ]
     if problems:
         raise ValueError(f"--init-from {path} does not fit the model: {_listed(problems)}")

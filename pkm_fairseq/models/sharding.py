@@ -11,6 +11,7 @@ from .init_from import take_option
 NOT_WITH_SHARDS = {
     "encoder_layerdrop": "workers would drop other layers, and wait for each other's reads",
     "store_ema": "the average of a part of a table cannot be saved as a whole",
+    "use_bmuf": "it averages the columns of different workers",
     "no_save_optimizer_state": "fairseq then does not tell all workers that it saves",
 }
 
@@ -37,6 +38,12 @@ def take_shards(args: Any, optimizer: Optional[str]) -> Optional[ColumnShards]:
         raise ValueError(
             f"memory-shards is {n_shards}, which --optimizer {optimizer} cannot train: fairseq "
             "would average the columns of different workers; use --optimizer pkm_adam"
+        )
+    freeze = str(safe_getattr(args, "memory_freeze"))
+    if freeze in ("values", "all"):
+        raise ValueError(
+            f"--memory-freeze {freeze} does not work with --memory-shards {n_shards}: the "
+            "optimizer, which puts whole tables together to save them, does not get frozen ones"
         )
     for option, reason in NOT_WITH_SHARDS.items():
         if safe_getattr(args, option):

@@ -227,11 +227,14 @@ class LazyAdam(Adam):
         must not wait for the others then.
         """
         tables = [p for p in self._tables() if gradient_of(p).shards is not None]
+        self._assembled.clear()  # of a checkpoint that was not written
+        for param in tables:
+            gradient_of(param).assembled = None
         if tables and sys.exc_info()[0] is not None:
             logger.warning("after an error only this worker's columns of the values are saved")
             return
         for param in tables:
-            shards, state = gradient_of(param).shards, self.state[param]
+            shards, state = gradient_of(param).shards, self.state.get(param, {})
             gradient_of(param).assembled = shards.assemble(param)
             whole = {moment: shards.assemble(state[moment]) for moment in MOMENTS if state}
             if any(moment is not None for moment in whole.values()):

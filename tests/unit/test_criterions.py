@@ -267,6 +267,25 @@ def test_workers_without_any_token_report_nothing(other_worker):
     assert count.report() == {}
 
 
+def test_at_exit_no_other_worker_is_asked_how_far_its_columns_have_moved():
+    """After an error on one worker the others wait elsewhere: the process would never end."""
+
+    class NobodyAnswers:
+        def all_have(self, it, device):
+            raise TimeoutError
+
+    model = model_of()
+    count = Count(model, "valid", 10)
+    count.total = {layer: counted(1) for layer in count.usage}
+    count.updates = 3
+    for layer in count.layers.values():
+        layer.memory.values.gradient.shards = NobodyAnswers()
+    with pytest.raises(TimeoutError):
+        count.record(None)
+    (layer, *_) = count.record(None, is_alone=True)["layers"]
+    assert layer["tokens"] == 5 and layer["staleness"]["moved"] is None
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_that_keep_a_worker_busy_are_not_counted(monkeypatch, other_worker, rank):
     first_of_subset = sample_of("mlm", [7, 3], 1, "valid")  # what fairseq fills up with

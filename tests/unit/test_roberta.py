@@ -374,6 +374,24 @@ IMPOSSIBLE = [
         {"optimizer": "pkm_adam", "ddp_backend": "fully_sharded"},
         ["--ddp-backend fully_sharded", "pkm_adam", "legacy_ddp"],
     ),
+    ({"memory_shards": 2, "optimizer": "pkm_adam"}, ["memory-shards is 2", "divisor", "is 1"]),
+    ({"memory_shards": 0, "optimizer": "pkm_adam"}, ["memory-shards is 0", "divisor", "is 1"]),
+    ({"memory_shards": 2, "optimizer": "adam"}, ["memory-shards is 2", "--optimizer pkm_adam"]),
+    ({"memory_shards": 2, "memory_layers": []}, ["memory-shards is 2, must be 1"]),
+    *(
+        (
+            {"memory_shards": 2, "optimizer": "pkm_adam", option: value},
+            ["--" + option.replace("_", "-"), "does not work with --memory-shards 2"],
+        )
+        for option, value in (
+            ("no_save_optimizer_state", True),
+            ("store_ema", True),
+            ("use_bmuf", True),
+            ("encoder_layerdrop", 0.5),
+            ("memory_freeze", "values"),
+            ("memory_freeze", "all"),
+        )
+    ),
     ({"optimizer": "pkm_adam", "tpu": True}, ["--tpu", "pkm_adam", "--optimizer adam"]),
     ({"memory_mode": "beside"}, ["memory-mode", "beside", "replace", "residual"]),
     ({"memory_knn": 6}, ["knn", "6", "5"]),

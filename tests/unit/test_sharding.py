@@ -203,3 +203,37 @@ def test_initial_values_of_a_large_table_are_those_of_a_whole_one(
     parts = on_workers(2, tmp_path, draw, n_slots, dtype)
     torch.manual_seed(0)
     assert torch.equal(torch.cat(parts, dim=1), ValueTable(n_slots, 6, dtype=dtype).weight)
+
+
+def saved_at_odd_moments(rank: int) -> Dict[str, Any]:
+    """What is saved before the first update, after an error, and what then cannot be loaded."""
+    net, adam = small_memory(ColumnShards(2))
+    adam.consolidate_state_dict()  # of a checkpoint that fairseq then does not write
+    try:
+        raise RuntimeError("an error on one worker")
+    except RuntimeError:
+        adam.consolidate_state_dict()  # does not wait for the others
+        crashed = net.state_dict()["values.weight"]
+    adam.state_dict()
+    adam.consolidate_state_dict()
+    first = {"values": net.state_dict()["values.weight"], **adam.state_dict()}
+    net.load_state_dict(net.state_dict())  # one's own
+    try:
+        net.load_state_dict({**net.state_dict(), "values.weight": crashed.clone()})
+    except ValueError as error:
+        return {"crashed": crashed, "first": first, "refused": str(error)}
+    return {}
+
+
+def test_only_whole_tables_are_loaded_and_an_error_waits_for_nobody(tmp_path: Path) -> None:
+    whole, other = on_workers(2, tmp_path, saved_at_odd_moments)
+    net, _ = small_memory()
+    assert torch.equal(whole["first"]["values"], net.values.weight)
+    assert whole["first"]["state"] == {}
+    for found in (whole, other):
+        assert found["crashed"].shape == (N_SLOTS, V_DIM // 2)
+        part, table = (N_SLOTS, V_DIM // 2), (N_SLOTS, V_DIM)
+        assert (
+            f"shape {part}, which is the part of one worker; must be whole, {table}"
+            in (found["refused"])
+        )
