@@ -104,6 +104,7 @@ def test_bf16_trains_and_resumes(data_bin: Path, tmp_path: Path, form: str) -> N
 def test_two_workers_in_fp16_train_as_one_that_accumulates(data_bin: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, *FP16["--fp16"], "--dropout", "0", "--attention-dropout", "0"]
     options += ["--batch-size", "4", "--max-update", "4"]
+    options += ["--memory-query-norm", "layer"]  # batch: statistics of both workers together
     one = train(data_bin, tmp_path / "one", *options, "--update-freq", "2")
     workers = train_on_two_workers(data_bin, tmp_path / "two", *options)
     for key in ("loss", "gnorm"):
