@@ -74,7 +74,6 @@ class UsageReports:
         self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
         self._log: Optional[UsageLog] = None
         self._is_training = False  # whether this process trains
-        self._is_split = False  # whether it holds columns of tables only
         self._is_alone = False  # whether other workers are not to be asked
         self._validation: Dict[str, Count] = {}  # by subset
         self._first_ids: Dict[str, List[int]] = {}  # by subset
@@ -119,9 +118,6 @@ class UsageReports:
 
     def _begin_training(self, model: Any, updates: int) -> None:
         self._is_training = True
-        self._is_split = any(
-            layer.memory.values.shards is not None for layer in model.memory_layers().values()
-        )
         problem = None
         is_fresh = self._folder is not None and updates == 0
         values = whole_values(model) if is_fresh else {}
@@ -207,7 +203,8 @@ class UsageReports:
     # --- both ---------------------------------------------------------------------------------
 
     def _write(self, count: Count) -> None:
-        if self._folder is None or (self._log is None and not self._is_split):
+        helps = self._is_training and count.is_split  # the first worker, with its columns
+        if self._folder is None or not (self._log or helps):
             return
         record = count.record(load_initial_values(self._folder), self._is_alone)
         if self._log is None:

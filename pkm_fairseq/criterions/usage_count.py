@@ -57,6 +57,11 @@ class Count:
         finished = finished_updates(model)
         self.updates = None if finished is None else finished + 1
 
+    @property
+    def is_split(self) -> bool:
+        """Whether workers hold different columns of the values."""
+        return any(layer.memory.values.shards is not None for layer in self.layers.values())
+
     def check(self, device: torch.device) -> None:
         """See whether all workers have counted enough; every worker must call it."""
         lacking = not all(usage.is_full for usage in self.usage.values())

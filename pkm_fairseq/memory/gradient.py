@@ -3,10 +3,10 @@
 from typing import Any, List, Optional, Tuple, Type, Union
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels
+from .collectives import all_gather, all_gather_rows, narrow
 from .dtypes import at_least_float32, compute_dtype
 from .kernels import Entries
 from .sharding import ColumnShards
@@ -204,30 +204,15 @@ def _exchange(own: Entries, n_slots: int, group: Any) -> List[Entries]:
 
     Slots travel as int32. Bags, which ascend, travel as the number of entries of each.
     """
-    narrow = torch.int32 if n_slots <= 2**31 else torch.int64
     reads = torch.bincount(own.bags, minlength=len(own.grads))
     sizes = torch.tensor([len(own.slots), len(own.grads)], device=own.slots.device)
-    gathered = [size.tolist() for size in _all_gather(sizes, group)]
+    gathered = [size.tolist() for size in all_gather(sizes, group)]
     n_entries, n_bags = (list(column) for column in zip(*gathered, strict=True))
-    slots = _all_gather_rows(own.slots.to(narrow), n_entries, group)
-    weights = _all_gather_rows(own.weights, n_entries, group)
-    counts = _all_gather_rows(reads.to(torch.int32), n_bags, group)
-    grads = _all_gather_rows(own.grads, n_bags, group)
+    slots = all_gather_rows(narrow(own.slots, n_slots), n_entries, group)
+    weights = all_gather_rows(own.weights, n_entries, group)
+    counts = all_gather_rows(reads.to(torch.int32), n_bags, group)
+    grads = all_gather_rows(own.grads, n_bags, group)
     return [
         Entries(s.long(), w, torch.arange(len(c), device=c.device).repeat_interleave(c), g)
         for s, w, c, g in zip(slots, weights, counts, grads, strict=True)
     ]
-
-
-def _all_gather_rows(x: Tensor, lengths: List[int], group: Any) -> List[Tensor]:
-    """Every worker's x, whose lengths differ: shorter ones are padded on the way."""
-    padded = x.new_zeros(max(lengths), *x.shape[1:])
-    padded[: len(x)] = x
-    gathered = _all_gather(padded, group)
-    return [part[:length] for part, length in zip(gathered, lengths, strict=True)]
-
-
-def _all_gather(x: Tensor, group: Any) -> List[Tensor]:
-    gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, x, group=group)
-    return gathered

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_gather, all_gather_rows, narrow
+
 ROWS = 8192  # of a table, sent or drawn at once
 
 
@@ -81,30 +83,24 @@ class ColumnShards:
         """A copy of a table has the same workers."""
         return self
 
-    def gather_lookups(self, slots: Tensor, weights: Tensor) -> Tuple[Tensor, Tensor, List[int]]:
+    def gather_lookups(
+        self, slots: Tensor, weights: Tensor, n_slots: int
+    ) -> Tuple[Tensor, Tensor, List[int]]:
         """The look-ups of all workers of the group.
 
         Args:
             slots: (n, T), int64.
             weights: (n, T).
+            n_slots: of the table.
 
         Returns:
             Slots and weights of all, (N, T), and how many tokens are whose.
         """
         count = torch.tensor([len(slots)], device=slots.device)
-        counts = [torch.empty_like(count) for _ in range(self.n_shards)]
-        dist.all_gather(counts, count, group=self.group)
-        tokens = [int(n) for n in counts]
-        # a table of more than 2 ** 31 slots is none that memory could hold
-        all_slots = self._gather(slots.int(), tokens).long()
-        return all_slots, self._gather(weights, tokens), tokens
-
-    def _gather(self, x: Tensor, tokens: List[int]) -> Tensor:
-        padded = x.new_zeros(max(tokens), x.shape[1])
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in tokens]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:n] for part, n in zip(parts, tokens, strict=True)])
+        tokens = [int(n) for n in all_gather(count, self.group)]
+        all_slots = torch.cat(all_gather_rows(narrow(slots, n_slots), tokens, self.group))
+        all_weights = torch.cat(all_gather_rows(weights, tokens, self.group))
+        return all_slots.long(), all_weights, tokens
 
     def return_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
         """Hand everyone what this worker's columns read for them.

@@ -188,7 +188,8 @@ class _ShardedRead(torch.autograd.Function):
         ctx: Any, weights: Tensor, slots: Tensor, values: Tensor, gradient: ValueGradient
     ) -> Tensor:
         assert gradient.shards is not None
-        slots, weights, ctx.tokens = gradient.shards.gather_lookups(slots, weights)  # (all, T)
+        lookups = gradient.shards.gather_lookups(slots, weights, len(values))
+        slots, weights, ctx.tokens = lookups  # (all, T) twice
         ctx.save_for_backward(weights, slots, values)
         ctx.gradient = gradient
         return gradient.shards.return_columns(kernels.read(values, slots, weights), ctx.tokens)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from ..memory import ValueTable
+from .check_options import flag_of
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +170,9 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
     for name in ("encoder_attention_heads", "activation_fn", "encoder_normalize_before"):
         before, now = theirs.get(name), getattr(args, name)
         if before is not None and str(before) != str(now):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--init-from {path}: trained with {flag} {before}, not {now}")
+            raise ValueError(
+                f"--init-from {path}: trained with {flag_of(name)} {before}, not {now}"
+            )
 
 
 def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:

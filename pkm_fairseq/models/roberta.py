@@ -2,7 +2,6 @@
 
 import os
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
@@ -15,31 +14,13 @@ from omegaconf import OmegaConf, open_dict
 
 from ..memory import MemoryConfig, MemoryUsage, ValueTable
 from ..memory.query import BatchQueryNorm
-from .config import PkmRobertaConfig, memory_config
+from .check_options import check_memory_options, optimizer_name
+from .config import PkmRobertaConfig
 from .encoder import MemoryRobertaEncoder
-from .encoder_layer import MEMORY_MODES, MemoryEncoderLayer
+from .encoder_layer import MemoryEncoderLayer
 from .init_from import apply_init_from, complete_state
 from .prune import prune_state, take_layers_to_keep
 from .sharding import take_shards
-
-# what pkm_adam cannot be part of: options of fairseq's, values of theirs, and why
-NOT_WITH_PKM_ADAM = (
-    (
-        *("zero_sharding", "os"),
-        "a worker would forget the gradient of all tables but its own share; "
-        "use --zero-sharding none",
-    ),
-    (
-        *("ddp_backend", "fully_sharded"),
-        "it flattens tables, which then have no rows; use --ddp-backend legacy_ddp",
-    ),
-    (
-        *("ddp_backend", "slowmo"),
-        "its workers train apart, but would share the gradient of values in every update; "
-        "use --ddp-backend legacy_ddp",
-    ),
-    ("tpu", "True", "it cannot exchange the gradient of values there; use --optimizer adam"),
-)
 
 
 @register_model("pkm_roberta", dataclass=PkmRobertaConfig)
@@ -70,7 +51,7 @@ class PkmRobertaModel(RobertaModel):
                     args.checkpoint_activations = True  # as fairseq's transformer
                 kept = take_layers_to_keep(args)
                 layers, mode, config = check_memory_options(args)
-                shards = take_shards(args, _optimizer_name(args))
+                shards = take_shards(args, optimizer_name(args))
                 memory = (layers, mode, config, shards)
                 encoder = MemoryRobertaEncoder(args, task.source_dictionary, *memory)
                 model = cls(args, encoder)
@@ -151,7 +132,7 @@ class PkmRobertaModel(RobertaModel):
 
         It would hand ``pkm_adam`` dense gradients of zeros. The attribute is DDP's own.
         """
-        if _optimizer_name(args) == "pkm_adam":
+        if optimizer_name(args) == "pkm_adam":
             self._ddp_params_and_buffers_to_ignore = [
                 f"{name}.weight"
                 for name, module in self.named_modules(remove_duplicate=False)
@@ -259,94 +240,11 @@ class PkmRobertaModel(RobertaModel):
             complete_state(self, state_dict)
 
 
-def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
-    """The memory options, checked against each other and the rest of the model.
-
-    Returns:
-        Memory layers, mode and settings.
-
-    Raises:
-        ValueError: an option is impossible.
-    """
-    config, mode = memory_config(args), str(args.memory_mode)
-    layers = [int(index) for index in args.memory_layers]
-    if mode not in MEMORY_MODES:
-        raise ValueError(f"memory-mode is {mode}, must be one of {', '.join(MEMORY_MODES)}")
-    if not 0 <= args.encoder_layerdrop < 1:
-        raise ValueError(f"encoder-layerdrop is {args.encoder_layerdrop}, must be in [0, 1)")
-    n_layers = args.encoder_layers
-    for index in layers:
-        if not 0 <= index < n_layers:
-            raise ValueError(
-                f"memory-layers names layer {index}, must be in 0..{n_layers - 1}: "
-                f"the encoder has {n_layers} layers, counted from 0"
-            )
-        if layers.count(index) > 1:
-            raise ValueError(f"memory-layers names layer {index} twice, each may be named once")
-    if layers:
-        _check_unsupported(args, mode, config)
-    return layers, mode, config
-
-
-def _check_unsupported(args: Any, mode: str, config: MemoryConfig) -> None:
-    freeze = safe_getattr(args, "memory_freeze")
-    several = distributed_utils.get_data_parallel_world_size() > 1
-    takes_statistics = config.query_norm == "batch" and str(freeze) != "all"
-    if several and takes_statistics and safe_getattr(args, "encoder_layerdrop", 0.0) > 0:
-        raise ValueError(
-            f"--encoder-layerdrop {args.encoder_layerdrop} does not work with --memory-query-norm "
-            "batch on several workers: they drop different layers and would wait for each "
-            "other's statistics for ever; use --memory-query-norm layer"
-        )
-    for half in ("fp16", "bf16"):
-        if safe_getattr(args, f"memory_efficient_{half}") and not safe_getattr(args, half):
-            raise ValueError(
-                f"common.memory_efficient_{half} alone has no effect in fairseq-hydra-train: set "
-                f"common.{half}=true, too"
-            )
-    # what fairseq-train makes of --bf16
-    if safe_getattr(args, "bf16") and safe_getattr(args, "tpu") and not find_spec("torch_xla"):
-        raise ValueError(
-            "--bf16 and --memory-efficient-bf16 of fairseq-train are for TPUs (torch_xla is not "
-            "installed): use fairseq-hydra-train with common.bf16=true"
-        )
-    if _optimizer_name(args) == "pkm_adam":
-        _check_distribution(args)
-    if "pkm_adam" in _grouped_optimizer_names(args):
-        raise ValueError(
-            "optimizer composite does not work with pkm_adam in a group: use pkm_adam alone, "
-            "which gives values a learning rate of their own"
-        )
-    for name, default in (("ffn_reg_scale_factor", 0.0), ("ffn_blocks_to_remove", -1)):
-        if mode == "replace" and safe_getattr(args, name, default) != default:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} does not work with --memory-mode replace: there is no FFN")
-
-
-def _check_distribution(args: Any) -> None:
-    for option, value, reason in NOT_WITH_PKM_ADAM:
-        if str(safe_getattr(args, option)) == value:
-            flag = "--" + option.replace("_", "-") + (f" {value}" if value != "True" else "")
-            raise ValueError(f"{flag} does not work with --optimizer pkm_adam: {reason}")
-
-
 def data_parallel_group() -> Any:
     """The process group of data-parallel workers; None if there is but one."""
     if distributed_utils.get_data_parallel_world_size() == 1:
         return None
     return distributed_utils.get_data_parallel_group()
-
-
-def _optimizer_name(args: Any) -> Optional[str]:
-    optimizer = safe_getattr(args, "optimizer")  # a config that has a name, or the name
-    return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
-
-
-def _grouped_optimizer_names(args: Any) -> List[Optional[str]]:
-    """The optimizers of fairseq's composite, which hydra alone can configure."""
-    optimizer = safe_getattr(args, "optimizer")
-    groups = (safe_getattr(optimizer, "groups") or {}) if OmegaConf.is_dict(optimizer) else {}
-    return [safe_getattr(group.optimizer, "_name") for group in groups.values()]
 
 
 @contextmanager

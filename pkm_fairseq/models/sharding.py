@@ -5,6 +5,7 @@ from typing import Any, Optional
 from fairseq.utils import safe_getattr
 
 from ..memory import ColumnShards
+from .check_options import flag_of
 from .init_from import take_option
 
 # what would leave a worker out of a read that the others wait in, or a part of a table unsaved
@@ -47,6 +48,7 @@ def take_shards(args: Any, optimizer: Optional[str]) -> Optional[ColumnShards]:
         )
     for option, reason in NOT_WITH_SHARDS.items():
         if safe_getattr(args, option):
-            flag = "--" + option.replace("_", "-")
-            raise ValueError(f"{flag} does not work with --memory-shards {n_shards}: {reason}")
+            raise ValueError(
+                f"{flag_of(option)} does not work with --memory-shards {n_shards}: {reason}"
+            )
     return ColumnShards(n_shards)

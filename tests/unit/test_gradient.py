@@ -16,6 +16,8 @@ from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, ValueTable, kerne
 from pkm_fairseq.memory.gradient import ValueGradient
 from pkm_fairseq.optim.pkm_adam import LazyAdam
 
+from ..workers import on_workers
+
 N_SLOTS, WIDTH = 40, 6
 
 
@@ -298,8 +300,7 @@ def test_kernels_leave_the_number_of_threads_of_torch_alone(threads):
 WORLD = 3
 
 
-def exchange(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def exchange(rank):
     values = torch.empty(N_SLOTS, WIDTH, dtype=torch.float64)
     parts = [reads(), reads(n_tokens=2, reads=3, seed=1)]  # the third worker read nothing
     gradient = factors()
@@ -334,4 +335,4 @@ def check_bytes(rank):
 
 
 def test_workers_exchange_their_factors(tmp_path):
-    torch.multiprocessing.spawn(exchange, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    on_workers(WORLD, tmp_path, exchange)

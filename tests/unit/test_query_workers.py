@@ -10,6 +10,8 @@ from torch import nn
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory
 from pkm_fairseq.memory.query import BatchQueryNorm
 
+from ..workers import on_workers
+
 WIDTH, WORLD = 6, 3
 
 
@@ -134,17 +136,14 @@ def check_half_precision(rank):
     assert torch.equal(norm.running_mean, alone.running_mean)
 
 
-def work(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def work(rank):
     norm = check_joint_batches(rank)
     check_idle(rank)
     check_too_few(rank, norm)
     check_apart(rank, norm)
     check_memory(rank)
     check_half_precision(rank)
-    dist.destroy_process_group()
 
 
 def test_workers_normalise_as_one_process_with_all_their_tokens(tmp_path):
-    torch.multiprocessing.spawn(work, args=(str(tmp_path / "store"),), nprocs=WORLD)
+    on_workers(WORLD, tmp_path, work)

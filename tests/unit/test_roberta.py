@@ -15,8 +15,8 @@ from torch import nn
 
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage
 from pkm_fairseq.models import roberta
+from pkm_fairseq.models.check_options import check_memory_options
 from pkm_fairseq.models.config import memory_config
-from pkm_fairseq.models.roberta import check_memory_options
 from pkm_fairseq.tasks.common import MemoryTrainStep
 from tests.helpers import LAYERS, WIDTH, batch, build, model_args, small_dictionary, small_task
 
