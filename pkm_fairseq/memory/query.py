@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .collectives import all_gather
 from .config import MemoryConfig
 from .dtypes import at_least_float32, is_half
 
@@ -98,7 +99,7 @@ class BatchQueryNorm(nn.Module):
         mean, var, count = _JointMoments.apply(tokens, group)  # type: ignore[no-untyped-call]
         if count < 2:  # on all workers
             return self._normalise(query, use_batch=False)
-        with torch.no_grad():  # again in a forward that a backward repeats, as on one worker
+        with torch.no_grad():
             unbiased = var * (count / (count - 1))
             for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
                 running.copy_(torch.lerp(at_least_float32(running), now, self.momentum))
@@ -120,9 +121,8 @@ class _JointMoments(torch.autograd.Function):
         own_mean = tokens.sum(0) / max(1, len(tokens))
         own_squares = (tokens - own_mean).square().sum(0)
         own = torch.cat([own_mean.new_tensor([len(tokens)]), own_mean, own_squares])
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, own, group=group)
-        parts = torch.split(torch.stack(gathered), [1, len(own_mean), len(own_mean)], dim=1)
+        gathered = torch.stack(all_gather(own, group))  # (W, 2 F + 1)
+        parts = torch.split(gathered, [1, len(own_mean), len(own_mean)], dim=1)
         counts, means, squares = parts  # (W, 1), (W, F), (W, F)
         count = counts.sum()
         mean = (counts * means).sum(0) / count.clamp(min=1)
