@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..memory import kernels
-from ..memory.values import allocate
+from ..memory.kernels import allocate
 from .timing import time_once
 
 PROC = Path("/proc")

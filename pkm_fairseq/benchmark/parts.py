@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..memory import ProductKeyMemory, kernels
-from ..memory.product_keys import candidate_ranks, half_scores, slot_of
+from ..memory.search import candidate_ranks, half_scores, slot_of
 from ..optim.pkm_adam import MOMENTS, LazyAdam, gradient_of
 from . import subjects
 from .layer import check, shortage
@@ -26,7 +26,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 BYTES_OF_ENTRY = 8 + 8 + 4  # slot, row of the gradient, weight
 UPDATES = (ADAM, FUSED, SPARSE)
 OF_SEARCH = ("query", "half_scores", "topk_pairs", "score_gradients")
-OF_TABLE = ("read", "weight_gradient")
+OF_TABLE = ("gather_sum", "gather_dot")
 
 
 class Contest(NamedTuple):
@@ -93,9 +93,9 @@ def _measure_size(n_keys: int, grid_tokens: Sequence[int], timer: "Timer") -> No
         for name in UPDATES:
             problem = update_problem(setting, name)
             if problem:
-                timer.report.skip("update_rows", tokens, n_keys, name, problem)
+                timer.report.skip("adam_rows", tokens, n_keys, name, problem)
             else:  # nothing here may keep the contest, which has tables of its own
-                timer.measure("update_rows", name, setting, update(setting, name))
+                timer.measure("adam_rows", name, setting, update(setting, name))
                 textbook.values.weight.grad = None
 
 
@@ -103,7 +103,7 @@ def names() -> List[Any]:
     """The parts, each with what it is compared with."""
     return [
         *product((*OF_SEARCH, *OF_TABLE), (TEXTBOOK,)),
-        *product(("update_rows",), UPDATES),
+        *product(("adam_rows",), UPDATES),
     ]
 
 
@@ -167,11 +167,11 @@ def of_table(setting: Setting) -> Dict[str, Contest]:
     read = partial(F.embedding_bag, slots, their_values, mode="sum", per_sample_weights=weights)
     sizes = setting.bytes(1, operands), setting.bytes(1, operands, rows=entries)
     return {
-        "read": Contest(
-            _always(partial(kernels.read, values, slots, weights)), _always(read), *sizes
+        "gather_sum": Contest(
+            _always(partial(kernels.gather_sum, values, slots, weights)), _always(read), *sizes
         ),
-        "weight_gradient": Contest(
-            _always(partial(kernels.weight_gradient, values, slots, grad)), their_gradient, *sizes
+        "gather_dot": Contest(
+            _always(partial(kernels.gather_dot, values, slots, grad)), their_gradient, *sizes
         ),
     }
 

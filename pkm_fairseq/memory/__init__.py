@@ -2,7 +2,7 @@
 
 from .config import MemoryConfig
 from .layer import Lookup, ProductKeyMemory, build_values
-from .product_keys import product_topk
+from .search import product_topk
 from .sharding import ColumnShards
 from .staleness import ReadTimes
 from .usage import MemoryUsage

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from . import kernels
 from .collectives import all_gather, all_gather_rows, narrow
-from .dtypes import at_least_float32, compute_dtype
-from .kernels import Entries
+from .kernels import Entries, at_least_float32, compute_dtype
 from .sharding import ColumnShards
 
 

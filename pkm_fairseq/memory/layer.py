@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .product_keys import draw_kept_keys, product_topk, product_topk_of
 from .query import BatchQueryNorm, build_query_norm
+from .search import draw_kept_keys, product_topk, product_topk_of
 from .sharding import ColumnShards
 from .values import ValueTable
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .collectives import all_gather
 from .config import MemoryConfig
-from .dtypes import at_least_float32, is_half
+from .kernels import at_least_float32, is_half
 
 
 def build_query_norm(config: MemoryConfig) -> nn.Module:

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .dtypes import compute_dtype, is_half
 from .gradient import ValueGradient
-from .kernels.pages import advise_huge_pages
+from .kernels import allocate, compute_dtype, is_half
 from .kernels.torch_backend import row_gradients
 from .sharding import ColumnShards
 
@@ -129,7 +128,7 @@ class ValueTable(nn.Module):
                 weights, slots, self.weight, self.gradient
             )
         if not (torch.is_grad_enabled() and wants_gradient):
-            return kernels.read(self.weight, slots, weights)
+            return kernels.gather_sum(self.weight, slots, weights)
         if self.gradient.factored:
             weights = weights.to(compute_dtype(self.weight.dtype))
             return _FactoredRead.apply(  # type: ignore[no-untyped-call, no-any-return]
@@ -153,7 +152,7 @@ class _HalfRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, slots: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(weights, slots, values)
-        return kernels.read(values, slots, weights)
+        return kernels.gather_sum(values, slots, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -161,7 +160,7 @@ class _HalfRead(torch.autograd.Function):
         weights, slots, values = ctx.saved_tensors
         grad_weights = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_weights = kernels.weight_gradient(values, slots, grad_read)
+            grad_weights = kernels.gather_dot(values, slots, grad_read)
         if ctx.needs_input_grad[2]:
             grad_values = _dense_gradient(values, slots, weights, grad_read)
         return grad_weights, None, grad_values
@@ -192,7 +191,9 @@ class _ShardedRead(torch.autograd.Function):
         slots, weights, ctx.tokens = lookups  # (all, T) twice
         ctx.save_for_backward(weights, slots, values)
         ctx.gradient = gradient
-        return gradient.shards.return_columns(kernels.read(values, slots, weights), ctx.tokens)
+        return gradient.shards.return_columns(
+            kernels.gather_sum(values, slots, weights), ctx.tokens
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,7 +209,7 @@ class _ShardedRead(torch.autograd.Function):
         elif ctx.needs_input_grad[2]:
             grad_values = _dense_gradient(values, slots, weights, grad_columns)
         if ctx.needs_input_grad[0]:
-            partial = kernels.weight_gradient(values, slots, grad_columns)
+            partial = kernels.gather_dot(values, slots, grad_columns)
             grad_weights = shards.sum_for_owners(partial, ctx.tokens)
         return grad_weights, None, grad_values, None
 
@@ -222,7 +223,7 @@ class _FactoredRead(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weights, slots, values)
         ctx.gradient = gradient
-        return kernels.read(values, slots, weights)
+        return kernels.gather_sum(values, slots, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -232,27 +233,4 @@ class _FactoredRead(torch.autograd.Function):
             ctx.gradient.add(slots, weights, grad_read)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return kernels.weight_gradient(values, slots, grad_read), None, None, None
-
-
-def allocate(
-    n_slots: int,
-    v_dim: int,
-    dtype: Optional[torch.dtype] = None,
-    device: Optional[torch.device] = None,
-) -> Tensor:
-    """Memory for a table, (n_slots, v_dim), not initialised.
-
-    Raises:
-        MemoryError: it does not fit; the message says how large it is.
-    """
-    try:
-        table = torch.empty(n_slots, v_dim, dtype=dtype, device=device)
-    except RuntimeError as error:
-        size = n_slots * v_dim * (dtype or torch.get_default_dtype()).itemsize
-        raise MemoryError(
-            f"a table of {n_slots:,} slots of width {v_dim} takes {size:,} bytes "
-            f"({size / 2**30:,.1f} GiB), which could not be had"
-        ) from error
-    advise_huge_pages(table)
-    return table
+        return kernels.gather_dot(values, slots, grad_read), None, None, None

@@ -22,10 +22,8 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from ..memory import kernels
-from ..memory.dtypes import compute_dtype
 from ..memory.gradient import ValueGradient
-from ..memory.kernels import Entries
-from ..memory.values import allocate
+from ..memory.kernels import Entries, allocate, compute_dtype
 from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
 logger = logging.getLogger(__name__)
@@ -300,12 +298,12 @@ class LazyAdam(Adam):
             param.grad = None  # fairseq's Adam skips it, and the scale
         super().step()
         for update in updates:
-            self._update_rows(*update)
+            self._adam_rows(*update)
         for _, param, grad in lazy:
             param.grad = grad
         return loss
 
-    def _update_rows(self, group: Dict[str, Any], param: nn.Parameter, entries: Entries) -> None:
+    def _adam_rows(self, group: Dict[str, Any], param: nn.Parameter, entries: Entries) -> None:
         state = self.state[param]
         if not state:
             state["step"] = 0
@@ -316,7 +314,7 @@ class LazyAdam(Adam):
         correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         moments = [state[moment] for moment in MOMENTS]
         step_size = group["lr"] * correction
-        kernels.update_rows(param, *moments, entries, step_size, group["betas"], group["eps"])
+        kernels.adam_rows(param, *moments, entries, step_size, group["betas"], group["eps"])
 
 
 def gradient_of(values: nn.Parameter) -> ValueGradient:

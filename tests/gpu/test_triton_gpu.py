@@ -5,7 +5,7 @@ import torch
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, kernels
 from pkm_fairseq.memory.kernels import backends
-from pkm_fairseq.memory.product_keys import candidate_ranks
+from pkm_fairseq.memory.search import candidate_ranks
 
 # collected here, they take the ``backend`` of this module
 from ..unit.test_kernels import (  # noqa: F401
@@ -26,9 +26,9 @@ from ..unit.test_kernels import (  # noqa: F401
     test_best_pairs_are_found_among_infinities,
     test_best_pairs_are_found_in_float64,
     test_extreme_scores_are_in_order,
+    test_gather_sum_and_gather_dot,
     test_nan_shows_in_the_scores_of_its_token_and_head,
     test_no_tokens_have_no_best_pairs,
-    test_read_and_its_weight_gradient,
     test_reads_of_what_does_not_lie_together,
     test_score_gradients,
     test_score_gradients_of_what_does_not_lie_together,
@@ -65,7 +65,7 @@ def training_step(device, values_dtype):
     moments = [torch.zeros(table.shape, device=device) for _ in range(2)]
     assert table.grad is None
     norm = kernels.squared_norm(table, gradient.entries())
-    kernels.update_rows(table, *moments, gradient.entries(), STEP, BETAS, EPS)
+    kernels.adam_rows(table, *moments, gradient.entries(), STEP, BETAS, EPS)
     found = [read, x.grad, memory.keys.grad, memory.query_proj.weight.grad, norm, table, *moments]
     return [y.detach().cpu().to(torch.promote_types(y.dtype, torch.float32)) for y in found]
 
@@ -87,10 +87,10 @@ def test_the_host_never_waits_for_the_device(monkeypatch):
     def run():
         kernels.topk_pairs(half, 4, *ranks)
         kernels.score_gradients(*scores)
-        kernels.read(values, slots, weights)
-        kernels.weight_gradient(values, slots, grads)
+        kernels.gather_sum(values, slots, weights)
+        kernels.gather_dot(values, slots, grads)
         kernels.squared_norm(values, entries)
-        kernels.update_rows(*updated, entries, STEP, BETAS, EPS)
+        kernels.adam_rows(*updated, entries, STEP, BETAS, EPS)
 
     half, ranks = torch.randn(2, 2, 5, 16).cuda(), candidate_ranks(4, torch.device("cuda"))
     scores = score_case(9, 4, 6, torch.float32, "cuda")

@@ -403,7 +403,7 @@ def test_bytes_that_must_move(monkeypatch):
     setting = parts.Setting(memory, TextbookMemory(memory), torch.randn(20, WIDTH))
     rows, entries, row = setting.rows, 20 * 2 * 4, WIDTH * 4
     assert 0 < rows <= 36 < entries
-    read = parts.of_table(setting)["read"]
+    read = parts.of_table(setting)["gather_sum"]
     assert read.bytes == rows * row + 20 * row + entries * (8 + 4)
     assert read.bytes_by_entry == entries * row + 20 * row + entries * (8 + 4)
     update = parts.update(setting, subjects.ADAM)
@@ -590,7 +590,7 @@ def assert_json(found):
         assert result["ratio"] > 0 and result["pairs"] == 2
         low, high = result["spread"]
         assert low <= result["ratio"] <= high
-        moves = result["what"] in {"read", "weight_gradient", "update_rows"}
+        moves = result["what"] in {"gather_sum", "gather_dot", "adam_rows"}
         assert (set(result) >= MOVED) == moves
     resm = [r for r in found["results"] if r["subject"] == "resm_tiny"]
     assert {(r["what"], r["against"], r["tokens"], r["n_keys"]) for r in resm} == {

@@ -16,7 +16,7 @@ import torch
 
 from pkm_fairseq.memory import kernels
 from pkm_fairseq.memory.kernels import Entries, backends, torch_backend
-from pkm_fairseq.memory.product_keys import candidate_ranks
+from pkm_fairseq.memory.search import candidate_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BAGS = [(4, 19, 1), (5, 1, 5), (1, 10, 768), (0, 3, 5)]  # tokens, reads of each, width
@@ -198,7 +198,7 @@ def test_score_gradients_of_what_does_not_lie_together(backend):
     assert_same(*zip(got, right, strict=True))
 
 
-# --- read -----------------------------------------------------------------------------------
+# --- gather_sum, gather_dot ------------------------------------------------------------------
 
 
 def bags(tokens, reads, width, dtype, device="cpu", hot=False):
@@ -212,7 +212,7 @@ def bags(tokens, reads, width, dtype, device="cpu", hot=False):
     return [x.to(device) for x in (values, slots, weights, grad_read)]
 
 
-def naive_read(values, slots, weights):
+def naive_gather_sum(values, slots, weights):
     values, weights = values.cpu().double(), weights.cpu().double()
     out = torch.zeros(len(slots), values.shape[1], dtype=torch.float64)
     for n, row in enumerate(slots.tolist()):
@@ -221,7 +221,7 @@ def naive_read(values, slots, weights):
     return out
 
 
-def naive_weight_gradient(values, slots, grad_read):
+def naive_gather_dot(values, slots, grad_read):
     values, grad_read = values.cpu().double(), grad_read.cpu().double()
     out = torch.zeros(slots.shape, dtype=torch.float64)
     for n, row in enumerate(slots.tolist()):
@@ -233,15 +233,15 @@ def naive_weight_gradient(values, slots, grad_read):
 @pytest.mark.parametrize("hot", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "reads", "width"), BAGS)
-def test_read_and_its_weight_gradient(backend, tokens, reads, width, dtype, hot):
+def test_gather_sum_and_gather_dot(backend, tokens, reads, width, dtype, hot):
     backend.can(dtype)
     values, slots, weights, grad = bags(tokens, reads, width, dtype, backend.device, hot)
-    got = kernels.read(values, slots, weights)
-    scale = naive_read(values.abs(), slots, weights.abs())
-    assert_close(got, naive_read(values, slots, weights), scale, reads, wide(dtype))
-    got = kernels.weight_gradient(values, slots, grad)
-    scale = naive_weight_gradient(values.abs(), slots, grad.abs())
-    assert_close(got, naive_weight_gradient(values, slots, grad), scale, width, wide(dtype))
+    got = kernels.gather_sum(values, slots, weights)
+    scale = naive_gather_sum(values.abs(), slots, weights.abs())
+    assert_close(got, naive_gather_sum(values, slots, weights), scale, reads, wide(dtype))
+    got = kernels.gather_dot(values, slots, grad)
+    scale = naive_gather_dot(values.abs(), slots, grad.abs())
+    assert_close(got, naive_gather_dot(values, slots, grad), scale, width, wide(dtype))
 
 
 @pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -249,10 +249,13 @@ def test_weights_of_any_dtype_are_taken(backend, given):
     values, slots, weights, grad = bags(2, 3, 5, torch.float32, backend.device)
     weights, grad = weights.to(given), grad.to(given)
     assert_same(
-        (kernels.read(values, slots, weights), kernels.read(values, slots, weights.float()))
+        (
+            kernels.gather_sum(values, slots, weights),
+            kernels.gather_sum(values, slots, weights.float()),
+        )
     )
-    got = kernels.weight_gradient(values, slots, grad)
-    assert_same((got, kernels.weight_gradient(values, slots, grad.float())))
+    got = kernels.gather_dot(values, slots, grad)
+    assert_same((got, kernels.gather_dot(values, slots, grad.float())))
 
 
 def test_reads_of_what_does_not_lie_together(backend):
@@ -263,12 +266,12 @@ def test_reads_of_what_does_not_lie_together(backend):
         grad[:1].expand(6, 6),
     )
     assert not any(x.is_contiguous() for x in (slots, weights, grad))
-    right = naive_read(values, slots, weights)
-    got = kernels.read(values, slots, weights)
-    assert_close(got, right, naive_read(values.abs(), slots, weights.abs()), 6, torch.float32)
-    right = naive_weight_gradient(values, slots, grad)
-    scale = naive_weight_gradient(values.abs(), slots, grad.abs())
-    assert_close(kernels.weight_gradient(values, slots, grad), right, scale, 6, torch.float32)
+    right = naive_gather_sum(values, slots, weights)
+    got = kernels.gather_sum(values, slots, weights)
+    assert_close(got, right, naive_gather_sum(values.abs(), slots, weights.abs()), 6, torch.float32)
+    right = naive_gather_dot(values, slots, grad)
+    scale = naive_gather_dot(values.abs(), slots, grad.abs())
+    assert_close(kernels.gather_dot(values, slots, grad), right, scale, 6, torch.float32)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -278,7 +281,7 @@ def test_values_that_are_not_finite_show_where_they_are_read(backend, bad):
     slots[1][slots[1] == 2] = 1
     values[2:, 1] = bad  # slot 3 is read by token 1
     assert torch.equal(
-        kernels.read(values, slots, weights).isfinite().cpu(),
+        kernels.gather_sum(values, slots, weights).isfinite().cpu(),
         torch.tensor([[True] * 5, [True, False, True, True, True]]),
     )
 
@@ -291,13 +294,13 @@ def test_a_slot_out_of_range_reads_as_nan_on_a_device(backend, slot, width):
     slots[1, 8] = slot
     weights[1, 8] = 0
     module = backends.backend_for(values)  # past the check that is made on the CPU
-    is_nan = module.read(values, slots, weights).isnan().cpu()
+    is_nan = module.gather_sum(values, slots, weights).isnan().cpu()
     assert torch.equal(is_nan, torch.tensor([False, True, False])[:, None].expand(3, width))
-    is_nan = module.weight_gradient(values, slots, grad).isnan().cpu()
+    is_nan = module.gather_dot(values, slots, grad).isnan().cpu()
     assert is_nan[1, 8] and is_nan.sum() == 1
 
 
-# --- update ---------------------------------------------------------------------------------
+# --- adam_rows -----------------------------------------------------------------------------
 
 
 def entries_of(slots, weights, grads):
@@ -358,7 +361,7 @@ def test_update_and_norm(backend, tokens, reads, width, dtype, hot):
     assert not gradient[-1].any()
     got = tables(width, dtype, backend.device)
     before = [x.clone() for x in got]
-    kernels.update_rows(*got, entries, STEP, BETAS, EPS)
+    kernels.adam_rows(*got, entries, STEP, BETAS, EPS)
     assert_updated(got, naive_update(before, gradient), before, gradient, max(tokens, 1) * reads)
     norm = kernels.squared_norm(before[0], entries)
     assert (norm.shape, norm.dtype, norm.device) == ((), torch.float64, before[0].device)
@@ -375,7 +378,7 @@ def test_settings_keep_the_precision_of_the_table(backend, dtype):
     entries = entries._replace(weights=entries.weights.to(dtype))
     got = [torch.zeros(2, 3, dtype=dtype, device=backend.device) for _ in range(3)]
     before = [x.clone() for x in got]
-    kernels.update_rows(*got, entries, 0.1, (0.9, 0.999), 1e-8)
+    kernels.adam_rows(*got, entries, 0.1, (0.9, 0.999), 1e-8)
     exact = naive_update(before, naive_gradient(entries, 2), 0.1, (0.9, 0.999), 1e-8)
     for x, right in zip(got, exact, strict=True):
         assert torch.allclose(x.cpu().double(), right, rtol=4 * torch.finfo(dtype).eps, atol=0)
@@ -387,7 +390,7 @@ def test_two_updates_follow_each_other(backend):
     for _ in range(2):
         _, slots, weights, grads = bags(3, 4, 5, torch.float32, backend.device)
         entries = entries_of(slots, weights, grads)
-        kernels.update_rows(*got, entries, STEP, BETAS, EPS)
+        kernels.adam_rows(*got, entries, STEP, BETAS, EPS)
         exact = naive_update(exact, naive_gradient(entries))
     for x, right in zip(got, exact, strict=True):
         assert torch.allclose(x.cpu().double(), right, rtol=0, atol=1e-4)
@@ -405,7 +408,7 @@ def test_a_row_moves_if_and_only_if_its_gradient_has_a_nonzero_element(backend, 
     entries = Entries(*(x.to(backend.device) for x in (slots, weights, rows, grads)))
     got = tables(width, dtype, backend.device)
     before = [x.clone() for x in got]
-    kernels.update_rows(*got, entries, STEP, BETAS, EPS)
+    kernels.adam_rows(*got, entries, STEP, BETAS, EPS)
     gradient = naive_gradient(entries)
     assert (gradient != 0).sum() == 1
     assert_updated(got, naive_update(before, gradient), before, gradient, 1)
@@ -419,7 +422,7 @@ def test_a_gradient_that_is_not_a_number_shows(backend):
     entries = entries_of(torch.tensor([[2, 4]]), torch.tensor([[1.0, 0.0]]), grads)
     entries = Entries(*(x.to(backend.device) for x in entries))
     got = tables(5, torch.float32, backend.device)
-    kernels.update_rows(*got, entries, STEP, BETAS, EPS)
+    kernels.adam_rows(*got, entries, STEP, BETAS, EPS)
     is_nan = torch.zeros(N_SLOTS, 5, dtype=torch.bool)
     is_nan[[2, 4], 3] = True  # 0 * NaN is NaN
     assert all(torch.equal(x.isnan().cpu(), is_nan) for x in got)
@@ -446,7 +449,7 @@ def test_values_are_rounded_to_nearest_even(backend, dtype):
     slots = torch.arange(128, device=backend.device)
     entries = entries_of(slots[:, None], torch.ones(128, 1, device=backend.device), g)
     moments = torch.zeros_like(g), torch.ones_like(g)
-    kernels.update_rows(values, *moments, entries, 1.0, (0.0, 1.0), 0.0)
+    kernels.adam_rows(values, *moments, entries, 1.0, (0.0, 1.0), 0.0)
     assert torch.equal(values, right)
 
 
@@ -454,7 +457,7 @@ def test_an_update_is_seen_by_autograd(backend):
     values, *moments = tables(5, torch.float32, backend.device)
     _, slots, weights, grads = bags(1, 2, 5, torch.float32, backend.device)
     version = values._version
-    kernels.update_rows(values, *moments, entries_of(slots, weights, grads), STEP, BETAS, EPS)
+    kernels.adam_rows(values, *moments, entries_of(slots, weights, grads), STEP, BETAS, EPS)
     assert values._version > version
 
 
@@ -468,13 +471,13 @@ def everything(device, dtype=torch.float32):
     slots[3:9] = 4
     entries = entries_of(slots, weights, grads)
     updated = tables(19, dtype, device)
-    kernels.update_rows(*updated, entries, STEP, BETAS, EPS)
+    kernels.adam_rows(*updated, entries, STEP, BETAS, EPS)
     half = torch.randint(-3, 4, (2, 2, 5, 16), device=device).float()
     return [
         *kernels.topk_pairs(half, 4, *candidate_ranks(4, half.device)),
         *kernels.score_gradients(*score_case(9, 4, 6, torch.float32, device)),
-        kernels.read(values, slots, weights),
-        kernels.weight_gradient(values, slots, grads),
+        kernels.gather_sum(values, slots, weights),
+        kernels.gather_dot(values, slots, grads),
         kernels.squared_norm(values, entries),
         *updated,
     ]
@@ -529,7 +532,7 @@ def test_bad_reads_are_refused(backend, values, slots, weights, message):
     if backend.device != "cpu":
         pytest.skip("slots are checked on the CPU alone: the host would wait for the device")
     with pytest.raises(ValueError, match=message):
-        kernels.read(values, slots, weights)
+        kernels.gather_sum(values, slots, weights)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +551,7 @@ def test_bad_tables_are_not_updated(place, table, message):
     given[place] = table
     entries = entries_of(SLOTS, WEIGHTS, torch.zeros(2, 4))
     with pytest.raises(ValueError, match=message):
-        kernels.update_rows(*given, entries, STEP, BETAS, EPS)
+        kernels.adam_rows(*given, entries, STEP, BETAS, EPS)
 
 
 @pytest.mark.parametrize(
@@ -582,7 +585,7 @@ def test_bad_entries_are_refused(field, wrong, message):
     with pytest.raises(ValueError, match=message):
         kernels.squared_norm(TABLE, entries)
     with pytest.raises(ValueError, match=message):
-        kernels.update_rows(TABLE.clone(), TABLE, TABLE, entries, STEP, BETAS, EPS)
+        kernels.adam_rows(TABLE.clone(), TABLE, TABLE, entries, STEP, BETAS, EPS)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +599,7 @@ def test_bad_entries_are_refused(field, wrong, message):
 )
 def test_bad_gradients_of_reads_are_refused(slots, grad_read, message):
     with pytest.raises(ValueError, match=message):
-        kernels.weight_gradient(TABLE, slots, grad_read)
+        kernels.gather_dot(TABLE, slots, grad_read)
 
 
 def test_products_that_cancel_leave_nothing_to_move_a_row(monkeypatch):
@@ -607,7 +610,7 @@ def test_products_that_cancel_leave_nothing_to_move_a_row(monkeypatch):
     entries = Entries(index, torch.tensor([0.3, -0.3]), index, grads)
     got = tables(300, torch.float32, "cpu")
     before = [x.clone() for x in got]
-    kernels.update_rows(*got, entries, STEP, BETAS, EPS)
+    kernels.adam_rows(*got, entries, STEP, BETAS, EPS)
     assert all(map(torch.equal, got, before))
 
 
@@ -620,8 +623,8 @@ def test_autocast_does_not_lower_the_precision(backend):
     search = [x.to(backend.device) for x in (query, keys, *index, grad_scores)]
 
     def everything():
-        found = [kernels.read(table, slots, weights), kernels.weight_gradient(table, slots, grads)]
-        found.append(kernels.read(table.bfloat16(), slots, weights))
+        found = [kernels.gather_sum(table, slots, weights), kernels.gather_dot(table, slots, grads)]
+        found.append(kernels.gather_sum(table.bfloat16(), slots, weights))
         return [*found, *kernels.score_gradients(*search)]
 
     expected = everything()
@@ -653,13 +656,13 @@ def backend_module(name):
 def test_an_unknown_backend_is_named(monkeypatch):
     monkeypatch.setenv("PKM_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="PKM_BACKEND is cuda, must be one of torch, numba, tri"):
-        kernels.read(TABLE, SLOTS, WEIGHTS)
+        kernels.gather_sum(TABLE, SLOTS, WEIGHTS)
 
 
 def test_a_forced_backend_that_does_not_know_the_dtype_is_named(monkeypatch):
     monkeypatch.setenv("PKM_BACKEND", "numba")
     with pytest.raises(RuntimeError, match="PKM_BACKEND is numba, but numba does not know float16"):
-        kernels.read(TABLE.half(), SLOTS, WEIGHTS)
+        kernels.gather_sum(TABLE.half(), SLOTS, WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["numba", "triton"])
@@ -667,7 +670,7 @@ def test_a_forced_backend_that_is_not_installed_is_named(monkeypatch, name):
     not_installed(monkeypatch, name)
     monkeypatch.setenv("PKM_BACKEND", name)
     with pytest.raises(RuntimeError, match=f"PKM_BACKEND is {name}, but {name} cannot be imported"):
-        kernels.read(TABLE, SLOTS, WEIGHTS)
+        kernels.gather_sum(TABLE, SLOTS, WEIGHTS)
 
 
 def test_a_forced_backend_of_another_device_is_named(monkeypatch):
@@ -675,7 +678,7 @@ def test_a_forced_backend_of_another_device_is_named(monkeypatch):
     monkeypatch.setattr(backends, "_load", {"triton": module}.get)
     monkeypatch.setenv("PKM_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="PKM_BACKEND is triton, but triton does not run on cpu"):
-        kernels.read(TABLE, SLOTS, WEIGHTS)
+        kernels.gather_sum(TABLE, SLOTS, WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["torch", "numba"])
@@ -683,16 +686,16 @@ def test_the_forced_backend_is_the_one_that_runs(monkeypatch, name):
     ran = []
     for other in ("torch", "numba"):
         module = backend_module(other)
-        monkeypatch.setattr(module, "read", lambda *_, other=other: ran.append(other))
+        monkeypatch.setattr(module, "gather_sum", lambda *_, other=other: ran.append(other))
     monkeypatch.setenv("PKM_BACKEND", name)
-    kernels.read(TABLE, SLOTS, WEIGHTS)
+    kernels.gather_sum(TABLE, SLOTS, WEIGHTS)
     assert ran == [name]
 
 
 def test_the_choice_is_logged_once_per_dtype(log):
     for dtype in (torch.float32, torch.float32, torch.float64):
-        kernels.read(TABLE.to(dtype), SLOTS, WEIGHTS)
-        kernels.weight_gradient(TABLE.to(dtype), SLOTS, torch.zeros(2, 4))
+        kernels.gather_sum(TABLE.to(dtype), SLOTS, WEIGHTS)
+        kernels.gather_dot(TABLE.to(dtype), SLOTS, torch.zeros(2, 4))
     assert [(r.levelname, r.getMessage()) for r in log.records] == [
         ("INFO", "memory kernels: numba on cpu in float32"),
         ("INFO", "memory kernels: numba on cpu in float64"),
@@ -703,7 +706,7 @@ def test_a_fallback_is_a_warning_with_its_reason(log, monkeypatch):
     assert backends.backend_for(TABLE.half()) is backend_module("torch")
     not_installed(monkeypatch, "numba")
     for _ in range(2):
-        assert kernels.read(TABLE, SLOTS, WEIGHTS).shape == (2, 4)
+        assert kernels.gather_sum(TABLE, SLOTS, WEIGHTS).shape == (2, 4)
     half, missing = log.records
     assert half.levelname == missing.levelname == "WARNING"
     assert "torch on cpu in float16, which is slower: numba does not know" in half.getMessage()

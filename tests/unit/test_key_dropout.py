@@ -7,7 +7,7 @@ import torch
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, product_topk
 from pkm_fairseq.memory.layer import FREEZABLE
-from pkm_fairseq.memory.product_keys import draw_kept_keys, product_topk_of
+from pkm_fairseq.memory.search import draw_kept_keys, product_topk_of
 from tests.helpers import all_scores, build
 
 N_KEYS, HEADS, KNN = 10, 3, 4

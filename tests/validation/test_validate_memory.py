@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pkm_fairseq.memory import ProductKeyMemory, ValueTable, layer, product_keys
+from pkm_fairseq.memory import ProductKeyMemory, ValueTable, layer, search
 from pkm_fairseq.validation import LayerResult, compare, random_like, validate_memory
 
 from .conftest import WIDTH, small_memory
@@ -135,18 +135,18 @@ Search = Callable[..., Tuple[Tensor, Tensor]]
 
 def with_search(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Search], Search]) -> None:
     """Let the layer search by a faulty version of product_topk."""
-    monkeypatch.setattr(layer, "product_topk", fault(product_keys.product_topk))
+    monkeypatch.setattr(layer, "product_topk", fault(search.product_topk))
 
 
 def off_by_one(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
     def slot_of(index1: Tensor, index2: Tensor, n_keys: int) -> Tensor:
         return (index1 * n_keys + index2 + 1) % n_keys**2
 
-    monkeypatch.setattr(product_keys, "slot_of", slot_of)
+    monkeypatch.setattr(search, "slot_of", slot_of)
 
 
 def slot_halves_swapped(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
-    monkeypatch.setattr(product_keys, "slot_of", lambda i1, i2, n_keys: i2 * n_keys + i1)
+    monkeypatch.setattr(search, "slot_of", lambda i1, i2, n_keys: i2 * n_keys + i1)
 
 
 def key_halves_swapped(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
@@ -166,22 +166,22 @@ def stale_keys(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> Non
 
 def a_slot_twice(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
     def twice(topk: Search) -> Search:
-        def search(*args: Any) -> Tuple[Tensor, Tensor]:
+        def faulty(*args: Any) -> Tuple[Tensor, Tensor]:
             scores, slots = topk(*args)
             return scores, torch.cat([slots[..., :-1], slots[..., :1]], dim=-1)
 
-        return search
+        return faulty
 
     with_search(monkeypatch, twice)
 
 
 def weights_beside_their_slots(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
     def beside(topk: Search) -> Search:
-        def search(*args: Any) -> Tuple[Tensor, Tensor]:
+        def faulty(*args: Any) -> Tuple[Tensor, Tensor]:
             scores, slots = topk(*args)
             return scores, slots.roll(1, dims=-1)
 
-        return search
+        return faulty
 
     with_search(monkeypatch, beside)
 
@@ -203,11 +203,11 @@ def weights_of_another_temperature(
 
 
 def wrong_scores(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
-    def search(*args: Any) -> Tuple[Tensor, Tensor]:
-        scores, slots = product_keys.product_topk(*args)
+    def faulty(*args: Any) -> Tuple[Tensor, Tensor]:
+        scores, slots = search.product_topk(*args)
         return scores + 1e-3, slots  # the softmax cannot tell
 
-    monkeypatch.setattr(compare, "product_topk", search)
+    monkeypatch.setattr(compare, "product_topk", faulty)
 
 
 def values_of_the_next_slot(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
@@ -257,15 +257,13 @@ def test_a_planted_fault_is_found(
         assert all(shows(head) and not head.exact for head in result.heads)
 
 
-@pytest.mark.parametrize("dropped", range(len(product_keys.candidate_ranks(8, "cpu")[0])))
+@pytest.mark.parametrize("dropped", range(len(search.candidate_ranks(8, "cpu")[0])))
 def test_one_dropped_candidate_pair_is_found(
     monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory, tokens: Tensor, dropped: int
 ) -> None:
-    pairs = product_keys.candidate_ranks(8, tokens.device)
+    pairs = search.candidate_ranks(8, tokens.device)
     kept = torch.arange(len(pairs[0])) != dropped
-    monkeypatch.setattr(
-        product_keys, "candidate_ranks", lambda *_: (pairs[0][kept], pairs[1][kept])
-    )
+    monkeypatch.setattr(search, "candidate_ranks", lambda *_: (pairs[0][kept], pairs[1][kept]))
     result = validate_memory(memory, tokens)
     assert not result.exact
     assert min(head.recall_at_k for head in result.heads) < 1

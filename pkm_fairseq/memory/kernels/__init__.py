@@ -6,7 +6,7 @@ environment variable PKM_BACKEND forces one, which then must be able to run.
 
 The shapes: N tokens, H heads, K = knn, S = n_keys, D = k_dim / 2, V = v_dim, T = H * K reads per
 token, C candidate pairs, E entries of a gradient. Nothing here is differentiable: the two autograd
-functions that use these operations are in ``product_keys`` and ``values``.
+functions that use these operations are in ``search`` and ``values``.
 """
 
 from functools import wraps
@@ -15,22 +15,25 @@ from typing import Any, Callable, Tuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..dtypes import compute_dtype
 from .backends import backend_for
-from .entries import Entries
+from .tables import Entries, allocate, at_least_float32, compute_dtype, is_half
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 __all__ = [
     "Entries",
+    "adam_rows",
+    "allocate",
+    "at_least_float32",
     "backend_for",
     "check_reads",
-    "read",
+    "compute_dtype",
+    "gather_dot",
+    "gather_sum",
+    "is_half",
     "score_gradients",
     "squared_norm",
     "topk_pairs",
-    "update_rows",
-    "weight_gradient",
 ]
 
 
@@ -86,7 +89,7 @@ def score_gradients(
 
 
 @_without_autocast
-def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """``sum over t of weights[n, t] * values[slots[n, t]]``.
 
     Args:
@@ -105,12 +108,12 @@ def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     check_reads(slots, weights, len(values))
     weights = weights.detach().to(compute_dtype(values.dtype)).contiguous()
     backend = backend_for(values)
-    return backend.read(values.detach(), slots.contiguous(), weights)  # type: ignore[no-any-return]
+    return backend.gather_sum(values.detach(), slots.contiguous(), weights)  # type: ignore[no-any-return]
 
 
 @_without_autocast
-def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """``values[slots[n, t]] . grad_read[n]``: the gradient of :func:`read` for its weights.
+def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """``values[slots[n, t]] . grad_read[n]``: the gradient of :func:`gather_sum` for its weights.
 
     Args:
         values: (n_slots, V), contiguous.
@@ -132,11 +135,11 @@ def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
         )
     grad_read = grad_read.detach().to(compute_dtype(values.dtype)).contiguous()
     backend = backend_for(values)
-    return backend.weight_gradient(values.detach(), slots.contiguous(), grad_read)  # type: ignore[no-any-return]
+    return backend.gather_dot(values.detach(), slots.contiguous(), grad_read)  # type: ignore[no-any-return]
 
 
 @_without_autocast
-def update_rows(
+def adam_rows(
     values: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -178,7 +181,7 @@ def update_rows(
             )
     _check_entries(values, entries)
     tables = (values.detach(), exp_avg, exp_avg_sq)
-    backend_for(values).update_rows(*tables, entries, step_size, betas, eps)
+    backend_for(values).adam_rows(*tables, entries, step_size, betas, eps)
     torch.autograd.graph.increment_version(values)  # kernels write past torch
 
 
@@ -214,7 +217,7 @@ def _check_table(table: Tensor) -> None:
 
 
 def check_reads(slots: Tensor, weights: Tensor, n_slots: int) -> None:
-    """Complain of slots and weights that :func:`read` cannot take.
+    """Complain of slots and weights that :func:`gather_sum` cannot take.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import numba_kernels as loops
-from .entries import Entries
+from .tables import Entries
 
 Array = Any  # numpy's arrays; their types say nothing that numba would read
 
@@ -52,23 +52,23 @@ def score_gradients(
     return grad_query, grad_keys
 
 
-def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.read`."""
+def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
     out = weights.new_empty(len(slots), values.shape[1])
-    _run(loops.read, *map(_array, (values, slots, weights, out)))
+    _run(loops.gather_sum, *map(_array, (values, slots, weights, out)))
     return out
 
 
-def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.weight_gradient`."""
+def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
     out = grad_read.new_empty(slots.shape)
     rows, starts, order = _group(slots.view(-1), len(values))
     given = _array(values), rows, starts, order, _array(grad_read)
-    _run(loops.weight_gradient, *given, slots.shape[1], _array(out.view(-1)))
+    _run(loops.gather_dot, *given, slots.shape[1], _array(out.view(-1)))
     return out
 
 
-def update_rows(
+def adam_rows(
     values: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -77,11 +77,11 @@ def update_rows(
     betas: Tuple[float, float],
     eps: float,
 ) -> None:
-    """See :func:`pkm_fairseq.memory.kernels.update_rows`."""
+    """See :func:`pkm_fairseq.memory.kernels.adam_rows`."""
     number = _array(exp_avg).dtype.type
     settings = map(number, (step_size, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps))
     table = map(_array, (values, exp_avg, exp_avg_sq))
-    _run(loops.update_rows, *table, *_row_entries(entries, len(values)), *settings)
+    _run(loops.adam_rows, *table, *_row_entries(entries, len(values)), *settings)
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:

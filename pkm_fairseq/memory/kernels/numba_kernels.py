@@ -178,7 +178,7 @@ def _add_rounded(total, factor, x):
 
 
 @kernel
-def read(values, slots, weights, out, tasks):
+def gather_sum(values, slots, weights, out, tasks):
     """``out[n] = sum over t of weights[n, t] * values[slots[n, t]]``."""
     n, reads = slots.shape
     width = values.shape[1]
@@ -208,7 +208,7 @@ def read(values, slots, weights, out, tasks):
 
 
 @kernel
-def weight_gradient(values, rows, starts, order, grad_read, reads, out, tasks):
+def gather_dot(values, rows, starts, order, grad_read, reads, out, tasks):
     """``out[e] = values[slot of e] . grad_read[e // reads]``, row by row: each is fetched once."""
     width = values.shape[1]
     bounds = _shares(starts, tasks)
@@ -226,7 +226,7 @@ def weight_gradient(values, rows, starts, order, grad_read, reads, out, tasks):
 
 
 @kernel
-def update_rows(
+def adam_rows(
     values,
     exp_avg,
     exp_avg_sq,

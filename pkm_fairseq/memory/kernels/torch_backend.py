@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import at_least_float32
-from .entries import Entries
+from .tables import Entries, at_least_float32
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
@@ -44,8 +43,8 @@ def score_gradients(
     return grad_query, grad_half.transpose(-1, -2) @ query.permute(1, 2, 0, 3)
 
 
-def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.read`."""
+def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
     out = weights.new_empty(len(slots), values.shape[1])
@@ -56,8 +55,8 @@ def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.weight_gradient`."""
+def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
     out = grad_read.new_empty(slots.shape)
     for start in range(0, len(slots), _rows(slots.shape[1] * values.shape[1])):
         part = slice(start, start + _rows(slots.shape[1] * values.shape[1]))
@@ -66,7 +65,7 @@ def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     return out
 
 
-def update_rows(
+def adam_rows(
     values: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -75,7 +74,7 @@ def update_rows(
     betas: Tuple[float, float],
     eps: float,
 ) -> None:
-    """See :func:`pkm_fairseq.memory.kernels.update_rows`."""
+    """See :func:`pkm_fairseq.memory.kernels.adam_rows`."""
     beta1, beta2 = betas
     for rows, g in row_gradients(entries):
         moves = (g != 0).any(dim=1)

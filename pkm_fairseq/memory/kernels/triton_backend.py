@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import torch_backend
 from . import triton_kernels as programs
-from .entries import Entries
+from .tables import Entries
 
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
@@ -66,26 +66,26 @@ def score_gradients(
         return grad_query, grad_half.transpose(-1, -2) @ query.permute(1, 2, 0, 3)
 
 
-def read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.read`."""
+def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
     (n, reads), (n_slots, width) = slots.shape, values.shape
     out = weights.new_empty(n, width)
     tile = _tile(width)
     grid = n, triton.cdiv(width, tile[1])
-    _run(programs.read, grid, values, slots, weights, out, n_slots, reads, width, *tile)
+    _run(programs.gather_sum, grid, values, slots, weights, out, n_slots, reads, width, *tile)
     return out
 
 
-def weight_gradient(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.weight_gradient`."""
+def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
     (n, reads), (n_slots, width) = slots.shape, values.shape
     out = grad_read.new_empty(n, reads)
     given = values, slots, grad_read, out, n_slots, reads, width
-    _run(programs.weight_gradient, (n, triton.cdiv(reads, ROWS)), *given, *_tile(width))
+    _run(programs.gather_dot, (n, triton.cdiv(reads, ROWS)), *given, *_tile(width))
     return out
 
 
-def update_rows(
+def adam_rows(
     values: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -94,13 +94,13 @@ def update_rows(
     betas: Tuple[float, float],
     eps: float,
 ) -> None:
-    """See :func:`pkm_fairseq.memory.kernels.update_rows`."""
+    """See :func:`pkm_fairseq.memory.kernels.adam_rows`."""
     (beta1, beta2), (n_slots, width) = betas, values.shape
     tables, by_slot = (values, exp_avg, exp_avg_sq), _sorted(entries)
     sizes = n_slots, len(entries.slots), width
     settings = map(float, (step_size, beta1, 1 - beta1, beta2, 1 - beta2, eps))
     given = *tables, *by_slot, *sizes, *settings
-    _run(programs.update_rows, (len(entries.slots),), *given, *_whole_rows(width))
+    _run(programs.adam_rows, (len(entries.slots),), *given, *_whole_rows(width))
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:

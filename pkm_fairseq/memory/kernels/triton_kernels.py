@@ -137,7 +137,7 @@ def grad_half_scores(
 
 
 @triton.jit
-def read(
+def gather_sum(
     values,
     slots,
     weights,
@@ -184,7 +184,7 @@ def _weighted_rows(
 
 
 @triton.jit
-def weight_gradient(
+def gather_dot(
     values,
     slots,
     grad_read,
@@ -212,7 +212,7 @@ def weight_gradient(
 
 
 @triton.jit
-def update_rows(
+def adam_rows(
     values,
     exp_avg,
     exp_avg_sq,

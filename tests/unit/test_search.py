@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pkm_fairseq.memory import product_keys, product_topk
-from pkm_fairseq.memory.product_keys import candidate_ranks, half_scores, slot_of
+from pkm_fairseq.memory import product_topk, search
+from pkm_fairseq.memory.search import candidate_ranks, half_scores, slot_of
 from tests.helpers import all_scores, assert_exact_topk, integers
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_no_candidate_is_superfluous(monkeypatch):
         kept = [pair for index, pair in enumerate(pairs(knn)) if index != dropped]
         lacking = torch.tensor(kept).unbind(dim=1)
         with monkeypatch.context() as patch:
-            patch.setattr(product_keys, "candidate_ranks", lambda *_, ranks=lacking: ranks)
+            patch.setattr(search, "candidate_ranks", lambda *_, ranks=lacking: ranks)
             with pytest.raises(AssertionError, match="not the best"):
                 assert_exact_topk(query, keys, knn)
 
@@ -83,7 +83,7 @@ def test_no_candidate_is_superfluous(monkeypatch):
 def test_a_wrong_slot_number_is_noticed(monkeypatch, wrong):
     query, keys = integers(20, 2, 2, 4), integers(2, 2, 9, 4)
     assert_exact_topk(query, keys, 4)
-    monkeypatch.setattr(product_keys, "slot_of", wrong)
+    monkeypatch.setattr(search, "slot_of", wrong)
     with pytest.raises(AssertionError):
         assert_exact_topk(query, keys, 4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .dtypes import compute_dtype
+from .kernels import compute_dtype
 
 
 def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
