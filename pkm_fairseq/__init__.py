@@ -1,17 +1,18 @@
-"""Product-key memories for RoBERTa-style models: a fairseq plugin, and a torch core.
+"""Product-key memories for RoBERTa-style models: a torch core, and a fairseq plugin.
 
-``pkm_fairseq.memory`` works without fairseq. Where fairseq is installed, importing this
-package (``--user-dir``) registers the models, criteria, tasks and the optimizer with it.
+``pkm_fairseq.memory`` needs no fairseq; importing it neither imports nor changes fairseq. The
+plugin is registered when fairseq loads this package with ``--user-dir``, or another user-dir that
+imports it; when ``pkm_fairseq.models``, ``tasks``, ``criterions`` or ``optim`` is imported; and by
+:func:`register`.
 """
 
-import importlib.util
+from . import plugin as _plugin
+from .plugin import register
 
-if __name__ != "pkm_fairseq":  # numba's cache imports modules by the name they had once
-    raise SystemExit(
-        f"--user-dir: {__name__} is a link or copy of pkm_fairseq, must have that name as well"
-    )
-
+__all__ = ["register"]
 __version__ = "0.1.0"
 
-if importlib.util.find_spec("fairseq") is not None:
-    from . import compat, criterions, models, optim, tasks  # noqa: F401  (importing registers)
+_plugin.check_name(__name__)
+__path__ = _plugin.Places(__path__)
+if _plugin.is_loading():
+    register()

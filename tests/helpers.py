@@ -10,8 +10,11 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor
 
+import pkm_fairseq
 from pkm_fairseq.memory import MemoryConfig, product_topk
 from pkm_fairseq.memory.reference import full_keys, naive_topk
+
+pkm_fairseq.register()
 
 WIDTH, LAYERS = 16, 3
 SMALL = MemoryConfig(n_keys=5, heads=2, knn=3, k_dim=4)

@@ -11,36 +11,42 @@ fairseq's own are called.
 import contextlib
 import shutil
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO, Callable, Iterator
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
 from ..files import whole_file
 
 COPY_BYTES = 2**24
 
-_save_elsewhere = checkpoint_utils.torch_persistent_save
-_copy_elsewhere = PathManager.copy
+
+def save_whole_files(stock: Callable[..., None]) -> Callable[..., None]:
+    """Replace ``checkpoint_utils.torch_persistent_save``."""
+
+    def save_checkpoint_file(obj: Any, filename: str, async_write: bool = False) -> None:
+        """Write a checkpoint; stops the training with one line if that fails."""
+        if async_write or not PathManager.supports_rename(filename):
+            stock(obj, filename, async_write)
+            return
+        with _checkpoint_file(filename) as out:
+            torch.save(obj, out)
+
+    return save_checkpoint_file
 
 
-def save_checkpoint_file(obj: Any, filename: str, async_write: bool = False) -> None:
-    """Write a checkpoint; stops the training with one line if that fails."""
-    if async_write or not PathManager.supports_rename(filename):
-        _save_elsewhere(obj, filename, async_write)
-        return
-    with _checkpoint_file(filename) as out:
-        torch.save(obj, out)
+def copy_whole_files(stock: Any) -> Any:
+    """Replace ``PathManager.copy``, a static method."""
 
+    def copy_checkpoint_file(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        """Give a checkpoint another name too; stops the training with one line if that fails."""
+        if not all(map(PathManager.supports_rename, (src_path, dst_path))):
+            return bool(stock.__func__(src_path, dst_path, overwrite))
+        with open(src_path, "rb") as source, _checkpoint_file(dst_path) as out:
+            shutil.copyfileobj(source, out, COPY_BYTES)
+        return True
 
-def copy_checkpoint_file(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-    """Give a checkpoint another name too; stops the training with one line if that fails."""
-    if not all(map(PathManager.supports_rename, (src_path, dst_path))):
-        return bool(_copy_elsewhere(src_path, dst_path, overwrite))
-    with open(src_path, "rb") as source, _checkpoint_file(dst_path) as out:
-        shutil.copyfileobj(source, out, COPY_BYTES)
-    return True
+    return staticmethod(copy_checkpoint_file)
 
 
 @contextlib.contextmanager
@@ -60,7 +66,3 @@ def _checkpoint_file(filename: str) -> Iterator[BinaryIO]:
         raise SystemExit(
             f"{file} was not saved: {error.strerror or error}; what was saved before is whole"
         ) from None
-
-
-checkpoint_utils.torch_persistent_save = save_checkpoint_file
-PathManager.copy = staticmethod(copy_checkpoint_file)

@@ -5,21 +5,17 @@ from functools import wraps
 from typing import Any, Callable
 
 import torch
-from fairseq.optim import (
-    OPTIMIZER_REGISTRY,
-    AMPOptimizer,
-    FP16Optimizer,
-    MemoryEfficientFP16Optimizer,
-)
+from fairseq.optim import OPTIMIZER_REGISTRY, AMPOptimizer, FP16Optimizer
 
 logger = logging.getLogger(__name__)
 
 
-def _ask_the_optimizer(stock: Callable[..., Any]) -> Any:
-    """Let an optimizer say what is to be built around it for mixed precision.
+def ask_the_optimizer(stock: Any) -> Any:
+    """Let an optimizer say what is to be built around it; ``stock`` is a class method.
 
     fairseq's trainer builds its own wrappers, whatever the optimizer.
     """
+    stock = stock.__func__
 
     @wraps(stock)
     def build_optimizer(cls: Any, cfg: Any, params: Any, **kwargs: Any) -> Any:
@@ -46,11 +42,7 @@ def _check_device(wrapper: Any, cfg: Any) -> None:
         )
 
 
-for _wrapper in (AMPOptimizer, FP16Optimizer, MemoryEfficientFP16Optimizer):
-    _wrapper.build_optimizer = _ask_the_optimizer(_wrapper.build_optimizer.__func__)
-
-
-def _amp_clip_grad_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
+def skip_infinite_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Skip a step whose norm is not finite, as fairseq says in the log that it does.
 
     torch's scaler skips it only if a ``.grad`` is not finite.
@@ -67,15 +59,16 @@ def _amp_clip_grad_norm(stock: Callable[..., Any]) -> Callable[..., Any]:
     return clip_grad_norm
 
 
-def _amp_step(self: Any) -> None:
+def step_what_was_unscaled(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Step with the gradients that ``clip_grad_norm`` has divided by the loss scale.
 
     fairseq gives torch's scaler one object there and another one here, so that it divides the same
     gradients by the scale a second time.
     """
-    self.scaler.step(self.optimizer)
-    self.scaler.update()
 
+    @wraps(stock)
+    def step(self: Any) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
-AMPOptimizer.clip_grad_norm = _amp_clip_grad_norm(AMPOptimizer.clip_grad_norm)
-AMPOptimizer.step = _amp_step
+    return step

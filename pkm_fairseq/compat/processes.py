@@ -11,7 +11,11 @@ from typing import Any
 JOIN_SECONDS = 10.0
 
 
-@atexit.register
+def end_prefetching_at_exit() -> None:
+    """Have :func:`end_prefetching` called before Python ends."""
+    atexit.register(end_prefetching)
+
+
 def end_prefetching() -> None:
     """End the threads in which fairseq prepares batches that nobody will ask for.
 
@@ -24,14 +28,15 @@ def end_prefetching() -> None:
         return
     for thread in threading.enumerate():
         if isinstance(thread, iterators.BackgroundConsumer):
-            thread._queue.put = _end_thread
+            thread._max_len = 0  # ends it after the batch that it prepares
+            thread._queue.put = _discard
             with contextlib.suppress(queue.Empty):
                 thread._queue.get_nowait()  # wakes it up if it waits for room
             thread.join(JOIN_SECONDS)
 
 
-def _end_thread(item: Any) -> None:
-    raise SystemExit  # ends a thread quietly
+def _discard(item: Any) -> None:
+    """Nobody takes batches out of the queue any more."""
 
 
 def forget_previous_training() -> None:

@@ -1,3 +1,5 @@
-"""fairseq criteria that report memory usage; importing this package registers them."""
+"""fairseq criteria that report memory usage; importing this package registers the whole plugin."""
 
-from . import masked_lm, sentence_prediction  # noqa: F401
+from ..plugin import register
+
+register()

@@ -1,3 +1,5 @@
-"""fairseq models with memory; importing this package registers them."""
+"""fairseq models with memory; importing this package registers the whole plugin."""
 
-from . import roberta  # noqa: F401
+from ..plugin import register
+
+register()

@@ -1,3 +1,5 @@
-"""The memory-aware optimizer; importing this package registers it."""
+"""The memory-aware optimizer for fairseq; importing this package registers the whole plugin."""
 
-from . import pkm_adam  # noqa: F401
+from ..plugin import register
+
+register()

@@ -1,3 +1,5 @@
-"""fairseq tasks that know of memories; importing this package registers them."""
+"""fairseq tasks that know of memories; importing this package registers the whole plugin."""
 
-from . import masked_lm, sentence_prediction  # noqa: F401
+from ..plugin import register
+
+register()

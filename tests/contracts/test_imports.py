@@ -16,10 +16,11 @@ ALLOWED = {
     "memory": set(),
     "compat": {"files"},
     "validation": {"memory"},
-    "models": {"memory", "compat"},
-    "criterions": {"memory", "models", "compat", "files"},
-    "tasks": {"memory", "models", "compat"},
-    "optim": {"memory", "models", "compat"},
+    "plugin": {"compat", "models", "criterions", "tasks", "optim"},
+    "models": {"memory", "compat", "plugin"},
+    "criterions": {"memory", "models", "compat", "files", "plugin"},
+    "tasks": {"memory", "models", "compat", "plugin"},
+    "optim": {"memory", "models", "compat", "plugin"},
     "files": set(),
     "data": {"memory"},
     "demo": {"memory", "data", "models", "files"},
@@ -32,7 +33,7 @@ ALLOWED = {
 FORBIDDEN = {
     "memory": {"fairseq", "faiss", "omegaconf", "hydra"},
     "validation": {"fairseq", "omegaconf", "hydra"},
-    **{part: {"faiss"} for part in ("compat", "models", "criterions", "tasks", "optim")},
+    **{part: {"faiss"} for part in ("compat", "models", "criterions", "tasks", "optim", "plugin")},
     **{part: {"faiss"} for part in ("data", "demo", "benchmark", "analysis", "glue", "files")},
     "faults": {"faiss"},
 }
@@ -129,18 +130,63 @@ def run_python(code):
     return done.stdout
 
 
-def test_importing_prints_nothing_and_configures_no_logging():
-    code = """
-import logging, sys
-import fairseq.options, fairseq.tasks, fairseq.models, fairseq.criterions  # what they do is theirs
-handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
-print("before", flush=True)
-import pkm_fairseq
-assert logging.getLogger().handlers == handlers
-assert logging.getLogger().level == level
-assert not logging.getLogger("pkm_fairseq").handlers
+SNAPSHOT = """
+import atexit, json, logging, sys
+import numpy, torch
+
+MODULES = ("fairseq", "fairseq_cli", "omegaconf", "hydra")
+
+def changeable():
+    root = logging.getLogger()
+    seen = {
+        "logging": (root.level, list(root.handlers), logging.getLogger("pkm_fairseq").handlers),
+        "exits": atexit._ncallbacks(),
+        "safe globals": set(torch.serialization.get_safe_globals()),
+        "sys.path": (list(sys.path), list(sys.meta_path)),
+    }
+    for name, module in sorted(sys.modules.items()):
+        if name.split(".")[0] in MODULES and name not in ("fairseq.distributed_utils",):
+            for owner in [module, *(v for v in vars(module).values() if isinstance(v, type))]:
+                if getattr(owner, "__module__", name).split(".")[0] in MODULES:
+                    for key, value in vars(owner).items():
+                        seen[name, getattr(owner, "__name__", ""), key] = id(value)
+    for key, value in vars(numpy).items():
+        seen["numpy", key] = id(value)
+    seen["parameters"] = {k: id(v) for k, v in vars(torch.nn.Module).items()}
+    return seen
 """
-    assert run_python(code).splitlines()[-1] == "before"
+
+
+@pytest.mark.parametrize("first", ["", "import fairseq.options, fairseq.trainer"])
+def test_importing_the_core_changes_nothing_else(first):
+    code = f"""{SNAPSHOT}
+{first}
+before = changeable()
+print("before", len(before), flush=True)
+import pkm_fairseq.memory
+after = changeable()
+print([key for key in {{**before, **after}} if before.get(key) != after.get(key)])
+print("fairseq" in sys.modules)
+"""
+    *_, counted, changed, imported_fairseq = run_python(code).splitlines()
+    assert int(counted.split()[1]) > (10_000 if first else 500)
+    assert changed == "[]"
+    assert imported_fairseq == str(bool(first))
+
+
+def test_registering_changes_what_the_table_of_cures_says_and_no_logging():
+    code = f"""{SNAPSHOT}
+logging.basicConfig(level=logging.ERROR)
+before = changeable()
+import pkm_fairseq
+pkm_fairseq.register()
+between = changeable()
+pkm_fairseq.register()
+assert between == changeable()
+assert between["logging"] == before["logging"] and between["exits"] > before["exits"]
+assert numpy.compat.long is int
+"""
+    assert run_python(code) == ""
 
 
 def test_the_core_works_without_fairseq():
@@ -152,7 +198,16 @@ import torch, pkm_fairseq
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory
 memory = ProductKeyMemory(8, MemoryConfig(n_keys=4, knn=2, k_dim=4))
 memory(torch.randn(3, 8)).sum().backward()
-assert not [m for m in sys.modules if m.startswith("pkm_fairseq.") and ".memory" not in m]
-print("works")
+ours = {m.split(".")[1] for m in sys.modules if m.startswith("pkm_fairseq.")}
+assert ours == {"memory", "plugin"}
+for ask in (pkm_fairseq.register, lambda: __import__("pkm_fairseq.models")):
+    try:
+        ask()
+    except ImportError as error:
+        print(error)
 """
-    assert run_python(code) == "works\n"
+    line = (
+        "the plugin needs fairseq: install ve-fairseq or fairseq-fixed; "
+        "pkm_fairseq.memory works without it\n"
+    )
+    assert run_python(code) == 2 * line

@@ -137,6 +137,7 @@ def binarise(folder: Path, out: Path, *options: Any) -> Path:
 
 def load(file: Path) -> Dict[str, Any]:
     """Read a checkpoint safely."""
-    import pkm_fairseq  # noqa: F401  (puts what fairseq stores on torch's allow-list)
+    import pkm_fairseq
 
+    pkm_fairseq.register()  # puts what fairseq stores on torch's allow-list
     return torch.load(file, weights_only=True)

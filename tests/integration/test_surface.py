@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Dict
 
@@ -27,7 +26,6 @@ from .runs import (
     Run,
     binarise,
     load,
-    run,
     run_well,
     train,
     train_on_two_workers,
@@ -332,41 +330,3 @@ def test_a_relative_user_dir_wins_over_what_is_installed(
     )
     assert [log["num_updates"] for log in done.logged("train_inner")] == ["1"]
     assert "the installed copy" not in done.output
-
-
-IMPORT = (
-    "import argparse, sys; from fairseq.utils import import_user_module;"
-    "import_user_module(argparse.Namespace(user_dir=sys.argv[1]));"
-    "print('imported from', sys.modules['pkm_fairseq'].__path__[0])"
-)
-
-
-def import_as_fairseq_does(user_dir: Any, installed: Path, cwd: Path, before: str = "") -> Run:
-    env = {"PYTHONPATH": str(installed)}
-    return run(sys.executable, "-c", before + IMPORT, user_dir, cwd=cwd, env=env)
-
-
-def test_user_dir_may_be_a_link_or_the_installed_copy(installed: Path, tmp_path: Path) -> None:
-    (tmp_path / "pkm_fairseq").symlink_to(USER_DIR)
-    for user_dir in ("pkm_fairseq", installed / "pkm_fairseq"):
-        done = import_as_fairseq_does(user_dir, installed, tmp_path)
-        assert done.status == 0, done.output
-        assert f"imported from {tmp_path / user_dir}" in done.output
-
-
-def test_a_link_of_another_name_is_refused(installed: Path, tmp_path: Path) -> None:
-    """numba's cache imports modules by the name they had, which would register all twice."""
-    (tmp_path / "a_link").symlink_to(USER_DIR)
-    done = import_as_fairseq_does("a_link", installed, tmp_path)
-    assert done.status != 0 and "Traceback" not in done.output
-    assert "a_link is a link or copy of pkm_fairseq" in done.output.splitlines()[-1]
-
-
-def test_another_copy_than_the_one_imported_is_refused(installed: Path, tmp_path: Path) -> None:
-    """By fairseq; the same one again is no mistake."""
-    before = "import pkm_fairseq;"
-    same = import_as_fairseq_does(installed / "pkm_fairseq", installed, tmp_path, before)
-    assert same.status == 0, same.output
-    other = import_as_fairseq_does(USER_DIR, installed, tmp_path, before)
-    assert other.status != 0
-    assert f"Failed to import --user-dir={USER_DIR}" in other.output.splitlines()[-1]

@@ -1,10 +1,14 @@
 """The cures for fairseq."""
 
+import argparse
 import contextlib
+import inspect
 import os
 import resource
 import threading
 import time
+from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +16,64 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.checkpoint_utils import save_checkpoint
+from fairseq.data import TokenBlockDataset
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq_cli.train import should_stop_early
+from omegaconf import OmegaConf
 
-from pkm_fairseq.compat import checkpoints
+import pkm_fairseq
+from pkm_fairseq import compat
+from pkm_fairseq.compat.checkpoints import copy_whole_files, save_whole_files
 from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
+
+pkm_fairseq.register()
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cure", compat.CURES, ids=[cure.target for cure in compat.CURES])
+def test_a_cure_has_a_target_and_a_test_and_is_applied(cure):
+    owner, name = compat.find(cure.target)
+    found, stock = inspect.getattr_static(owner, name), compat.STOCK[cure.target]
+    assert cure.reason and cure.needed_on
+    file, test = cure.test.split("::")
+    assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8")
+    assert (cure.replace is None) != (cure.prepare is None)
+    assert (found is stock) == (cure.replace is None)
+
+
+def test_the_cures_are_applied_once():
+    before = [inspect.getattr_static(*compat.find(cure.target)) for cure in compat.CURES]
+    compat.apply()
+    assert [inspect.getattr_static(*compat.find(cure.target)) for cure in compat.CURES] == before
+    assert len({cure.target for cure in compat.CURES}) == len(compat.CURES)
+
+
+# --- current torch and numpy ----------------------------------------------------------------------
+
+
+def test_checkpoints_of_fairseq_load_safely(tmp_path):
+    saved = {"args": argparse.Namespace(arch="roberta"), "cfg": OmegaConf.create({"a": [1, "b"]})}
+    torch.save(saved, tmp_path / "c.pt")
+    with torch.serialization.safe_globals([]):
+        assert torch.load(tmp_path / "c.pt", weights_only=True) == saved
+        torch.serialization.clear_safe_globals()
+        with pytest.raises(UnpicklingError, match="Unsupported global"):
+            torch.load(tmp_path / "c.pt", weights_only=True)
+
+
+def test_sentences_are_cut_at_their_ends():
+    sentences = [torch.tensor([4, 5, 2]), torch.tensor([6, 2])]
+    blocks = TokenBlockDataset(sentences, [3, 2], 4, pad=1, eos=2, break_mode="eos")
+    assert [block.tolist() for block in blocks] == [[4, 5, 2], [6, 2]]
+
+
+# --- threads --------------------------------------------------------------------------------------
 
 
 class Endless:
@@ -191,13 +245,11 @@ def test_what_a_kill_leaves_is_no_checkpoint_and_taken_up_by_the_next_save(folde
 
 def test_elsewhere_than_on_the_local_disk_fairseq_does_it_itself(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(checkpoints, "_save_elsewhere", lambda *a: calls.append(("save", *a)))
-    monkeypatch.setattr(
-        checkpoints, "_copy_elsewhere", lambda *a: calls.append(("copy", *a)) or True
-    )
-    checkpoint_utils.torch_persistent_save(1, "a.pt", async_write=True)
+    save = save_whole_files(lambda *a: calls.append(("save", *a)))
+    copy = copy_whole_files(staticmethod(lambda *a: calls.append(("copy", *a)) or True)).__func__
+    save(1, "a.pt", async_write=True)
     monkeypatch.setattr(PathManager, "supports_rename", lambda path: not path.startswith("s3:"))
-    checkpoint_utils.torch_persistent_save(1, "s3://a.pt")
-    assert PathManager.copy("a.pt", "s3://b.pt", overwrite=True)
+    save(1, "s3://a.pt")
+    assert copy("a.pt", "s3://b.pt", overwrite=True)
     saved = [("save", 1, "a.pt", True), ("save", 1, "s3://a.pt", False)]
     assert calls == [*saved, ("copy", "a.pt", "s3://b.pt", True)]

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from fairseq.optim import register_optimizer
 
-import pkm_fairseq  # noqa: F401  (registers models, tasks and criteria)
 from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig, gradient_of
 
 

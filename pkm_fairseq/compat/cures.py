@@ -1,0 +1,150 @@
+"""One table of everything that is changed in fairseq, or around it, and why.
+
+A cure stands here, with the test that shows it. What needs no change of fairseq is no cure: it is
+overridden in our own classes.
+"""
+
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Tuple
+
+from . import checkpoints, environment, precision, processes, workers
+
+FAIRSEQ = "0.12.3"  # ve-fairseq 0.12.3 and fairseq-fixed 0.12.3.1, whose text code is identical
+TESTS = "tests/unit/test_compat.py::"
+PRECISION = "tests/unit/test_mixed_precision.py::"
+
+
+@dataclass(frozen=True)
+class Cure:
+    """What is changed of fairseq.
+
+    Attributes:
+        target: the full name of what does not work.
+        reason: what happens without the cure.
+        needed_on: the versions on which it was seen.
+        test: the test that shows it, as pytest names it.
+        replace: given what stands under the name, returns what shall stand there.
+        prepare: or, if fairseq stays as it is, what is done outside of it.
+    """
+
+    target: str
+    reason: str
+    needed_on: str
+    test: str
+    replace: Optional[Callable[[Any], Any]] = None
+    prepare: Optional[Callable[[], None]] = None
+
+
+CURES: Tuple[Cure, ...] = (
+    Cure(
+        "fairseq.checkpoint_utils.load_checkpoint_to_cpu",
+        "torch loads with weights_only and refuses argparse.Namespace, in which fairseq stores "
+        "options, and omegaconf's containers, which workers send each other",
+        f"{FAIRSEQ} with torch >= 2.6",
+        TESTS + "test_checkpoints_of_fairseq_load_safely",
+        prepare=environment.allow_plain_data,
+    ),
+    Cure(
+        "fairseq.data.token_block_dataset.TokenBlockDataset",
+        "--sample-break-mode eos takes np.compat.long, which was int and is gone",
+        f"{FAIRSEQ} with numpy >= 2.0",
+        TESTS + "test_sentences_are_cut_at_their_ends",
+        prepare=environment.restore_numpy_compat,
+    ),
+    Cure(
+        "fairseq.checkpoint_utils.torch_persistent_save",
+        "when writing fails it writes twice more behind what it has written, and ends in a page of "
+        "traceback; it does not wait for the disk",
+        FAIRSEQ,
+        TESTS + "test_on_a_full_disk_the_checkpoint_before_stays",
+        replace=checkpoints.save_whole_files,
+    ),
+    Cure(
+        "fairseq.file_io.PathManager.copy",
+        "it copies a checkpoint to its other names in place: a kill leaves half of the file that "
+        "the training is to go on from",
+        FAIRSEQ,
+        TESTS + "test_a_checkpoint_gets_its_name_when_it_is_whole_and_on_the_disk",
+        replace=checkpoints.copy_whole_files,
+    ),
+    Cure(
+        "fairseq.optim.amp_optimizer.AMPOptimizer.build_optimizer",
+        "it knows of no optimizer's own wrapper, and trains on the CPU in full precision silently",
+        FAIRSEQ,
+        PRECISION + "test_amp_warns_on_the_cpu",
+        replace=precision.ask_the_optimizer,
+    ),
+    Cure(
+        "fairseq.optim.fp16_optimizer.FP16Optimizer.build_optimizer",
+        "it flattens all parameters, among them the tables, whatever the optimizer",
+        FAIRSEQ,
+        PRECISION + "test_values_move_as_in_full_precision",
+        replace=precision.ask_the_optimizer,
+    ),
+    Cure(
+        "fairseq.optim.fp16_optimizer.MemoryEfficientFP16Optimizer.build_optimizer",
+        "it knows of no optimizer's own wrapper",
+        FAIRSEQ,
+        PRECISION + "test_values_move_as_in_full_precision",
+        replace=precision.ask_the_optimizer,
+    ),
+    Cure(
+        "fairseq.optim.amp_optimizer.AMPOptimizer.clip_grad_norm",
+        "a step whose norm is not finite is skipped in the log only",
+        FAIRSEQ,
+        PRECISION + "test_amp_skips_a_step_that_is_not_finite",
+        replace=precision.skip_infinite_steps,
+    ),
+    Cure(
+        "fairseq.optim.amp_optimizer.AMPOptimizer.step",
+        "torch's scaler divides the same gradients by the loss scale a second time",
+        FAIRSEQ,
+        PRECISION + "test_amp_divides_by_the_loss_scale_once",
+        replace=precision.step_what_was_unscaled,
+    ),
+    Cure(
+        "fairseq.models.distributed_fairseq_model.DistributedDataParallel",
+        "--ddp-backend pytorch_ddp names a GPU for every model, which torch refuses on the CPU",
+        FAIRSEQ,
+        TESTS + "test_pytorch_ddp_wraps_a_model_on_the_cpu",
+        replace=workers.wrap_without_devices,
+    ),
+    Cure(
+        "fairseq.distributed.utils.call_main",
+        "with --cpu it starts no workers and ends with status 0, or divides by zero GPUs",
+        FAIRSEQ,
+        "tests/integration/test_workers.py::test_fairseq_starts_workers_on_the_cpu",
+        replace=workers.start_workers_on_the_cpu,
+    ),
+    Cure(
+        "fairseq.data.iterators.BackgroundConsumer",
+        "its thread outlives a training that stops within an epoch; a process that ends meanwhile "
+        "aborts with status 134",
+        FAIRSEQ,
+        TESTS + "test_threads_that_prepare_batches_end",
+        prepare=processes.end_prefetching_at_exit,
+    ),
+)
+
+STOCK: Dict[str, Any] = {}  # target -> what fairseq has there
+
+
+def apply() -> None:
+    """Apply all cures; harmless twice."""
+    for cure in CURES:
+        if cure.target not in STOCK:
+            owner, name = find(cure.target)
+            stock = inspect.getattr_static(owner, name)
+            if cure.prepare is not None:
+                cure.prepare()
+            if cure.replace is not None:
+                setattr(owner, name, cure.replace(stock))
+            STOCK[cure.target] = stock
+
+
+def find(target: str) -> Tuple[Any, str]:
+    """The module or class that holds a target, and the target's name there."""
+    owner, _, name = target.rpartition(".")
+    return pkgutil.resolve_name(owner), name

@@ -1,0 +1,90 @@
+"""When and how the plugin is registered with fairseq.
+
+fairseq's ``import_user_module`` imports the last part of ``--user-dir`` as a top-level module. If
+a module of that name is there already, it only asks whether the folder is in its ``__path__``.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+from typing import Any, Iterator, List
+
+NAME = "pkm_fairseq"
+
+
+def register() -> None:
+    """Register models, tasks, criteria and the optimizer with fairseq; harmless twice.
+
+    Raises:
+        ImportError: fairseq is not installed.
+    """
+    if importlib.util.find_spec("fairseq") is None:
+        raise ImportError(
+            "the plugin needs fairseq: install ve-fairseq or fairseq-fixed; "
+            "pkm_fairseq.memory works without it"
+        )
+    with _no_logging_set_up():
+        from . import compat
+    compat.apply()
+    import pkm_fairseq.criterions.masked_lm
+    import pkm_fairseq.criterions.sentence_prediction
+    import pkm_fairseq.models.roberta
+    import pkm_fairseq.optim.pkm_adam
+    import pkm_fairseq.tasks.masked_lm
+    import pkm_fairseq.tasks.sentence_prediction  # noqa: F401  (importing registers)
+
+
+@contextlib.contextmanager
+def _no_logging_set_up() -> Iterator[None]:
+    """While fairseq is imported, leave the root logger to the user.
+
+    Some of fairseq's modules call ``logging.basicConfig``, which leaves a logger with a handler
+    as it is.
+    """
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+def check_name(name: str) -> None:
+    """Refuse the package under another name.
+
+    numba's cache imports modules by the name that they had when it was filled.
+
+    Raises:
+        ImportError: with the name.
+    """
+    if name != NAME:
+        raise ImportError(
+            f"--user-dir: {name} is a link or copy of {NAME}, must have that name as well"
+        )
+
+
+def is_loading() -> bool:
+    """Whether fairseq is loading a user-dir now: this package, or another one that imports it."""
+    load = getattr(sys.modules.get("fairseq.utils"), "import_user_module", None)
+    code = getattr(load, "__code__", None)
+    frame: Any = None if code is None else sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+class Places(List[str]):
+    """The ``__path__`` of this package, which registers where fairseq asks for a folder in it."""
+
+    def __contains__(self, folder: Any) -> bool:
+        if not is_loading():
+            return super().__contains__(folder)
+        if not any(os.path.samefile(folder, place) for place in self):
+            raise ImportError(
+                f"--user-dir {folder}: {NAME} is already imported from {self[0]}, "
+                "and a process can use one copy only"
+            )
+        register()
+        return True
