@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ..memory import ColumnShards, ValueTable
+from ..memory.gradient import average
 
 LOOPBACK = Path("/proc/self/net/dev")
 
@@ -102,7 +103,7 @@ def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, way: 
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=workers)
     shards = ColumnShards(workers) if way == "shards" else None
     values = ValueTable(table.n_slots, table.v_dim, shards=shards)
-    values.gradient.keep_factors(values.weight)
+    values.factored = True
     slots = torch.randint(table.n_slots, (tokens, 1, table.reads))
     weights = torch.rand(tokens, 1, table.reads, requires_grad=True)
     dist.barrier()
@@ -112,7 +113,7 @@ def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, way: 
     if way == "dense":
         dist.all_reduce(torch.zeros_like(values.weight))
     else:
-        values.gradient.average(values.weight)
+        average(values.weight)
     dist.barrier()
     if rank == 0:
         found = {"sent": sum(sent), "received": (_loopback() - before) / workers}

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..memory import ProductKeyMemory, kernels
+from ..memory.adam import MOMENTS, MemoryAdam
+from ..memory.gradient import FactoredGradient
 from ..memory.search import candidate_ranks, half_scores, slot_of
-from ..optim.pkm_adam import MOMENTS, LazyAdam, gradient_of
 from . import subjects
 from .layer import check, shortage
 from .machine import Memcpy
@@ -187,10 +188,11 @@ def update(setting: Setting, name: str) -> Contest:
     """Adam on the rows read, against the backward pass to the table and an optimizer's step."""
     slots, weights = setting.slots, setting.weights
     values = setting.memory.values.weight
-    lazy = LazyAdam([{"params": [values], "lazy": True}], lr=LR, betas=BETAS, eps=EPS)
+    lazy = MemoryAdam([values], lr=LR, betas=BETAS, eps=EPS)
 
     def ours(_: int) -> Callable[[], object]:
-        gradient_of(values).add(slots, weights, setting.grad)  # as the backward pass does
+        # as the backward pass does
+        values.grad = FactoredGradient.of_read(values, slots, weights, setting.grad)
         return lazy.step
 
     table = setting.textbook.values.weight

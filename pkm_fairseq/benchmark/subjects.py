@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import MemoryConfig, ProductKeyMemory
-from ..optim.pkm_adam import LazyAdam
+from ..memory.adam import MemoryAdam
 from . import textbook
 from .machine import installed
 
@@ -113,17 +113,14 @@ def other(name: str, memory: ProductKeyMemory) -> Subject:
 
 
 def ours(memory: ProductKeyMemory, against: str) -> Subject:
-    """The memory of this plugin, its values updated as ``pkm_adam`` does it.
+    """The memory of this plugin, updated by ``MemoryAdam``.
 
     Args:
         memory: the layer.
         against: whose Adam, fused or not, updates everything else here, too.
     """
-    values = memory.values.weight
-    lazy = LazyAdam([{"params": [values], "lazy": True}], lr=LR)
-    others = [p for p in memory.parameters() if p is not values]
-    rest = torch.optim.Adam(others, lr=LR, fused=is_fused(against))
-    return Subject(OURS, memory, memory, (rest, lazy))
+    adam = MemoryAdam(memory.parameters(), lr=LR, fused=is_fused(against))
+    return Subject(OURS, memory, memory, (adam,))
 
 
 def package(n_keys: int) -> Subject:

@@ -1,5 +1,6 @@
 """Product-key memory in plain torch; needs no fairseq."""
 
+from .adam import MemoryAdam, ignore_tables_in_ddp, memory_param_groups
 from .config import MemoryConfig
 from .layer import Lookup, ProductKeyMemory, build_values
 from .search import product_topk
@@ -11,11 +12,14 @@ from .values import ValueTable
 __all__ = [
     "ColumnShards",
     "Lookup",
+    "MemoryAdam",
     "MemoryConfig",
     "MemoryUsage",
     "ProductKeyMemory",
     "ReadTimes",
     "ValueTable",
     "build_values",
+    "ignore_tables_in_ddp",
+    "memory_param_groups",
     "product_topk",
 ]

@@ -1,6 +1,6 @@
-"""The gradient of a value table, kept as what it is the product of."""
+"""The gradient of a value table, kept as the factors that it is the product of."""
 
-from typing import Any, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
 from torch import Tensor
@@ -8,175 +8,454 @@ from torch import Tensor
 from . import kernels
 from .collectives import all_gather, all_gather_rows, narrow
 from .kernels import Entries, at_least_float32, compute_dtype
+from .kernels.torch_backend import row_gradients
 from .sharding import ColumnShards
 
+Number = Union[float, Tensor]
 
-class ValueGradient:
-    """The gradient of a value table as factors: which slots were read, how, and to what effect.
+REFUSAL = (
+    "{} does not work on the factored gradient of a value table: update the table with "
+    "MemoryAdam, or set values.factored = False for a dense gradient"
+)
 
-    A dense gradient of 512² slots of width 768 takes 805 MB, most of it zeros; the factors of 1,024
-    tokens take 6 MB. The table's parameter carries this object as ``value_gradient``, where an
-    optimizer finds it.
+
+class TableState:
+    """What an optimizer must know of a value table.
+
+    The parameter of the table carries this object as its attribute ``value_table``, by which an
+    optimizer knows a table among other parameters.
 
     Args:
-        shards: the workers that the columns of the table are split over; None means that it is
-            whole. The factors are then of this worker's columns, and of the tokens of all workers.
+        shards: the workers that the columns of the table are split over; None if it is whole.
 
     Attributes:
         shards: as given.
-        assembled: the whole table, while it is being saved, where it was split.
-        scale: its ``.grad`` is what all factors are to be multiplied by. An optimizer lists it
-            among its parameters, so that whatever multiplies or resets gradients, as fairseq
-            and loss scalers do, reaches the factors. None, the normal state: backward passes
-            leave a dense ``.grad`` of the table.
+        factored: whether backward passes make a :class:`FactoredGradient` instead of a dense one.
+            An optimizer that understands it sets this; a copy of a table starts without it.
+        assembled: the whole table while it is being saved, if its columns are split.
     """
 
     def __init__(self, shards: Optional[ColumnShards] = None) -> None:
         self.shards = shards
+        self.factored = False
         self.assembled: Optional[Tensor] = None
-        self.scale: Optional[Tensor] = None
-        self._parts: List[Entries] = []
 
-    @property
-    def factored(self) -> bool:
-        """Whether backward passes leave factors here instead of a dense ``.grad``."""
-        return self.scale is not None
+    def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Optional[ColumnShards]]]:
+        """Copy and pickle without what an optimizer has set."""
+        return TableState, (self.shards,)
 
-    def __reduce__(self) -> Tuple[Type["ValueGradient"], Tuple[Optional[ColumnShards]]]:
-        """A copy, or what is loaded from a file, is dense until an optimizer asks."""
-        return ValueGradient, (self.shards,)
 
-    def keep_factors(self, values: Optional[Tensor] = None) -> Tensor:
-        """Ask for factors instead of dense gradients.
+def is_table(param: Tensor) -> bool:
+    """Whether a parameter is a value table."""
+    return hasattr(param, "value_table")
 
-        From then on every backward pass through a read leaves factors, also one of
-        ``torch.autograd.grad`` that does not ask for the gradient of the table.
+
+def table_state(param: Tensor) -> TableState:
+    """The :class:`TableState` that the parameter of a value table carries."""
+    state: TableState = param.value_table  # type: ignore[attr-defined]
+    return state
+
+
+class _Factors:
+    """Parts of a gradient, each a sum of outer products, and a number that multiplies them all.
+
+    Attributes:
+        parts: entries that own their memory and are never changed in place.
+        scale: a scalar in at least float32. It multiplies all parts.
+        exchanged: whether this is the mean over data-parallel workers.
+    """
+
+    def __init__(self, parts: List[Entries], scale: Tensor, exchanged: bool = False) -> None:
+        self.parts = parts
+        self.scale = scale
+        self.exchanged = exchanged
+
+    def copy(self) -> "_Factors":
+        return _Factors(list(self.parts), self.scale.clone(), self.exchanged)
+
+    def apply_scale(self) -> None:
+        """Multiply the parts by the scale, which is 1 afterwards."""
+        self.parts = [part._replace(weights=part.weights * self.scale) for part in self.parts]
+        self.scale = torch.ones_like(self.scale)
+
+    def assign(self, parts: List[Entries], exchanged: bool = False) -> None:
+        """Replace the parts, for all tensors that share them."""
+        self.parts, self.exchanged = parts, exchanged
+        self.scale = torch.ones_like(self.scale)
+
+
+class FactoredGradient(Tensor):
+    """The gradient of a value table as a tensor of its shape that is never formed.
+
+    A dense gradient of 512² slots of width 768 takes 805 MB, most of it zeros; the factors of
+    1,024 tokens take 6 MB: which slots were read, with which weights, and the gradient of what was
+    read. Autograd accumulates it in ``.grad`` like any other gradient. So whatever resets, scales,
+    measures or clips gradients in torch works on it: ``zero_grad``, loss scalers,
+    ``clip_grad_norm_`` and ``clip_grad_value_``. Other operations read it through a dense copy.
+    Other operations that would write to it are refused.
+
+    Args:
+        factors: the parts.
+        like: the table, for its shape, dtype and device.
+        dtype: another dtype than that of the table; the parts are in at least float32 always.
+    """
+
+    _factors: _Factors
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, factors: _Factors, like: Tensor, dtype: Optional[torch.dtype] = None
+    ) -> "FactoredGradient":
+        """Make a tensor without memory."""
+        made: FactoredGradient = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
+        )
+        made._factors = factors
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Say what it is instead of printing a table."""
+        reads = sum(len(part.slots) for part in self._factors.parts)
+        return f"FactoredGradient(shape={tuple(self.shape)}, reads={reads}, dtype={self.dtype})"
+
+    @classmethod
+    def of_read(
+        cls, values: Tensor, slots: Tensor, weights: Tensor, grad_read: Tensor
+    ) -> "FactoredGradient":
+        """The gradient of one read: ``gradient[slots[n, t]] += weights[n, t] * grad_read[n]``.
+
+        The arguments are copied: what the caller does to them later changes nothing here.
 
         Args:
-            values: the table, for its dtype and device; None means float32 on the CPU.
-
-        Returns:
-            :attr:`scale`, which whoever asks must treat as one of its parameters.
-        """
-        dtype, device = (None, None) if values is None else (values.dtype, values.device)
-        dtype = compute_dtype(dtype or torch.float32)
-        self.scale = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        return self.scale
-
-    def __bool__(self) -> bool:
-        """Is there any factor?"""
-        return bool(self._parts) and self.scale is not None and self.scale.grad is not None
-
-    def add(self, slots: Tensor, weights: Tensor, grad_read: Tensor) -> None:
-        """Add what one read contributes: ``gradient[slots[n, t]] += weights[n, t] * grad_read[n]``.
-
-        Args:
+            values: the table, (n_slots, V).
             slots: (N, T), int64.
             weights: (N, T).
             grad_read: (N, V).
         """
         n, reads = slots.shape
         bags = torch.arange(n, device=slots.device).repeat_interleave(reads)
-        weights = at_least_float32(weights.detach()).flatten()
-        grads = at_least_float32(grad_read.detach()).contiguous()
-        self._apply_scale()
-        self._parts.append(Entries(slots.flatten(), weights, bags, grads))
+        part = Entries(
+            slots.detach().flatten().clone(),
+            _own(weights.detach().flatten()),
+            bags,
+            _own(grad_read.detach()),
+        )
+        return cls(_Factors([part], _one(values)), values)
 
-    def _apply_scale(self) -> None:
-        """Multiply the factors by the scale, which is 1 then."""
-        assert self.scale is not None, "factors were not asked for"
-        scale, self.scale.grad = self.scale.grad, torch.ones_like(self.scale)
-        self._parts = [  # none if gradients were reset
-            part._replace(weights=part.weights * scale) for part in self._parts if scale is not None
-        ]
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation of torch that has a factored gradient among its arguments."""
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name.startswith("_foreach_"):
+            return _one_by_one(func, name, args, kwargs)
+        result = _operate(name, args, kwargs)
+        if result is NotImplemented:
+            if _writes_or_shares(func):
+                raise RuntimeError(REFUSAL.format(name))
+            args = tuple(x.dense() if isinstance(x, FactoredGradient) else x for x in args)
+            result = func(*args, **kwargs)
+        return result
 
-    def multiply(self, factor: Union[float, Tensor]) -> None:
-        """Multiply the gradient, if there is one, in at least float32."""
-        if self.scale is not None and self.scale.grad is not None:
-            self.scale.grad.mul_(factor)
+    def entries(self) -> Entries:
+        """The gradient in the form that kernels take. It must not be changed."""
+        parts = self.parts()
+        return _join(parts) if parts else _no_entries(self)
 
-    def clear(self) -> None:
-        """Forget the gradient."""
-        self._parts = []
-        if self.scale is not None:
-            self.scale.grad = None
+    def dense(self) -> Tensor:
+        """The gradient as an ordinary tensor, (n_slots, V)."""
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for rows, of_rows in self.rows():
+            dense[rows] = of_rows.to(self.dtype)
+        return dense
 
-    def is_finite(self, dense: Optional[Tensor] = None) -> bool:
-        """Is the gradient finite, on all workers that hold columns of the table?
+    def rows(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        """Rows that were read, each once, and their gradients: (R,) and (R, V), in chunks."""
+        return row_gradients(self.entries())
 
-        Args:
-            dense: (n_slots, V), a gradient to add.
-        """
-        factors = [] if dense is None else [dense]
-        if self:
-            assert self.scale is not None and self.scale.grad is not None
-            factors += [self.scale.grad, *(x for p in self._parts for x in (p.weights, p.grads))]
-        finite = all(bool(torch.stack(x.aminmax()).isfinite().all()) for x in factors if x.numel())
-        if self.shards is None:
-            return finite
-        return self.shards.all_have(finite, None if self.scale is None else self.scale.device)
+    def rescale(self, factor: Number) -> None:
+        """Multiply the gradient by a number, in at least float32."""
+        self._factors.scale.mul_(factor)
 
-    def squared_norm(self, values: Tensor) -> float:
-        """The squared Euclidean norm of the gradient of all columns.
+    def is_finite(self) -> bool:
+        """Whether all factors of this worker are finite."""
+        parts = [x for part in self._factors.parts for x in (part.weights, part.grads)]
+        return all(_is_finite(x) for x in [self._factors.scale, *parts])
 
-        Args:
-            values: the table, whose ``.grad`` counts, too.
-        """
-        square = values.new_zeros((), dtype=torch.float64)
-        if self or values.grad is not None:
-            square = kernels.squared_norm(values, self.entries(values.grad))
-        return float(square if self.shards is None else self.shards.sum_(square))
+    def p_norm(self, order: float = 2.0) -> Tensor:
+        """The p-norm of all elements, a float64 scalar."""
+        if order == 2:
+            return kernels.squared_norm(self, self.entries()).sqrt()
+        norms = [torch.linalg.vector_norm(g.double(), order) for _, g in self.rows()]
+        if not norms:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
+        return whole
 
-    def entries(self, dense: Optional[Tensor] = None) -> Entries:
-        """The gradient in the form that kernels take; there must be one.
+    def map_elements(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to each element, in place. It must map 0 to 0."""
+        mapped = [entries_of_rows(rows, function(of_rows)) for rows, of_rows in self.rows()]
+        self._factors.assign(mapped, self._factors.exchanged)
 
-        Args:
-            dense: (n_slots, V), a gradient to add.
-        """
-        if self:
-            self._apply_scale()
-        parts = self._parts if self else []
-        if dense is not None:
-            rows = (dense != 0).any(dim=1).nonzero().squeeze(1)  # (R,), as if each was read once
-            grads = at_least_float32(dense[rows])
-            bags = torch.arange(len(rows), device=rows.device)
-            parts = [*parts, Entries(rows, grads.new_ones(len(rows)), bags, grads)]
-        return _join(parts)
+    def parts(self) -> List[Entries]:
+        """The parts, with the scale applied. They must not be changed."""
+        self._factors.apply_scale()
+        return self._factors.parts
 
-    def average(self, values: Tensor, group: Any = None) -> None:
-        """Make this the mean over data-parallel workers, with what is in ``values.grad``.
 
-        Every worker must call it, and each table in the same order.
+def _one(values: Tensor) -> Tensor:
+    return torch.ones((), dtype=compute_dtype(values.dtype), device=values.device)
 
-        Args:
-            values: the table.
-            group: the process group of all workers; None means all there are.
-        """
-        if self.shards is not None:  # the factors are a sum over those who share the table
-            self.multiply(1 / self.shards.n_shards)
-            group = self.shards.replicas
-            if group is None:
-                return
-        self.gather(values, values.grad, group)
-        values.grad = None  # what there was is among the factors
 
-    def gather(self, values: Tensor, dense: Optional[Tensor] = None, group: Any = None) -> None:
-        """Make this the mean over data-parallel workers, who exchange factors, not tables.
+def _own(x: Tensor) -> Tensor:
+    """A contiguous copy in at least float32."""
+    return x.to(compute_dtype(x.dtype), copy=True, memory_format=torch.contiguous_format)
 
-        Every worker must call it, and each table in the same order. Each receives from each other
-        one 8 bytes per value read and 4 V + 4 per token, in float32.
 
-        Args:
-            values: the table, for its width, dtype and device.
-            dense: (n_slots, v_dim), a gradient to add.
-            group: the process group of the workers; None means all.
-        """
-        own = self.entries(dense) if self or dense is not None else _no_entries(values)
-        parts = _exchange(own, len(values), group)
-        if any(len(part.slots) for part in parts):
-            self._apply_scale()
-            self._parts = [_join(parts)]
-            self.multiply(1 / len(parts))
+def _is_finite(x: Tensor) -> bool:
+    return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
+
+
+# --- what torch does to gradients -------------------------------------------------------------
+
+
+def _operate(name: str, args: Any, kwargs: Dict[str, Any]) -> Any:
+    """Run an operation; NotImplemented if it is unknown here."""
+    known = OPERATIONS.get(name)
+    return NotImplemented if known is None else known(*args, **kwargs)
+
+
+def _writes_or_shares(func: Any) -> bool:
+    """Whether an operation changes an argument, or returns a view of one."""
+    schema = func._schema
+    return schema.is_mutable or any(x.alias_info is not None for x in schema.returns)
+
+
+def _one_by_one(func: Any, name: str, args: Any, kwargs: Dict[str, Any]) -> Any:
+    """Run an operation on lists: at once for ordinary tensors, one by one for the others."""
+    lists = [x for x in args if isinstance(x, (list, tuple))]
+    ours = [
+        i for i in range(len(args[0])) if any(isinstance(x[i], FactoredGradient) for x in lists)
+    ]
+    others = [i for i in range(len(args[0])) if i not in ours]
+    results: Dict[int, Any] = {}
+    if others:
+        plain = [[x[i] for i in others] if isinstance(x, (list, tuple)) else x for x in args]
+        results.update(zip(others, func(*plain, **kwargs) or [None] * len(others), strict=True))
+    for i in ours:
+        of_one = [x[i] if isinstance(x, (list, tuple)) else x for x in args]
+        results[i] = _operate(name.removeprefix("_foreach_"), of_one, kwargs)
+        if results[i] is NotImplemented:
+            raise RuntimeError(REFUSAL.format(name))
+    return [results[i] for i in range(len(args[0]))] if func._schema.returns else None
+
+
+def _alias(x: FactoredGradient) -> FactoredGradient:
+    return FactoredGradient(x._factors, x)
+
+
+def _clone(x: FactoredGradient, **_: Any) -> FactoredGradient:
+    return FactoredGradient(x._factors.copy(), x)
+
+
+def _to_copy(x: FactoredGradient, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    if device not in (None, x.device):
+        return NotImplemented
+    return FactoredGradient(x._factors.copy(), x, dtype)
+
+
+def _add(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    if alpha != 1 or not _have_one_shape(x, y):
+        return NotImplemented
+    like = x if isinstance(x, FactoredGradient) else y
+    return FactoredGradient(_Factors([*_parts_of(x), *_parts_of(y)], _one(like)), like)
+
+
+def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    if alpha != 1 or not _have_one_shape(x, y):
+        return NotImplemented
+    if isinstance(x, FactoredGradient):
+        x._factors.assign([*x.parts(), *_parts_of(y)])
+        return x
+    for rows, of_rows in y.rows():
+        x[rows] += of_rows.to(x.dtype)
+    return x
+
+
+def _have_one_shape(x: Any, y: Any) -> bool:
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
+
+
+def _parts_of(x: Tensor) -> List[Entries]:
+    return x.parts() if isinstance(x, FactoredGradient) else [entries_of_dense(x)]
+
+
+def _multiply(x: Any, y: Any, *, out: Optional[Tensor] = None) -> Any:
+    x, factor = (x, y) if isinstance(x, FactoredGradient) else (y, x)
+    if not _is_number(factor):
+        return NotImplemented
+    product = _clone(x)
+    product.rescale(factor)
+    return product if out is None else out.copy_(product)
+
+
+def _multiply_in_place(x: Any, factor: Any) -> Any:
+    if not isinstance(x, FactoredGradient) or not _is_number(factor):
+        return NotImplemented
+    x.rescale(factor)
+    return x
+
+
+def _divide(x: Any, factor: Any) -> Any:
+    return _multiply(x, 1 / factor) if _is_number(factor) else NotImplemented
+
+
+def _divide_in_place(x: Any, factor: Any) -> Any:
+    return _multiply_in_place(x, 1 / factor) if _is_number(factor) else NotImplemented
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) or (type(x) is Tensor and x.numel() == 1)
+
+
+def _copy(x: Tensor, y: Tensor, *_: Any) -> Tensor:
+    """Copy from or to an ordinary tensor, as torch's DistributedDataParallel does."""
+    if isinstance(x, FactoredGradient):
+        x._factors.assign(_parts_of(y), exchanged=True)
+        return x
+    assert isinstance(y, FactoredGradient)
+    return x.copy_(y.dense())
+
+
+def _zero(x: FactoredGradient) -> FactoredGradient:
+    x._factors.assign([])
+    return x
+
+
+def _norm(x: FactoredGradient, order: Any = 2, dim: Any = None, *_: Any, dtype: Any = None) -> Any:
+    if dim not in (None, []):
+        return NotImplemented
+    return x.p_norm(2.0 if order is None else float(order)).to(dtype or x.dtype)
+
+
+def _clamp(x: FactoredGradient, low: Any = None, high: Any = None) -> Any:
+    is_odd = not all(limit is None or _is_number(limit) for limit in (low, high))
+    if is_odd or (low or 0) > 0 or (high or 0) < 0:  # elements that are 0 would not stay it
+        return NotImplemented
+    x.map_elements(lambda rows: rows.clamp(low, high))
+    return x
+
+
+def _unscale(gradients: List[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """What torch's GradScaler does before a step."""
+    plain = [x for x in gradients if not isinstance(x, FactoredGradient)]
+    if plain:
+        torch._amp_foreach_non_finite_check_and_unscale_(plain, found_inf, inv_scale)
+    for x in gradients:
+        if isinstance(x, FactoredGradient):
+            if not x.is_finite():
+                found_inf.fill_(1.0)
+            x.rescale(inv_scale)
+
+
+# by torch's names; NotImplemented where arguments are others than expected here
+OPERATIONS: Dict[str, Callable[..., Any]] = {
+    "alias": _alias,
+    "detach": _alias,
+    "clone": _clone,
+    "_to_copy": _to_copy,
+    "add": _add,
+    "add_": _add_in_place,
+    "mul": _multiply,
+    "mul_": _multiply_in_place,
+    "div": _divide,
+    "div_": _divide_in_place,
+    "copy_": _copy,
+    "zero_": _zero,
+    "norm": _norm,
+    "linalg_vector_norm": _norm,
+    "clamp_": _clamp,
+    "clamp_min_": lambda x, low: _clamp(x, low=low),
+    "clamp_max_": lambda x, high: _clamp(x, high=high),
+    "_amp_foreach_non_finite_check_and_unscale_": _unscale,
+}
+
+
+# --- entries ----------------------------------------------------------------------------------
+
+
+def entries_of_rows(rows: Tensor, gradients: Tensor) -> Entries:
+    """Entries of rows, each read once: (R,) and (R, V)."""
+    bags = torch.arange(len(rows), device=rows.device)
+    return Entries(rows, gradients.new_ones(len(rows)), bags, gradients)
+
+
+def entries_of_dense(dense: Tensor) -> Entries:
+    """Entries of the rows of a dense gradient (n_slots, V) that have a non-zero element."""
+    rows = (dense != 0).any(dim=1).nonzero().squeeze(1)  # (R,)
+    return entries_of_rows(rows, at_least_float32(dense[rows]))
+
+
+def entries_of(values: Tensor) -> Optional[Entries]:
+    """The gradient of a table, factored or dense; None if there is none."""
+    if values.grad is None:
+        return None
+    if isinstance(values.grad, FactoredGradient):
+        return values.grad.entries()
+    return entries_of_dense(values.grad)
+
+
+def gradient_is_finite(values: Tensor) -> bool:
+    """Whether the gradient of a table is finite, on all workers that hold columns of it."""
+    grad, shards = values.grad, table_state(values).shards
+    if isinstance(grad, FactoredGradient):
+        finite = grad.is_finite()
+    else:
+        finite = grad is None or _is_finite(grad)
+    return finite if shards is None else shards.all_have(finite, values.device)
+
+
+def squared_norm(values: Tensor) -> float:
+    """The squared Euclidean norm of the gradient of a table, of all its columns."""
+    entries, shards = entries_of(values), table_state(values).shards
+    square = values.new_zeros((), dtype=torch.float64)
+    if entries is not None:
+        square = kernels.squared_norm(values, entries)
+    return float(square if shards is None else shards.sum_(square))
+
+
+def is_exchanged(values: Tensor) -> bool:
+    """Whether the gradient of a table is already the mean over data-parallel workers."""
+    return isinstance(values.grad, FactoredGradient) and values.grad._factors.exchanged
+
+
+@torch.no_grad()
+def average(values: Tensor, group: Any = None) -> None:
+    """Make the gradient of a table the mean over data-parallel workers.
+
+    Workers exchange factors, not tables. Every worker must call it, and for each table in the same
+    order. Each worker receives from each other one 8 bytes per value read and 4 V + 4 per token,
+    in float32.
+
+    Args:
+        values: the table.
+        group: the process group of all workers; None means all there are.
+    """
+    shards = table_state(values).shards
+    if shards is not None:  # the factors are a sum over those who share the table
+        if values.grad is not None:
+            values.grad.mul_(1 / shards.n_shards)
+        group = shards.replicas
+        if group is None:
+            return
+    own = entries_of(values)
+    parts = _exchange(_no_entries(values) if own is None else own, len(values), group)
+    factors = _Factors([_join(parts)], _one(values) * (1 / len(parts)), exchanged=True)
+    read = any(len(part.slots) for part in parts)
+    values.grad = FactoredGradient(factors, values) if read else None
 
 
 def _join(parts: List[Entries]) -> Entries:
@@ -193,8 +472,9 @@ def _join(parts: List[Entries]) -> Entries:
 
 
 def _no_entries(values: Tensor) -> Entries:
-    none = values.new_empty(0, dtype=torch.int64)
-    grads = at_least_float32(values.new_empty(0, values.shape[1]))
+    none = torch.empty(0, dtype=torch.int64, device=values.device)
+    dtype = compute_dtype(values.dtype)
+    grads = torch.empty(0, values.shape[1], dtype=dtype, device=values.device)
     return Entries(none, grads.new_empty(0), none, grads)
 
 

@@ -83,24 +83,32 @@ class ColumnShards:
         """A copy of a table has the same workers."""
         return self
 
-    def gather_lookups(
-        self, slots: Tensor, weights: Tensor, n_slots: int
-    ) -> Tuple[Tensor, Tensor, List[int]]:
-        """The look-ups of all workers of the group.
+    def count_tokens(self, tokens: int, device: torch.device) -> List[int]:
+        """How many tokens each worker of the group has, of this worker's ``tokens``."""
+        counts = all_gather(torch.tensor([tokens], device=device), self.group)
+        return [int(count) for count in counts]
+
+    def gather_slots(self, slots: Tensor, tokens: List[int], n_slots: int) -> Tensor:
+        """The slots that all workers of the group read, (N, T), from this worker's (n, T)."""
+        return torch.cat(all_gather_rows(narrow(slots, n_slots), tokens, self.group)).long()
+
+    def gather_weights(self, weights: Tensor, tokens: List[int]) -> Tensor:
+        """The weights of all workers of the group, (N, T), from this worker's (n, T).
+
+        It is differentiable: the backward pass sums what every worker's columns contribute.
+        """
+        return _GatherWeights.apply(weights, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
+
+    def exchange_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
+        """What all columns read for this worker, (n, V), from what its columns read for all.
+
+        It is differentiable: the backward pass hands everyone the gradient of their columns.
 
         Args:
-            slots: (n, T), int64.
-            weights: (n, T).
-            n_slots: of the table.
-
-        Returns:
-            Slots and weights of all, (N, T), and how many tokens are whose.
+            read: (N, V / W).
+            tokens: how many tokens are whose.
         """
-        count = torch.tensor([len(slots)], device=slots.device)
-        tokens = [int(n) for n in all_gather(count, self.group)]
-        all_slots = torch.cat(all_gather_rows(narrow(slots, n_slots), tokens, self.group))
-        all_weights = torch.cat(all_gather_rows(weights, tokens, self.group))
-        return all_slots.long(), all_weights, tokens
+        return _ExchangeColumns.apply(read, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
     def return_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
         """Hand everyone what this worker's columns read for them.
@@ -197,6 +205,34 @@ class ColumnShards:
             rows = columns[start : start + ROWS]
             whole = columns.new_empty(len(rows), width * self.n_shards).normal_(std=std)
             rows.copy_(self.own_columns(whole, whole.shape[1]))
+
+
+class _GatherWeights(torch.autograd.Function):
+    """Weights of all workers; backward, the sum over columns for the tokens of this worker."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, shards: ColumnShards, tokens: List[int]) -> Tensor:
+        ctx.shards, ctx.tokens = shards, tokens
+        return torch.cat(all_gather_rows(weights, tokens, shards.group))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_weights: Tensor) -> Tuple[Tensor, None, None]:
+        return ctx.shards.sum_for_owners(grad_weights, ctx.tokens), None, None
+
+
+class _ExchangeColumns(torch.autograd.Function):
+    """All columns of this worker's reads; backward, the gradient of its columns for all tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, read: Tensor, shards: ColumnShards, tokens: List[int]) -> Tensor:
+        ctx.shards, ctx.tokens = shards, tokens
+        return shards.return_columns(read, tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_read: Tensor) -> Tuple[Tensor, None, None]:
+        return ctx.shards.send_columns(grad_read, ctx.tokens), None, None
 
 
 def _own_group(groups: List[List[int]]) -> Any:

@@ -8,17 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .gradient import ValueGradient
+from .gradient import FactoredGradient, TableState
 from .kernels import allocate, compute_dtype, is_half
-from .kernels.torch_backend import row_gradients
 from .sharding import ColumnShards
 
 
 class ValueTable(nn.Module):
     """A table of values, one row per slot.
 
-    The parameter carries its :class:`ValueGradient` as the attribute ``value_gradient``, by which
-    an optimizer can find it among others and give it its own learning rate and a lazy update.
+    The parameter carries a :class:`~pkm_fairseq.memory.gradient.TableState` as its attribute
+    ``value_table``, by which an optimizer knows it among others.
 
     Args:
         n_slots: number of rows.
@@ -49,10 +48,9 @@ class ValueTable(nn.Module):
         self.keeps_dtype = False
         self.init = init
         self.v_dim = v_dim
-        self.gradient = ValueGradient(shards)
+        self._state = TableState(shards)
         width = v_dim if shards is None else shards.width(v_dim)
         self.weight = nn.Parameter(allocate(n_slots, width, dtype))
-        self._tag()
         self.reset_parameters()
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
@@ -67,13 +65,30 @@ class ValueTable(nn.Module):
         self._tag()  # the parameter may be a new one
         return self
 
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        """Register as torch does, also where a parameter is put in place of the old one."""
+        super().register_parameter(name, param)
+        self._tag()
+
     def _tag(self) -> None:
-        self.weight.value_gradient = self.gradient  # type: ignore[attr-defined]
+        self.weight.value_table = self._state  # type: ignore[attr-defined]
 
     @property
     def shards(self) -> Optional[ColumnShards]:
         """The workers that the columns are split over; None if this table is whole."""
-        return self.gradient.shards
+        return self._state.shards
+
+    @property
+    def factored(self) -> bool:
+        """Whether the gradient is a :class:`~pkm_fairseq.memory.gradient.FactoredGradient`.
+
+        ``MemoryAdam`` sets it. Set it to False before another optimizer trains the table.
+        """
+        return self._state.factored
+
+    @factored.setter
+    def factored(self, factored: bool) -> None:
+        self._state.factored = factored
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -89,8 +104,8 @@ class ValueTable(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the whole table, if it was assembled for this, and else what is here."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.gradient.assembled is not None:
-            destination[f"{prefix}weight"] = self.gradient.assembled
+        if self._state.assembled is not None:
+            destination[f"{prefix}weight"] = self._state.assembled
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load this worker's columns of a whole table, or what is here already."""
@@ -99,7 +114,6 @@ class ValueTable(nn.Module):
         if self.shards is not None and not is_own:
             state_dict[f"{prefix}weight"] = self.shards.own_columns(given, self.v_dim)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._tag()  # load_state_dict(assign=True) puts another parameter in place of the old one
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Sum the values of the given slots, weighted, over heads and neighbours.
@@ -120,25 +134,28 @@ class ValueTable(nn.Module):
                 "both must be (tokens, heads, neighbours)"
             )
         slots, weights = slots.flatten(1), weights.flatten(1)  # (N, H * K)
-        wants_gradient = weights.requires_grad or self.weight.requires_grad
-        if self.shards is not None:
-            kernels.check_reads(slots, weights, len(self.weight))
-            weights = weights.to(compute_dtype(self.weight.dtype))
-            return _ShardedRead.apply(  # type: ignore[no-untyped-call, no-any-return]
-                weights, slots, self.weight, self.gradient
-            )
-        if not (torch.is_grad_enabled() and wants_gradient):
-            return kernels.gather_sum(self.weight, slots, weights)
-        if self.gradient.factored:
-            weights = weights.to(compute_dtype(self.weight.dtype))
-            return _FactoredRead.apply(  # type: ignore[no-untyped-call, no-any-return]
-                weights, slots, self.weight, self.gradient
-            )
+        if self.shards is None:
+            return self._read(slots, weights)
         kernels.check_reads(slots, weights, len(self.weight))
         weights = weights.to(compute_dtype(self.weight.dtype))
-        if weights.dtype != self.weight.dtype:
-            return _HalfRead.apply(weights, slots, self.weight)  # type: ignore[no-untyped-call, no-any-return]
-        return F.embedding_bag(slots, self.weight, per_sample_weights=weights, mode="sum")
+        tokens = self.shards.count_tokens(len(slots), slots.device)
+        slots = self.shards.gather_slots(slots, tokens, len(self.weight))  # (all, H * K)
+        columns = self._read(slots, self.shards.gather_weights(weights, tokens))
+        return self.shards.exchange_columns(columns, tokens)
+
+    def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Read the columns that are here: (N, T) and (N, T) to (N, columns)."""
+        values = self.weight
+        is_trained = weights.requires_grad or values.requires_grad
+        if not (torch.is_grad_enabled() and is_trained):
+            return kernels.gather_sum(values, slots, weights)
+        kernels.check_reads(slots, weights, len(values))
+        weights = weights.to(compute_dtype(values.dtype))
+        if self.factored or weights.dtype != values.dtype:
+            return _Read.apply(  # type: ignore[no-untyped-call, no-any-return]
+                weights, slots, values, self.factored and values.is_leaf
+            )
+        return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
 
 
 def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
@@ -146,54 +163,17 @@ def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> 
     return table.to(example.device) if is_half(example.dtype) else convert(table)
 
 
-class _HalfRead(torch.autograd.Function):
-    """The read of a table in half precision, in float32, whose backward makes a dense gradient."""
+class _Read(torch.autograd.Function):
+    """The weighted sum of values; its backward keeps the gradient of the table as factors.
 
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, slots: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, slots, values)
-        return kernels.gather_sum(values, slots, weights)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_read: Tensor) -> Tuple[Optional[Tensor], None, Optional[Tensor]]:
-        weights, slots, values = ctx.saved_tensors
-        grad_weights = grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_weights = kernels.gather_dot(values, slots, grad_read)
-        if ctx.needs_input_grad[2]:
-            grad_values = _dense_gradient(values, slots, weights, grad_read)
-        return grad_weights, None, grad_values
-
-
-def _dense_gradient(values: Tensor, slots: Tensor, weights: Tensor, grad_read: Tensor) -> Tensor:
-    factors = ValueGradient()
-    factors.keep_factors(values)
-    factors.add(slots, weights, grad_read)
-    gradient = torch.zeros_like(values)
-    for rows, of_rows in row_gradients(factors.entries()):
-        gradient[rows] = of_rows.to(values.dtype)
-    return gradient
-
-
-class _ShardedRead(torch.autograd.Function):
-    """The read of a table of which this worker holds some columns, for it and all others.
-
-    Its backward leaves the gradient of these columns, from the tokens of all workers.
+    Where no optimizer has asked for factors, the gradient of a table in half precision is dense.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, weights: Tensor, slots: Tensor, values: Tensor, gradient: ValueGradient
-    ) -> Tensor:
-        assert gradient.shards is not None
-        lookups = gradient.shards.gather_lookups(slots, weights, len(values))
-        slots, weights, ctx.tokens = lookups  # (all, T) twice
+    def forward(ctx: Any, weights: Tensor, slots: Tensor, values: Tensor, factored: bool) -> Tensor:
         ctx.save_for_backward(weights, slots, values)
-        ctx.gradient = gradient
-        return gradient.shards.return_columns(
-            kernels.gather_sum(values, slots, weights), ctx.tokens
-        )
+        ctx.factored = factored
+        return kernels.gather_sum(values, slots, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -201,36 +181,10 @@ class _ShardedRead(torch.autograd.Function):
         ctx: Any, grad_read: Tensor
     ) -> Tuple[Optional[Tensor], None, Optional[Tensor], None]:
         weights, slots, values = ctx.saved_tensors
-        shards = ctx.gradient.shards
-        grad_columns = shards.send_columns(grad_read, ctx.tokens)  # (all, V / W)
         grad_weights = grad_values = None
-        if ctx.needs_input_grad[2] and ctx.gradient.factored:
-            ctx.gradient.add(slots, weights, grad_columns)
-        elif ctx.needs_input_grad[2]:
-            grad_values = _dense_gradient(values, slots, weights, grad_columns)
         if ctx.needs_input_grad[0]:
-            partial = kernels.gather_dot(values, slots, grad_columns)
-            grad_weights = shards.sum_for_owners(partial, ctx.tokens)
-        return grad_weights, None, grad_values, None
-
-
-class _FactoredRead(torch.autograd.Function):
-    """The read whose backward keeps the factors of the table's gradient and returns none."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weights: Tensor, slots: Tensor, values: Tensor, gradient: ValueGradient
-    ) -> Tensor:
-        ctx.save_for_backward(weights, slots, values)
-        ctx.gradient = gradient
-        return kernels.gather_sum(values, slots, weights)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_read: Tensor) -> Tuple[Optional[Tensor], None, None, None]:
-        weights, slots, values = ctx.saved_tensors
+            grad_weights = kernels.gather_dot(values, slots, grad_read)
         if ctx.needs_input_grad[2]:
-            ctx.gradient.add(slots, weights, grad_read)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return kernels.gather_dot(values, slots, grad_read), None, None, None
+            factored = FactoredGradient.of_read(values, slots, weights, grad_read)
+            grad_values = factored if ctx.factored else factored.dense()
+        return grad_weights, None, grad_values, None

@@ -13,6 +13,8 @@ from fairseq import optim
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer
 from torch import Tensor, nn
 
+from ..memory.gradient import is_table
+
 
 class _ValuesApart:
     """A half-precision wrapper that treats values as training in full precision does.
@@ -65,8 +67,8 @@ class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
     @classmethod
     def build_optimizer(cls, cfg: Any, params: List[nn.Parameter], **kwargs: Any) -> Any:
         """Build it as fairseq does, with copies of everything but values."""
-        values = [p for p in params if hasattr(p, "value_gradient")]
-        rest = [p for p in params if not hasattr(p, "value_gradient")]
+        values = [p for p in params if is_table(p)]
+        rest = [p for p in params if not is_table(p)]
         # as fairseq's: not for bfloat16
         flatten = not (cfg.common.fp16_no_flatten_grads or cfg.common.bf16)
         copies = cls.build_fp32_params(cfg.optimizer, rest, flatten=flatten)

@@ -58,14 +58,13 @@ def training_step(device, values_dtype):
     config = MemoryConfig(n_keys=32, heads=2, knn=5, k_dim=16, value_dtype=values_dtype)
     memory = ProductKeyMemory(48, config).to(device)
     x = torch.randn(16, 48).to(device).requires_grad_()
-    gradient, table = memory.values.gradient, memory.values.weight
-    gradient.keep_factors(table.device)
+    memory.values.factored, table = True, memory.values.weight
     read = memory(x)
     (read * torch.linspace(-1, 1, 48, device=device)).square().sum().backward()
     moments = [torch.zeros(table.shape, device=device) for _ in range(2)]
-    assert table.grad is None
-    norm = kernels.squared_norm(table, gradient.entries())
-    kernels.adam_rows(table, *moments, gradient.entries(), STEP, BETAS, EPS)
+    entries = table.grad.entries()
+    norm = kernels.squared_norm(table, entries)
+    kernels.adam_rows(table, *moments, entries, STEP, BETAS, EPS)
     found = [read, x.grad, memory.keys.grad, memory.query_proj.weight.grad, norm, table, *moments]
     return [y.detach().cpu().to(torch.promote_types(y.dtype, torch.float32)) for y in found]
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from pkm_fairseq.memory.adam import MemoryAdam
+from pkm_fairseq.memory.gradient import FactoredGradient
 from pkm_fairseq.models.encoder_layer import MemoryEncoderLayer
-from pkm_fairseq.optim.pkm_adam import LazyAdam
 from tests.helpers import batch, build, small_dictionary
 
 DICTIONARY = small_dictionary()
@@ -28,7 +29,7 @@ def trained(arch, factored, batches=2, **options):
     model.set_num_updates(4)
     values = [layer.memory.values for layer in model.memory_layers().values()]
     if factored:
-        LazyAdam([{"params": [table.weight for table in set(values)], "lazy": True}])
+        MemoryAdam([table.weight for table in set(values)])
     usage = model.new_memory_usage()
     torch.manual_seed(1)
     losses = []
@@ -38,11 +39,10 @@ def trained(arch, factored, batches=2, **options):
             losses.append(out.square().sum())
             losses[-1].backward()
     state = {"rng": torch.get_rng_state(), **model.state_dict()}
-    state.update({f"{name}.grad": p.grad for name, p in model.named_parameters()})
-    for i, table in enumerate(values):
-        if factored and table.gradient:
-            for name, part in table.gradient.entries()._asdict().items():
-                state[f"{i}.{name}"] = part
+    for name, p in model.named_parameters():
+        is_factored = isinstance(p.grad, FactoredGradient)
+        assert is_factored == (factored and name.endswith("values.weight") and p.grad is not None)
+        state[f"{name}.grad"] = p.grad.dense() if is_factored else p.grad
     for layer, counted in usage.items():
         state.update({f"{layer}.usage{i}": x for i, x in enumerate(counted.counters())})
         state[f"{layer}.tokens"] = torch.tensor(counted.tokens)

@@ -279,7 +279,7 @@ def test_at_exit_no_other_worker_is_asked_how_far_its_columns_have_moved():
     count.total = {layer: counted(1) for layer in count.usage}
     count.updates = 3
     for layer in count.layers.values():
-        layer.memory.values.gradient.shards = NobodyAnswers()
+        layer.memory.values._state.shards = NobodyAnswers()
     with pytest.raises(TimeoutError):
         count.record(None)
     (layer, *_) = count.record(None, is_alone=True)["layers"]

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, ValueTable, kernels
-from pkm_fairseq.memory.gradient import ValueGradient
-from pkm_fairseq.optim.pkm_adam import LazyAdam
+from pkm_fairseq.memory.adam import MemoryAdam, memory_param_groups
+from pkm_fairseq.memory.gradient import FactoredGradient, average, entries_of, gradient_is_finite
 
 from ..workers import on_workers
 
@@ -31,11 +31,16 @@ def reads(n_tokens=5, reads=7, seed=0):
     return slots, weights, grads
 
 
-def factors():
-    """A gradient that keeps factors."""
-    gradient = ValueGradient()
-    gradient.keep_factors()
-    return gradient
+def a_table(dtype=torch.float64):
+    """A table whose gradient is factored."""
+    table = ValueTable(N_SLOTS, WIDTH).to(dtype)
+    table.factored = True
+    return table
+
+
+def add(table, slots, weights, grads):
+    """Leave the gradient of a read, as a backward pass does."""
+    table(slots[:, None], weights[:, None]).backward(grads)
 
 
 def dense(*parts):
@@ -56,140 +61,108 @@ def total_of(entries):
     )
 
 
+def gradient_after(*parts):
+    """A table and the entries that these reads leave."""
+    table = a_table()
+    for part in parts:
+        add(table, *part)
+    return table
+
+
 def test_entries_are_the_gradient():
-    gradient = factors()
-    assert not gradient
-    gradient.add(*reads())
-    assert gradient
-    assert torch.allclose(total_of(gradient.entries()), dense(reads()))
+    table = gradient_after(reads())
+    assert isinstance(table.weight.grad, FactoredGradient)
+    assert torch.allclose(total_of(table.weight.grad.entries()), dense(reads()))
+    assert torch.allclose(table.weight.grad.dense(), dense(reads()))
 
 
 def test_gradients_of_several_reads_add_up_even_with_other_numbers_of_reads():
-    gradient, first, second = factors(), reads(), reads(n_tokens=3, reads=4, seed=1)
-    gradient.add(*first)
-    gradient.add(*second)
-    assert torch.allclose(total_of(gradient.entries()), dense(first, second))
+    first, second = reads(), reads(n_tokens=3, reads=4, seed=1)
+    table = gradient_after(first, second)
+    assert torch.allclose(total_of(table.weight.grad.entries()), dense(first, second))
+
+
+def test_gradients_of_one_backward_pass_add_up():
+    table, first, second = a_table(), reads(), reads(seed=1)
+    outs = [table(slots[:, None], weights[:, None]) for slots, weights, _ in (first, second)]
+    sum((out * part[2]).sum() for out, part in zip(outs, (first, second), strict=True)).backward()
+    assert torch.allclose(total_of(table.weight.grad.entries()), dense(first, second))
 
 
 def test_a_factor_reaches_what_was_read_before_and_not_what_comes_after():
-    gradient, first, second = factors(), reads(), reads(seed=1)
-    gradient.add(*first)
-    gradient.multiply(torch.tensor(0.25))
-    gradient.add(*second)
+    first, second = reads(), reads(seed=1)
+    table = gradient_after(first)
+    table.weight.grad.mul_(torch.tensor(0.25))
+    add(table, *second)
     expected = 0.25 * dense(first) + dense(second)
-    assert torch.allclose(total_of(gradient.entries()), expected)
-
-
-def test_whatever_scales_and_resets_gradients_reaches_the_factors():
-    """As fairseq's trainer, torch's loss scalers and optimizers' zero_grad do."""
-    gradient = factors()
-    gradient.add(*reads())
-    gradient.scale.grad.mul_(3)
-    assert torch.allclose(total_of(gradient.entries()), 3 * dense(reads()))
-    gradient.scale.grad = None
-    assert not gradient
-    gradient.add(*reads(seed=1))
-    assert torch.allclose(total_of(gradient.entries()), dense(reads(seed=1)))
+    assert torch.allclose(total_of(table.weight.grad.entries()), expected)
 
 
 def test_a_scale_that_is_not_finite_is_seen():
-    gradient = factors()
-    gradient.add(*reads())
-    gradient.scale.grad.mul_(float("inf"))
-    assert not gradient.is_finite()
-
-
-def test_a_dense_gradient_can_be_added():
-    gradient = factors()
-    gradient.add(*reads())
-    other = dense(reads(n_tokens=1, seed=3))
-    assert torch.allclose(total_of(gradient.entries(other)), dense(reads()) + other)
-    assert torch.allclose(total_of(factors().entries(other)), other)
-    assert torch.allclose(total_of(gradient.entries()), dense(reads()))  # and is not kept
-
-
-def test_what_was_cleared_is_gone():
-    gradient = factors()
-    gradient.add(*reads())
-    gradient.clear()
-    assert not gradient
+    table = gradient_after(reads())
+    table.weight.grad.mul_(float("inf"))
+    assert not gradient_is_finite(table.weight)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", [1, 2])
 def test_factors_that_are_not_finite_are_seen(wrong, where):
-    gradient, parts = factors(), reads()
-    gradient.add(*parts)
-    assert gradient.is_finite()
+    parts = reads()
+    table = gradient_after(parts)
+    assert gradient_is_finite(table.weight)
     parts[where][2, 3] = wrong
-    gradient.add(*parts)
-    assert not gradient.is_finite()
+    add(table, *parts)
+    assert not gradient_is_finite(table.weight)
 
 
-def test_a_read_leaves_its_factors_and_no_dense_gradient():
+def test_the_gradient_of_weights_is_the_same_with_and_without_factors():
     table = ValueTable(N_SLOTS, WIDTH).double()
     slots, weights, grads = reads()
     weights.requires_grad_()
-    found = []
+    found, of_values = [], []
     for factored in (True, False):
-        weights.grad = None
-        table.gradient.scale = table.gradient.keep_factors(table.weight) if factored else None
-        table(slots[:, None], weights[:, None]).backward(grads)
+        weights.grad = table.weight.grad = None
+        table.factored = factored
+        add(table, slots, weights, grads)
         found.append(weights.grad.clone())
-        assert bool(table.gradient) == (table.weight.grad is None) == factored
-        if factored:
-            entries = table.gradient.entries()
+        assert isinstance(table.weight.grad, FactoredGradient) == factored
+        of_values.append(table.weight.grad.dense() if factored else table.weight.grad)
     assert torch.allclose(*found)
-    assert torch.allclose(total_of(entries), table.weight.grad)
+    assert torch.allclose(*of_values)
 
 
-def test_a_frozen_table_leaves_no_factors_and_passes_the_gradient_on():
-    table = ValueTable(N_SLOTS, WIDTH).double()
-    table.gradient.keep_factors()
+def test_a_frozen_table_gets_no_gradient_and_passes_that_of_weights_on():
+    table = a_table()
     table.weight.requires_grad_(False)
     slots, weights, grads = reads()
-    table(slots[:, None], weights.requires_grad_()[:, None]).backward(grads)
-    assert not table.gradient
+    add(table, slots, weights.requires_grad_(), grads)
+    assert table.weight.grad is None
     assert weights.grad.any()
-
-
-def test_frozen_keys_still_train_values():
-    table = ValueTable(N_SLOTS, WIDTH).double()
-    table.gradient.keep_factors()
-    slots, weights, grads = reads()
-    table(slots[:, None], weights[:, None]).backward(grads)
-    assert torch.allclose(total_of(table.gradient.entries()), dense(reads()))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_leaves_nothing_behind(context):
-    table = ValueTable(N_SLOTS, WIDTH)
-    table.gradient.keep_factors()
+    table = a_table()
     slots, weights, _ = reads()
     with context():
         read = table(slots[:, None], weights[:, None])
-    assert read.grad_fn is None and not table.gradient
+    assert read.grad_fn is None and table.weight.grad is None
 
 
-def test_a_copy_of_a_table_has_a_gradient_of_its_own():
-    table = ValueTable(N_SLOTS, WIDTH).double()
-    table.gradient.keep_factors()
-    slots, weights, grads = reads()
-    table(slots[:, None], weights[:, None]).backward(grads)
+def test_a_copy_of_a_table_is_dense_and_independent():
+    table = gradient_after(reads())
     twin = copy.deepcopy(table)  # as fairseq's moving averages make one
-    twin.gradient.clear()
-    assert table.gradient
-    assert twin.weight.value_gradient is twin.gradient
-    assert not twin.gradient.factored  # nobody would use factors up
+    assert not twin.factored and table.factored  # no optimizer would use factors of the copy up
+    assert twin.weight.value_table is not table.weight.value_table
+    assert twin.weight.grad is None
 
 
 def test_a_whole_model_can_be_saved_and_loaded(tmp_path):
-    table = ValueTable(N_SLOTS, WIDTH)
-    table.gradient.keep_factors()
+    table = a_table(torch.float32)
     torch.save(table, tmp_path / "table.pt")
     loaded = torch.load(tmp_path / "table.pt", weights_only=False)
     assert torch.equal(loaded.weight, table.weight)
-    assert loaded.weight.value_gradient is loaded.gradient and not loaded.gradient.factored
+    assert not loaded.factored
 
 
 def test_a_table_in_bfloat16_reads_the_same_in_training_and_evaluation():
@@ -211,11 +184,8 @@ def trainer_of(factored, n_keys=64):
     """A step of training of a memory whose table is far larger than anything else."""
     config = MemoryConfig(n_keys=n_keys, heads=2, knn=4, k_dim=8, query_norm="layer")
     memory = ProductKeyMemory(64, config)
-    values = {"params": [memory.values.weight], "lazy": True}
-    rest = [p for p in memory.parameters() if p is not memory.values.weight]
-    optimizer = LazyAdam([{"params": rest}, values])
-    if not factored:
-        memory.values.gradient.scale = None
+    optimizer = MemoryAdam(memory_param_groups(memory))
+    memory.values.factored = factored
     x = torch.randn(8, 64)
 
     def step():
@@ -266,10 +236,8 @@ def test_a_table_that_does_not_fit_is_an_error_that_says_how_large_it_is():
 
 
 def test_the_squared_norm_is_that_of_the_dense_gradient():
-    table = ValueTable(N_SLOTS, WIDTH).double()
-    gradient = factors()
-    gradient.add(*reads())
-    found = kernels.squared_norm(table.weight, gradient.entries())
+    table = gradient_after(reads())
+    found = kernels.squared_norm(table.weight, table.weight.grad.entries())
     assert float(found) == pytest.approx(float(dense(reads()).square().sum()), rel=1e-12)
 
 
@@ -301,22 +269,20 @@ WORLD = 3
 
 
 def exchange(rank):
-    values = torch.empty(N_SLOTS, WIDTH, dtype=torch.float64)
     parts = [reads(), reads(n_tokens=2, reads=3, seed=1)]  # the third worker read nothing
-    gradient = factors()
-    if rank < 2:
-        gradient.add(*parts[rank])
-    gradient.gather(values)
-    assert torch.allclose(total_of(gradient.entries()), dense(*parts) / WORLD)
-    gradient.clear()
-    extra = dense(parts[1])  # a dense gradient beside factors: rows have other numbers of entries
+    table = gradient_after(*parts[rank : rank + 1])
+    average(table.weight)
+    assert torch.allclose(total_of(entries_of(table.weight)), dense(*parts) / WORLD)
+    # a dense gradient beside factors: rows have other numbers of entries
+    table = gradient_after(*(parts[:1] if rank == 1 else []))
+    extra = dense(parts[1])
     if rank == 1:
-        gradient.add(*parts[0])
-    gradient.gather(values, extra if rank == 1 else None)
-    assert torch.allclose(total_of(gradient.entries()), dense(*parts) / WORLD)
-    gradient.clear()
-    gradient.gather(values)  # nobody read anything
-    assert not gradient
+        table.weight.grad = table.weight.grad + extra
+    average(table.weight)
+    assert torch.allclose(total_of(entries_of(table.weight)), dense(*parts) / WORLD)
+    table.weight.grad = None
+    average(table.weight)  # nobody read anything
+    assert table.weight.grad is None
     check_bytes(rank)
 
 
@@ -324,11 +290,11 @@ def check_bytes(rank):
     """What is handed to collectives is as large as the documents say."""
     tokens, n_reads, sent = 5 - rank, 4, []
     all_gather = dist.all_gather
-    dist.all_gather = lambda out, x, group: (sent.append(x.nbytes), all_gather(out, x, group))
-    gradient = factors()
     slots, weights, grads = reads(n_tokens=tokens, reads=n_reads)
-    gradient.add(slots, weights.float(), grads.float())
-    gradient.gather(torch.empty(N_SLOTS, WIDTH))
+    table = a_table(torch.float32)
+    add(table, slots, weights.float(), grads.float())
+    dist.all_gather = lambda out, x, group: (sent.append(x.nbytes), all_gather(out, x, group))
+    average(table.weight)
     dist.all_gather = all_gather
     longest = 5
     assert sum(sent) == longest * (8 * n_reads + 4 * WIDTH + 4) + 16  # 16: how many there are

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from pkm_fairseq.memory import ValueTable
-from pkm_fairseq.memory.kernels.torch_backend import row_gradients
 from pkm_fairseq.memory.query import BatchQueryNorm
 from pkm_fairseq.optim.pkm_adam import PkmAdam
 from tests.helpers import batch, build, small_dictionary
@@ -114,10 +113,7 @@ def backward(net, optimizer, sample_size, clip_norm=0.0, step=0):
 
 
 def gradient_of_table(net):
-    dense = torch.zeros(net.table.shape)
-    for rows, gradient in row_gradients(net.values.gradient.entries()):
-        dense[rows] = gradient
-    return dense
+    return net.table.grad.dense().float()
 
 
 # --- what values are stored in ------------------------------------------------------------------
@@ -257,9 +253,8 @@ def test_gradients_accumulate_over_batches(monkeypatch, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_optimizer_updates_the_table_itself(monkeypatch, form):
     net, optimizer = as_the_trainer_does(monkeypatch, form)
-    (group,) = [group for group in optimizer.param_groups if group.get("lazy")]
-    assert group["params"] == [net.table]
-    assert net.values.gradient.factored
+    assert [group["params"] for group in optimizer.param_groups][-1] == [net.table]
+    assert net.values.factored
     if form in COPYING:
         copies = optimizer._copies()
         n_rest = sum(p.numel() for p in net.linear.parameters())
@@ -281,7 +276,7 @@ def test_another_optimizer_trains_values_in_float32(monkeypatch, form):
         for step in range(2):
             backward(net, optimizer, 2, step=step)  # a power of two: exact in half precision
             optimizer.step()
-        assert not net.values.gradient.factored
+        assert not net.values.factored
         tables.append(net.table.detach())
     assert tables[0].dtype == torch.float32
     assert torch.equal(*tables)
@@ -307,12 +302,12 @@ def test_an_overflow_moves_nothing_and_lowers_the_loss_scale(monkeypatch, form, 
     optimizer.backward(loss_of(net))
     wrong = net.linear.weight.grad
     if where == "factor":
-        wrong = net.values.gradient.entries().grads
+        wrong = net.table.grad.entries().grads
     wrong[0, 0] = math.inf
     with pytest.raises(OverflowError):
         optimizer.clip_grad_norm(0.0)
     optimizer.zero_grad()
-    assert not net.values.gradient
+    assert net.table.grad is None
     assert optimizer.scaler.loss_scale == scale / 2
     assert all(torch.equal(x, y) for x, y in zip(before, state_of(net, optimizer), strict=True))
     assert optimizer.optimizer.state[net.table]["step"] == 1
@@ -348,7 +343,7 @@ def test_an_infinite_gradient_shows_in_the_norm(monkeypatch, form):
     net, optimizer = as_the_trainer_does(monkeypatch, form)
     optimizer.zero_grad()
     optimizer.backward(loss_of(net))
-    net.values.gradient.entries().grads[0, 0] = math.inf
+    net.table.grad.entries().grads[0, 0] = math.inf
     assert not optimizer.clip_grad_norm(1.0).isfinite()
 
 
@@ -435,7 +430,7 @@ def test_amp_skips_a_step_that_is_not_finite(where):
     before = [p.detach().clone() for p in net.parameters()]
     optimizer.zero_grad()
     optimizer.backward(loss_of(net))
-    entries = net.values.gradient.entries()
+    entries = net.table.grad.entries()
     if where == "norm":
         entries.weights.fill_(3e38)  # each factor is finite
     else:

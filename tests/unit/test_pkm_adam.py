@@ -11,6 +11,7 @@ from fairseq.optim.adam import FairseqAdam
 from torch import nn
 
 from pkm_fairseq.memory import ValueTable, kernels
+from pkm_fairseq.memory.gradient import FactoredGradient
 from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig
 from tests.helpers import batch, build, small_dictionary
 
@@ -482,11 +483,11 @@ def test_factors_move_what_a_dense_gradient_moves():
         net = Net()
         optimizer = PkmAdam(options(), net.parameters())
         if not factored:
-            net.tables[0].gradient.scale = None
+            net.tables[0].factored = False
         for _ in range(3):
             optimizer.zero_grad()
             read_table(net).backward()
-            assert (net.table.grad is None) == factored
+            assert isinstance(net.table.grad, FactoredGradient) == factored
             optimizer.step()
         tables.append(net.table.detach())
     assert torch.allclose(*tables, atol=1e-6)
@@ -533,7 +534,7 @@ def test_what_is_saved_does_not_depend_on_factors(tmp_path):
     assert [len(group["params"]) for group in saved["param_groups"]] == [2, 1]
     twin, other = resumed(net, optimizer, tmp_path)
     read_table(twin).backward()
-    assert twin.tables[0].gradient
+    assert twin.table.grad is not None
     other.step()
     assert not torch.equal(net.table, twin.table)
 
@@ -545,14 +546,14 @@ def test_values_are_clipped_to_their_own_norm(limit):
     read_table(net).backward()
     net.tables[1].weight.grad = gradients(1)[0]
     net.linear.weight.grad = torch.full_like(net.linear.weight, 7.0)
-    whole = [net.tables[0].gradient, net.tables[1].weight.grad.clone()]
-    entries = whole[0].entries()
-    squares = float(kernels.squared_norm(net.table, entries)) + float(whole[1].square().sum())
+    other = net.tables[1].weight.grad.clone()
+    entries = net.table.grad.entries()
+    squares = float(kernels.squared_norm(net.table, entries)) + float(other.square().sum())
     optimizer.clip_grad_norm(0.0)
     factor = min(1.0, limit / squares**0.5)
     assert factor == (1.0 if limit > 1 else pytest.approx(limit / squares**0.5))
-    assert torch.allclose(whole[0].entries().weights, entries.weights * factor)
-    assert torch.allclose(net.tables[1].weight.grad, whole[1] * factor)
+    assert torch.allclose(net.table.grad.entries().weights, entries.weights * factor)
+    assert torch.allclose(net.tables[1].weight.grad, other * factor)
     assert (net.linear.weight.grad == 7).all()
 
 
@@ -578,7 +579,7 @@ def test_a_step_that_was_skipped_leaves_nothing_behind(set_to_none):
         if skipped:
             (read_table(net) * float("inf")).backward()
             optimizer.optimizer.zero_grad(set_to_none=set_to_none)
-            assert not net.tables[0].gradient
+            assert net.table.grad is None or not net.table.grad.dense().any()
         read_table(net).backward()
         optimizer.step()
         tables.append(net.table.detach())
@@ -594,8 +595,7 @@ def test_a_loss_scaler_skips_a_step_whose_factors_are_not_finite():
     read = net.tables[0](slots, weights)
     net.linear.weight.grad = torch.ones_like(net.linear.weight)  # finite
     scaler.scale(read.sum()).backward()
-    entries = net.tables[0].gradient.entries()
-    entries.grads.fill_(float("inf"))
+    net.table.grad.mul_(float("inf"))
     assert float(optimizer.clip_grad_norm(0.0)) == float("inf")
     scaler.step(optimizer.optimizer)
     scaler.update()
@@ -608,5 +608,5 @@ def test_a_norm_of_values_that_overflows_is_seen():
     optimizer = PkmAdam(options(memory_value_clip_norm=1.0), net.parameters())
     slots, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.full((1, 1, 2), 3e38)
     (net.tables[0](slots, weights) * 10).sum().backward()  # each factor is finite
-    assert net.tables[0].gradient.is_finite()
+    assert net.table.grad.is_finite()
     assert float(optimizer.clip_grad_norm(0.0)) == float("inf")

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pkm_fairseq.memory import ColumnShards, MemoryConfig, ProductKeyMemory, ValueTable
-from pkm_fairseq.optim.pkm_adam import LazyAdam
+from pkm_fairseq.memory.adam import MemoryAdam
+from pkm_fairseq.memory.gradient import FactoredGradient, average, gradient_is_finite, squared_norm
 
 from ..workers import on_workers
 
@@ -40,12 +41,11 @@ def read(table: ValueTable, rank: int) -> Dict[str, Tensor]:
 
 def read_split(rank: int, n_shards: int, factored: bool) -> Dict[str, Tensor]:
     table = ValueTable(N_SLOTS, V_DIM, shards=ColumnShards(n_shards)).double()
-    if factored:
-        table.gradient.keep_factors(table.weight)
+    table.factored = factored
     found = {"values": table.weight.detach(), **read(table, rank)}
     if factored:
-        assert table.weight.grad is None
-        slots, weights, bags, grads = table.gradient.entries()
+        assert isinstance(table.weight.grad, FactoredGradient)
+        slots, weights, bags, grads = table.weight.grad.entries()
         found["gradient"] = torch.zeros_like(table.weight).index_add_(
             0, slots, weights[:, None] * grads[bags]
         )
@@ -81,9 +81,9 @@ def train_split(rank: int, n_shards: int, clip: float) -> Dict[str, Any]:
             if param is not values:
                 dist.all_reduce(param.grad)
                 param.grad /= dist.get_world_size()
-        net.values.gradient.average(values)
-        norm = net.values.gradient.squared_norm(values) ** 0.5
-        net.values.gradient.multiply(clip / norm)
+        average(values)
+        norm = squared_norm(values) ** 0.5
+        values.grad.mul_(clip / norm)
         adam.step()
     columns = {"values": values.detach().clone(), **adam.state[values]}
     adam.consolidate_state_dict()
@@ -92,13 +92,13 @@ def train_split(rank: int, n_shards: int, clip: float) -> Dict[str, Any]:
     return {"columns": columns, "saved": saved, "norm": norm}
 
 
-def small_memory(shards: Any = None) -> "tuple[ProductKeyMemory, LazyAdam]":
+def small_memory(shards: Any = None) -> "tuple[ProductKeyMemory, MemoryAdam]":
     torch.manual_seed(0)
     config = MemoryConfig(n_keys=6, heads=2, knn=3, k_dim=8, query_norm="layer")
     net = ProductKeyMemory(V_DIM, config, shards=shards).double()
     values = net.values.weight
     rest = [p for p in net.parameters() if p is not values]
-    return net, LazyAdam([{"params": rest, "lr": 0.01}, {"params": [values], "lazy": True}])
+    return net, MemoryAdam([{"params": rest, "lr": 0.01}, {"params": [values]}], exchange=False)
 
 
 def loss_of(net: ProductKeyMemory, rank: int, step: int) -> Tensor:
@@ -116,8 +116,8 @@ def test_split_tables_are_trained_saved_and_loaded_as_whole_ones(
     for step in range(3):
         adam.zero_grad()
         (sum(loss_of(net, rank, step) for rank in range(world)) / world).backward()
-        norm = net.values.gradient.squared_norm(net.values.weight) ** 0.5
-        net.values.gradient.multiply(0.5 / norm)
+        norm = squared_norm(net.values.weight) ** 0.5
+        net.values.weight.grad.mul_(0.5 / norm)
         adam.step()
     assert [part["norm"] for part in found] == pytest.approx([norm] * world, rel=1e-12)
 
@@ -162,12 +162,12 @@ def test_a_whole_checkpoint_loads_into_shards(tmp_path: Path) -> None:
 def one_is_not_finite(rank: int) -> "list[Any]":
     """What each worker is told if one worker's columns get a gradient that is not finite."""
     table = ValueTable(N_SLOTS, V_DIM, shards=ColumnShards(2))
-    table.gradient.keep_factors(table.weight)
+    table.factored = True
     slots, weights, grad_read = lookups(2)
     grad_read[0, 0] = torch.inf if rank == 1 else 0  # the first column is worker 0's
     table(slots, weights.requires_grad_()).backward(grad_read.float())
-    own = [bool(part.isfinite().all()) for part in table.gradient.entries()]
-    return [all(own), table.gradient.is_finite()]
+    own = [bool(part.isfinite().all()) for part in table.weight.grad.entries()]
+    return [all(own), gradient_is_finite(table.weight)]
 
 
 def test_all_workers_see_that_one_has_a_gradient_that_is_not_finite(tmp_path: Path) -> None:

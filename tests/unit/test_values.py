@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pkm_fairseq.memory import ValueTable
+from pkm_fairseq.memory.gradient import FactoredGradient, is_table
 from pkm_fairseq.memory.reference import naive_read
 
 
@@ -102,22 +103,23 @@ def test_reset_draws_anew():
 
 def test_parameter_is_marked_for_the_optimizer():
     for table in (ValueTable(10, 5), ValueTable(10, 5).double().bfloat16()):
-        assert table.weight.value_gradient is table.gradient
+        assert is_table(table.weight)
     twin = copy.deepcopy(table)
-    assert twin.weight.value_gradient is twin.gradient is not table.gradient
+    assert is_table(twin.weight)
+    assert twin.weight.value_table is not table.weight.value_table
 
 
 def test_a_parameter_that_was_assigned_or_made_anew_keeps_its_gradient():
     table, slots_and_weights = ValueTable(10, 5), lookup()
-    table.gradient.keep_factors()
+    table.factored = True
     nn.Sequential(table).load_state_dict({"0.weight": torch.ones(10, 5)}, assign=True)
-    assert table.weight.value_gradient is table.gradient
+    assert is_table(table.weight)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         before, table = table.weight, table.double()
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert table.weight is not before
-    assert table.weight.value_gradient is table.gradient
+    table.weight = nn.Parameter(torch.ones(10, 5, dtype=torch.float64))
     table(*slots_and_weights).sum().backward()
-    assert table.weight.value_gradient and table.weight.grad is None
+    assert isinstance(table.weight.grad, FactoredGradient)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fairseq.optim import register_optimizer
 
-from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig, gradient_of
+from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig
 
 
 @dataclass
@@ -19,4 +19,4 @@ class DensePkmAdam(PkmAdam):
     def __init__(self, cfg, params):
         super().__init__(cfg, params)
         for values in self._values:
-            gradient_of(values).scale = None
+            values.value_table.factored = False

@@ -1,0 +1,378 @@
+"""Adam with lazy updates of value tables, for any training loop in torch."""
+
+import logging
+import math
+import sys
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from . import kernels
+from .collectives import all_gather
+from .gradient import average, entries_of, is_exchanged, is_table, table_state
+from .kernels import Entries, allocate, compute_dtype
+from .values import ValueTable
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's Adam
+
+
+class MemoryAdam(torch.optim.Optimizer):
+    """AdamW that moves only the rows of value tables that were read.
+
+    A row of a table moves if and only if its accumulated gradient has a non-zero element (the
+    papers' sparse updates). A table has one step count. ``values <- values - step_size * exp_avg /
+    (sqrt(exp_avg_sq) + eps)``, where ``step_size`` holds Adam's corrections of the bias, as in
+    fairseq's Adam. Everything else is updated by torch's own AdamW.
+
+    Where torch.distributed has several workers, the optimizer exchanges the gradients of tables
+    (the mean over workers, as DistributedDataParallel takes it), unless that has been done already.
+    :func:`ignore_tables_in_ddp` keeps DistributedDataParallel from making them dense.
+
+    Args:
+        params: parameters or groups, as :func:`memory_param_groups` makes them.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay; must be 0 in a group with a value table.
+        foreach: as for torch's AdamW.
+        fused: as for torch's AdamW.
+        exchange: whether to exchange gradients of tables between workers.
+        process_group: the workers; None means all.
+
+    Raises:
+        ValueError: a setting is impossible; the message names it and what is allowed.
+    """
+
+    _exchange = True
+    _process_group: Any = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Union[float, Tensor] = 1e-3,
+        betas: Tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        foreach: Optional[bool] = None,
+        fused: Optional[bool] = None,
+        exchange: bool = True,
+        process_group: Any = None,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not float(value) >= 0:
+                raise ValueError(f"{name} is {value}, must be at least 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas}, must be two numbers in [0, 1)")
+        self._exchange, self._process_group = exchange, process_group
+        self._assembled: Dict[nn.Parameter, Dict[str, Tensor]] = {}  # moments to be saved
+        self._is_compared = False  # whether the tables of all workers are known to be equal
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, {**defaults, "foreach": foreach, "fused": fused})
+
+    def add_param_group(self, param_group: Dict[str, Any]) -> None:
+        """Add a group as torch does, and take over its value tables.
+
+        Raises:
+            ValueError: the group names ``lazy``, as in version 0.1.0, with something that is no
+                value table.
+        """
+        lazy = param_group.pop("lazy", False)
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if lazy and not all(map(is_table, params)):
+            shape = next(tuple(p.shape) for p in params if not is_table(p))
+            self.param_groups.pop()
+            raise ValueError(
+                f"a lazy group holds a parameter of shape {shape}, which is no value table: leave "
+                "lazy away, MemoryAdam knows the tables of ProductKeyMemory"
+            )
+        self._take_over()
+
+    def _take_over(self) -> None:
+        for param in self._tables():
+            table_state(param).factored = True
+
+    def _tables(self) -> List[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"] if is_table(p)]
+
+    # --- the update ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
+        """Perform one update; factored gradients are used up by it.
+
+        Args:
+            closure: computes the loss anew, with gradients.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            ValueError: a group with a value table has a weight decay, or the tables of several
+                workers differ.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._exchange:
+            self._exchange_gradients()
+        lazy = [(g, p) for g in self.param_groups for p in g["params"] if is_table(p)]
+        dense = [(p, p.grad) for _, p in lazy if type(p.grad) is Tensor]
+        updates = []
+        for group, param in lazy:
+            if group["weight_decay"]:
+                raise ValueError(
+                    f"a group with a value table has weight_decay {group['weight_decay']}, must be "
+                    "0: use memory_param_groups, which gives tables a group of their own"
+                )
+            entries = entries_of(param)
+            if entries is not None:
+                updates.append((group, param, entries))
+            param.grad = None  # what updates the rest skips it
+        self._update_rest()
+        for update in updates:
+            self._update_rows(*update)
+        for param, grad in dense:
+            param.grad = grad
+        return loss
+
+    def _update_rest(self) -> None:
+        """Update everything but value tables: torch's AdamW."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in params]
+            for param, state in zip(params, states, strict=True):
+                if not state:
+                    state["step"] = self._new_step(param)
+                    for moment in MOMENTS:
+                        state[moment] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state["step"] = state["step"].to(param.device if group["fused"] else "cpu")
+            beta1, beta2 = group["betas"]
+            adamw(
+                params,
+                [p.grad for p in params if p.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=group["foreach"],
+                fused=group["fused"],
+                amsgrad=False,
+                maximize=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
+
+    def _new_step(self, param: Tensor) -> Any:
+        """The count of steps of a parameter that has none yet."""
+        return torch.zeros((), dtype=torch.float32)
+
+    def _update_rows(self, group: Dict[str, Any], param: nn.Parameter, entries: Entries) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = self._new_step(param)
+            for moment in MOMENTS:
+                state[moment] = new_moment(param).zero_()
+        state["step"] += 1
+        step, (beta1, beta2) = float(state["step"]), group["betas"]
+        correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        tables = param, state["exp_avg"], state["exp_avg_sq"]
+        step_size = float(group["lr"]) * correction
+        kernels.adam_rows(*tables, entries, step_size, group["betas"], group["eps"])
+
+    # --- several workers ----------------------------------------------------------------------
+
+    def _exchange_gradients(self) -> None:
+        """Take the mean of the gradients of tables over workers, where nobody else has."""
+        if not dist.is_available() or not dist.is_initialized():
+            return
+        tables, group = [p for p in self._tables() if p.requires_grad], self._process_group
+        if not tables or dist.get_world_size(group) == 1:
+            return
+        if not self._is_compared:
+            self._compare_tables(tables)
+            self._is_compared = True
+        lacking = [p.grad is not None and not is_exchanged(p) for p in tables]
+        anywhere = torch.tensor(lacking, dtype=torch.int32, device=tables[0].device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)  # all decide alike
+        for param, is_lacking in zip(tables, anywhere.tolist(), strict=True):
+            if is_lacking:
+                average(param, group)
+
+    def _compare_tables(self, tables: List[nn.Parameter]) -> None:
+        """Complain of workers that start from different tables, which no exchange would cure."""
+        whole = [p for p in tables if table_state(p).shards is None]
+        if not whole:
+            return
+        sums = torch.stack([p.detach().sum(dtype=torch.float64) for p in whole])
+        for rank, theirs in enumerate(all_gather(sums, self._process_group)):
+            if not torch.equal(theirs, sums):
+                raise ValueError(
+                    f"value tables of worker {rank} differ from those of worker "
+                    f"{dist.get_rank(self._process_group)}: broadcast them, or set one seed, "
+                    "before the first step"
+                )
+
+    # --- saving and loading -------------------------------------------------------------------
+
+    def consolidate_state_dict(self) -> None:
+        """Put tables that are split over workers together on the first one, to be saved there.
+
+        Every worker must call it before the first one calls ``state_dict`` of model and optimizer.
+        After an error perhaps only one does, which must not wait for the others then.
+        """
+        tables = [p for p in self._tables() if table_state(p).shards is not None]
+        self._assembled.clear()  # of a checkpoint that was not written
+        for param in tables:
+            table_state(param).assembled = None
+        if tables and sys.exc_info()[0] is not None:
+            logger.warning("after an error only this worker's columns of the values are saved")
+            return
+        for param in tables:
+            shards, state = table_state(param).shards, self.state.get(param, {})
+            assert shards is not None
+            table_state(param).assembled = shards.assemble(param)
+            whole = {moment: shards.assemble(state[moment]) for moment in MOMENTS if state}
+            self._assembled[param] = {m: x for m, x in whole.items() if x is not None}
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What there is to save, with the whole of tables put together for it."""
+        saved = super().state_dict()
+        places = [place for group in saved["param_groups"] for place in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = dict(saved["state"])
+        for place, param in zip(places, params, strict=True):
+            if self._assembled.get(param):
+                state[place] = {**state[place], **self._assembled.pop(param)}
+            if is_table(param):
+                table_state(param).assembled = None  # it was for this checkpoint
+        return {**saved, "state": state}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Load a state of this optimizer, of torch's Adam or AdamW, or of fairseq's Adam.
+
+        torch would cast the moments of tables to the precision of their values.
+
+        Raises:
+            ValueError: the groups or shapes do not fit, or the state is of a variant of Adam that
+                this optimizer has not.
+        """
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = dict(state_dict["state"])
+        moments = {}
+        for place, param in zip(places, params, strict=False):  # torch complains if they differ
+            if place in state and self._keeps_precision(param):
+                moments[param] = self._own_moments(param, state[place])
+                state[place] = {k: v for k, v in state[place].items() if k not in MOMENTS}
+        for group in state_dict["param_groups"]:
+            for option in UNSUPPORTED:
+                if group.get(option):
+                    raise ValueError(f"the state is of an Adam with {option}, which must be off")
+        super().load_state_dict({**state_dict, "state": state})
+        for param, saved in moments.items():
+            self.state[param].update(saved)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Complete groups and step counts of other kinds of Adam."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.pop("lazy", None)  # of version 0.1.0
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for param, saved in self.state.items():
+            if "step" in saved:
+                saved["step"] = self._new_step(param) + float(saved["step"])
+        self._take_over()
+
+    def _keeps_precision(self, param: Tensor) -> bool:
+        """Whether moments are in at least float32 whatever the parameter is stored in."""
+        return is_table(param)
+
+    def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Tensor]:
+        """Copies of the moments of a parameter, or of this worker's columns of a table."""
+        moments = {}
+        for moment in MOMENTS:
+            whole = saved[moment]
+            shards = table_state(param).shards if is_table(param) else None
+            if shards is not None:
+                whole = shards.own_columns(whole, param.shape[1] * shards.n_shards)
+            if whole.shape != param.shape:
+                raise ValueError(
+                    f"{moment} in the state has shape {tuple(whole.shape)}, must be that of its "
+                    f"parameter, {tuple(param.shape)}"
+                )
+            moments[moment] = new_moment(param).copy_(whole)
+        return moments
+
+
+def memory_param_groups(
+    model: nn.Module, lr: float = 1e-4, value_lr: float = 1e-3, weight_decay: float = 0.0
+) -> List[Dict[str, Any]]:
+    """Groups for :class:`MemoryAdam`: value tables have a learning rate of their own.
+
+    Args:
+        model: any module that holds memories.
+        lr: learning rate of everything else (Kim & Jung 2020, by a secondary source: 1e-4).
+        value_lr: learning rate of values (Lample et al. 2019: 1e-3, constant).
+        weight_decay: weight decay of everything else; values have none.
+
+    Returns:
+        The group of everything else, and that of values if there is one.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, ValueTable)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: List[Dict[str, Any]] = [
+        {
+            "params": [p for p in trained if id(p) not in tables],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
+            "params": [p for p in trained if id(p) in tables],
+            "lr": value_lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:
+    """Tell torch's DistributedDataParallel to leave value tables to :class:`MemoryAdam`.
+
+    To be called before it wraps the model. Without it workers exchange a dense gradient of each
+    table, which is correct and slow.
+
+    Args:
+        model: the module that will be wrapped.
+
+    Returns:
+        The model.
+    """
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    tables = [
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, ValueTable)
+    ]
+    model._ddp_params_and_buffers_to_ignore = [*ignored, *tables]  # type: ignore[assignment]
+    return model
+
+
+def new_moment(param: Tensor) -> Tensor:
+    """Memory for a moment, in at least float32, not initialised."""
+    if not is_table(param):
+        return torch.empty_like(param, dtype=compute_dtype(param.dtype))
+    n_slots, width = param.shape
+    return allocate(n_slots, width, compute_dtype(param.dtype), param.device)

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Train the same few updates with two checkouts, and compare all that their checkpoints hold.
+
+Each checkout trains a model without memory, a PKM and a ResM with its own code, on one thread.
+Equal means equal to the bit: parameters, buffers, moments and step counts. Status 1 if they differ.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, Iterator, Tuple
+
+import torch
+from _script import run
+
+ARMS = {
+    "plain": ("--arch", "resm_roberta_tiny", "--memory-layers", "[]"),
+    "pkm": ("--arch", "pkm_roberta_tiny"),
+    "resm": ("--arch", "resm_roberta_tiny"),
+}
+
+OPTIONS = (
+    "--task pkm_masked_lm --criterion pkm_masked_lm --optimizer pkm_adam --lr 1e-3 "
+    "--memory-value-lr 1e-3 --weight-decay 0.01 --clip-norm 1.0 --tokens-per-sample 32 "
+    "--batch-size 16 --update-freq 2 --num-workers 0"
+)
+
+
+def train(checkout: Path, data: Path, arm: str, updates: int, folder: Path) -> Dict[str, Any]:
+    """The checkpoint of a short training with the code of a checkout."""
+    command = [sys.executable, "-m", "fairseq_cli.train", str(data.resolve())]
+    command += ["--user-dir", str(checkout.resolve() / "pkm_fairseq"), "--cpu", *ARMS[arm]]
+    command += OPTIONS.split()
+    command += ["--max-update", str(updates), "--save-dir", str(folder), "--disable-validation"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout.resolve())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    file = folder / "checkpoint_last.pt"
+    if done.returncode or not file.is_file():
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"{checkout} did not train {arm}: {last}")
+    checkpoint: Dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+    return checkpoint
+
+
+def numbers(x: Any, name: str) -> Iterator[Tuple[str, Any]]:
+    """Every tensor and number in a nested state, by the path to it."""
+    if isinstance(x, dict):
+        for key in x:
+            yield from numbers(x[key], f"{name}.{key}")
+    elif isinstance(x, (torch.Tensor, int, float)) and not isinstance(x, bool):
+        yield name, torch.as_tensor(x)
+
+
+def compare(one: Dict[str, Any], other: Dict[str, Any]) -> Tuple[int, float, str]:
+    """How many tensors were compared, the largest difference, and where it is."""
+    largest, where, compared = 0.0, "", 0
+    for part in ("model", "last_optimizer_state"):
+        inner = [x[part] if part == "model" else x[part]["state"] for x in (one, other)]
+        ours, theirs = (dict(numbers(x, part)) for x in inner)
+        if set(ours) != set(theirs):
+            raise ValueError(f"only one checkout has {sorted(set(ours) ^ set(theirs))[0]}")
+        for name, x in ours.items():
+            compared += 1
+            difference = float((x.double() - theirs[name].double()).abs().max())
+            if difference > largest:
+                largest, where = difference, name
+    return compared, largest, where
+
+
+def main() -> None:
+    """Compare the arms one after the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT")
+    parser.add_argument("--data", type=Path, required=True, help="folder of fairseq-preprocess")
+    parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    args = parser.parse_args()
+    is_equal = True
+    for arm in args.arms:
+        with TemporaryDirectory() as folder:
+            found = [
+                train(checkout, args.data, arm, args.updates, Path(folder, str(i)))
+                for i, checkout in enumerate(args.checkouts)
+            ]
+        compared, largest, where = compare(*found)
+        is_equal &= not largest
+        verdict = "equal to the bit" if not largest else f"differ by up to {largest:.2g} in {where}"
+        print(f"{arm}: {compared} tensors after {args.updates} updates: {verdict}", flush=True)
+    sys.exit(0 if is_equal else 1)
+
+
+if __name__ == "__main__":
+    run(main)
