@@ -20,7 +20,7 @@ from .criterions.usage_log import FILE, load_initial_values, read_usage_log
 from .demo.logs import read_log
 from .demo.train import LAST, updates_of
 from .files import write_file
-from .models.init_from import read_checkpoint
+from .models.checkpoints import read_checkpoint
 
 PACKAGE = Path(__file__).resolve().parent
 MOMENTS = ("starting", "training", "saving")

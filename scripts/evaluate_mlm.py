@@ -7,10 +7,17 @@ unigram model they are compared with. Works with any masked-LM checkpoint on thi
 
 import argparse
 from pathlib import Path
+from typing import Any, Dict
 
 from _script import run
 
-from pkm_fairseq.demo.evaluate import evaluate, load, masked_batches, unigram_perplexity
+from pkm_fairseq.demo.evaluate import (
+    evaluate,
+    load,
+    masked_batches,
+    scored,
+    unigram_perplexity,
+)
 
 
 def main() -> None:
@@ -26,15 +33,26 @@ def main() -> None:
     )
     parser.add_argument("--split", default="test", help="default: %(default)s")
     args = parser.parse_args()
-    task = load(args.checkpoints[0], args.data).task
-    batches = masked_batches(task, args.split)
-    print(f"unigram model: perplexity {unigram_perplexity(args.data, batches, task):.2f}")
-    for checkpoint in args.checkpoints:
-        result = evaluate(load(checkpoint, args.data).model, batches, task)
+    first = load(args.checkpoints[0], args.data)
+    batches = masked_batches(first.task, args.split)
+    unigram = unigram_perplexity(args.data, batches, first.task)
+    n_masked = sum(int(scored(batch["target"], first.task).sum()) for batch in batches)
+    print(f"split {args.split}: {n_masked:,} masked tokens")
+    print(f"unigram model: perplexity {unigram:.2f}")
+    for at, checkpoint in enumerate(args.checkpoints):
+        model = load(checkpoint, args.data).model if at else first.model
+        result = evaluate(model, batches, first.task)
         print(f"{checkpoint}: perplexity {result.ppl:.2f}")
         for layer in result.memory:
-            numbers = (f"{key} {value:.4g}" for key, value in layer.items() if key != "layer")
-            print(f"  layer {layer['layer']}: {', '.join(numbers)}")
+            print(f"  layer {layer['layer']}: {numbers(layer)}")
+            for head, counts in enumerate(layer["heads"]):
+                print(f"    head {head}: {numbers(counts)}")
+
+
+def numbers(counts: Dict[str, Any]) -> str:
+    """The numbers of a layer or a head in one line."""
+    left_out = ("layer", "heads")
+    return ", ".join(f"{key} {value:.4g}" for key, value in counts.items() if key not in left_out)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ def run(args: Any) -> bool:
                 )
     summary = report.report(
         results,
+        memories,
         checkpoint=args.checkpoint,
         text=args.data or args.text,
+        split=args.split if args.data else None,
         seconds=round(time.perf_counter() - start, 3),
         threads=torch.get_num_threads(),
         versions={"pkm_fairseq": __version__},
@@ -88,17 +90,8 @@ def run(args: Any) -> bool:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in report.tables(results):
         console.print(table)
-    print(f"{verdict(summary)} ({summary['seconds']:.1f} s)")
+    print(f"{report.verdict(summary)} ({summary['seconds']:.1f} s)")
     return bool(summary["exact"])
-
-
-def verdict(summary: Any) -> str:
-    """The result in one line."""
-    return (
-        f"{'EXACT' if summary['exact'] else 'NOT EXACT'}: {summary['queries']:,} float32 queries, "
-        f"recall@k {summary['recall_at_k']:.6g}, "
-        f"largest score difference {summary['score_difference']:.1e}"
-    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from ..models.capture import data_lines, dictionary_of, load_model, pack, text_lines
-from ..models.init_from import MEMORY_PARAMETER, read_checkpoint
+from ..models.checkpoints import has_memory, read_checkpoint
 from ..models.roberta import PkmRobertaModel
 
 
@@ -74,7 +74,7 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
         ValueError: the file is missing, holds no memory, or the dictionary does not fit.
     """
     checkpoint = read_checkpoint(str(file), "--checkpoint")
-    if not any(MEMORY_PARAMETER.search(parameter) for parameter in checkpoint["model"]):
+    if not has_memory(checkpoint):
         raise ValueError(f"--checkpoint {file}: the model has no memory")
     dictionary = dictionary_of(args, checkpoint)
     has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..memory import ProductKeyMemory
 from ..models.capture import capture_inputs, load_model
-from ..models.init_from import dictionary_beside_data, read_checkpoint
+from ..models.checkpoints import dictionary_beside_data, read_checkpoint
 from ..models.roberta import PkmRobertaModel
 
 TOKENS = 128  # compared at once

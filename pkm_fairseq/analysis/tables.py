@@ -157,7 +157,12 @@ def _log_cells(layer: Dict[str, Any]) -> List[str]:
 def slot_table(reports: Sequence[Dict[str, Any]], hottest: int = 5) -> Table:
     """The hottest slots of each layer and the tokens that read them most."""
     columns = ("slot", "times uniform", "symbols")
-    table = _table("hottest slots", ("checkpoint", "layer"), columns, "read most by")
+    table = _table(
+        f"hottest slots, up to {hottest} of a layer",
+        ("checkpoint", "layer"),
+        columns,
+        "read most by",
+    )
     for report in reports:
         for layer in report["layers"]:
             for slot in layer["hot_slots"][:hottest]:
@@ -178,6 +183,9 @@ def tables(report: Dict[str, Any], logs: Sequence[Log]) -> List[Table]:
     checkpoints = report["checkpoints"]
     if checkpoints:
         found += [usage_table(checkpoints), slot_table(checkpoints)]
+        split = f", split {report['split']}" if report["split"] else ""
+        read = ", ".join(f"{about['tokens']:,} by {about['name']}" for about in checkpoints)
+        found[0].caption = escape(f"tokens of {report['text']}{split}: {read}")
     for title, first, columns, rows in (
         ("staleness of slots, in updates", ("checkpoint", "layer"), STALENESS_COLUMNS,
          staleness_rows(checkpoints)),

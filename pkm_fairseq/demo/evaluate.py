@@ -7,14 +7,20 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import data_utils
+from fairseq.tasks import TASK_REGISTRY
 from fairseq.tasks.masked_lm import MaskedLMTask
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional
 
-from ..models.init_from import dictionary_sha256, read_checkpoint
+from ..models.checkpoints import (
+    compare_dictionary,
+    load_dictionary,
+    load_model_and_task,
+    read_checkpoint,
+    task_name,
+)
 
 BATCH_SIZE = 64
 
@@ -43,18 +49,21 @@ class Result(NamedTuple):
 def load(checkpoint: Path, data: Path) -> Loaded:
     """Load a model for evaluation, with the task it was trained on.
 
+    Args:
+        checkpoint: of masked language modelling, by this plugin's task or fairseq's own.
+        data: a folder that fairseq-preprocess made.
+
     Raises:
-        ValueError: the checkpoint or the dictionary is missing or unreadable.
+        ValueError: the checkpoint or the dictionary is missing or unreadable, or they do not fit.
     """
-    stored = read_checkpoint(str(checkpoint), "checkpoint").get("task_state") or {}
-    if not (data / "dict.txt").is_file():
-        raise ValueError(f"{data / 'dict.txt'}: no such file")
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(data)}
-    )
-    if stored.get("dictionary_sha256") != dictionary_sha256(task.source_dictionary):
-        raise ValueError(f"{checkpoint} was not trained with the dictionary {data / 'dict.txt'}")
-    return Loaded(models[0].eval(), task)
+    stored = read_checkpoint(str(checkpoint), "checkpoint")
+    trained_on = task_name(stored)
+    if not issubclass(TASK_REGISTRY.get(trained_on, object), MaskedLMTask):
+        raise ValueError(f"{checkpoint} was trained on the task {trained_on}, must be masked_lm")
+    dictionary = load_dictionary(str(data / "dict.txt"))
+    compare_dictionary(stored, dictionary, str(checkpoint))
+    model, _, task = load_model_and_task(str(checkpoint), stored, data=str(data))
+    return Loaded(model.eval(), task)
 
 
 def masked_batches(task: MaskedLMTask, split: str = "test") -> List[Dict[str, Any]]:
@@ -83,7 +92,11 @@ def scored(target: Tensor, task: MaskedLMTask) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> Result:
-    """Perplexity on the masked tokens, and memory usage over all tokens, of held-out text."""
+    """Perplexity on the masked tokens, and memory usage over all tokens, of held-out text.
+
+    Raises:
+        ValueError: a sequence is too long for the model.
+    """
     if not hasattr(model, "record_memory_usage"):
         return Result(_perplexity(model, batches, task), [], {})
     with model.record_memory_usage() as usage:
@@ -96,6 +109,11 @@ def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> R
 
 
 def _perplexity(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> float:
+    longest = max(batch["net_input"]["src_tokens"].shape[1] for batch in batches)
+    if longest > model.max_positions():
+        raise ValueError(
+            f"a sequence has {longest} tokens, the model takes {model.max_positions()} at most"
+        )
     total, count = 0.0, 0
     for batch in batches:
         masked = scored(batch["target"], task)  # (B, T)
@@ -109,9 +127,15 @@ def _perplexity(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -
 
 
 def unigram_perplexity(data: Path, batches: List[Dict[str, Any]], task: MaskedLMTask) -> float:
-    """Perplexity of the masked tokens under training frequencies with add-one smoothing."""
+    """Perplexity of the masked tokens under training frequencies with add-one smoothing.
+
+    Raises:
+        ValueError: the data have no training split.
+    """
     dictionary = task.source_dictionary
     train = data_utils.load_indexed_dataset(str(data / "train"), dictionary)
+    if train is None:
+        raise ValueError(f"{data} has no split train, which a unigram model is counted on")
     counts = np.ones(len(dictionary))  # add one
     for line in train:
         counts += np.bincount(line.numpy(), minlength=len(dictionary))
@@ -162,6 +186,12 @@ def encode_masked(loaded: Loaded, tokenizer: SentencePieceProcessor, sentence: s
         raise ValueError(f"sentence {sentence!r} must hold <mask> exactly once")
     pieces = [*tokenizer.encode(before, out_type=str), "<mask>", *_continue(tokenizer, after)]
     dictionary = loaded.task.source_dictionary
+    unknown = [piece for piece in pieces if dictionary.index(piece) == dictionary.unk()]
+    if 2 * len(unknown) > len(pieces):
+        raise ValueError(
+            f"{len(unknown)} of {len(pieces)} pieces are not in the dictionary: "
+            "this is not the sentencepiece model of the training text"
+        )
     ids = [dictionary.bos(), *(dictionary.index(piece) for piece in pieces), dictionary.eos()]
     if len(ids) > loaded.model.max_positions():
         raise ValueError(

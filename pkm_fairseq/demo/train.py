@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from ..data.prepare import SPLITS
-from ..models.init_from import read_checkpoint
+from ..models.checkpoints import read_checkpoint
 from .logs import read_log
 from .presets import ARMS, Preset, arm_flags
 from .progress import Progress

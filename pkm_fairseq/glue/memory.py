@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..analysis.drift import drift_of_models
 from ..models.capture import load_model
-from ..models.init_from import read_checkpoint
+from ..models.checkpoints import read_checkpoint
 from ..models.roberta import PkmRobertaModel
 
 BATCH_SIZE = 16

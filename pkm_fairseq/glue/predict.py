@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
-from fairseq import checkpoint_utils
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import data_utils
 from torch import Tensor
 
-from ..models.init_from import dictionary_sha256, read_checkpoint
+from ..models.checkpoints import (
+    compare_dictionary,
+    load_dictionary,
+    load_model_and_task,
+    read_checkpoint,
+)
 from .prepare import progress_bars
 from .read import numbered_lines, split_line
 from .submission import label_text, prediction_file
@@ -111,18 +115,11 @@ def load_finetuned(checkpoint: Path, data: Path, spec: TaskSpec) -> Finetuned:
     stored = read_checkpoint(str(checkpoint), "checkpoint")
     head = _head(stored["model"], checkpoint, spec)
     _check_task(stored, checkpoint, spec)
-    dictionary = Dictionary.load(str(data / "input0" / "dict.txt"))
-    dictionary.add_symbol("<mask>")
-    _check_dictionary(stored, dictionary, checkpoint, data)
-    try:
-        models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(checkpoint)], arg_overrides={"data": str(data)}
-        )
-    except (RuntimeError, KeyError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{checkpoint} cannot be loaded: {reason[:300]}") from None
+    dictionary = load_dictionary(str(data / "input0" / "dict.txt"))
+    compare_dictionary(stored, dictionary, str(checkpoint))
+    model, _, task = load_model_and_task(str(checkpoint), stored, data=str(data))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Finetuned(models[0].to(device).eval(), task, head, spec)
+    return Finetuned(model.to(device).eval(), task, head, spec)
 
 
 def _check_prepared(data: Path, spec: TaskSpec) -> None:
@@ -157,18 +154,6 @@ def _check_task(stored: Dict[str, Any], checkpoint: Path, spec: TaskSpec) -> Non
     finetuned_on = Path(data or "").name
     if finetuned_on in TASKS and finetuned_on != spec.name:
         raise ValueError(f"{checkpoint} was finetuned on {finetuned_on}, not on {spec.name}")
-
-
-def _check_dictionary(
-    stored: Dict[str, Any], dictionary: Dictionary, checkpoint: Path, data: Path
-) -> None:
-    known = (stored.get("task_state") or {}).get("dictionary_sha256")
-    embedding = stored["model"]["encoder.sentence_encoder.embed_tokens.weight"]
-    if len(embedding) != len(dictionary) or known not in (None, dictionary_sha256(dictionary)):
-        raise ValueError(
-            f"{checkpoint} was finetuned with another dictionary ({len(embedding)} symbols) "
-            f"than that of {data} ({len(dictionary)} symbols)"
-        )
 
 
 def best_checkpoint(folder: Path, spec: TaskSpec) -> Path:

@@ -10,11 +10,10 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.models.roberta import RobertaModel
 
-from ..models.init_from import MEMORY_PARAMETER, check_dictionary, read_checkpoint
+from ..models.checkpoints import MEMORY_PARAMETER, compare_dictionary, read_checkpoint
 
 # options of a model that finetuning decides, or that are given in another way
 NOT_CARRIED = {"init_from", "load_checkpoint_heads", "max_positions", "memory_freeze", "help"}
-EMBEDDING = "sentence_encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,7 @@ def _read_arm(name: str, file: Path, dictionary: Dictionary) -> Arm:
     model = ARCH_MODEL_REGISTRY.get(arch)
     if model is None or not issubclass(model, RobertaModel):
         raise ValueError(f"--checkpoint {file} is a model {arch!r}, must be a RoBERTa")
-    embeddings = [t for key, t in checkpoint["model"].items() if key.endswith(EMBEDDING)]
-    if not embeddings or len(embeddings[0]) != len(dictionary):
-        rows = len(embeddings[0]) if embeddings else 0
-        raise ValueError(
-            f"--checkpoint {file} was trained with another dictionary ({rows} symbols, the "
-            f"data's has {len(dictionary)})"
-        )
-    try:
-        check_dictionary(checkpoint, dictionary, str(file))
-    except ValueError as error:
-        raise ValueError(str(error).replace("--init-from", "--checkpoint", 1)) from None
+    compare_dictionary(checkpoint, dictionary, f"--checkpoint {file}")
     return Arm(
         name,
         file,

@@ -10,13 +10,16 @@ import torch
 from fairseq.data import Dictionary, data_utils
 from torch import Tensor
 
-from .encoder_layer import MemoryEncoderLayer
-from .init_from import (
-    MEMORY_PARAMETER,
+from .checkpoints import (
+    compare_dictionary,
+    data_folder,
     dictionary_beside_data,
-    dictionary_sha256,
+    has_memory,
+    load_dictionary,
+    options_of,
     read_checkpoint,
 )
+from .encoder_layer import MemoryEncoderLayer
 from .roberta import PkmRobertaModel
 
 SENTENCES = 16  # sequences run at once
@@ -67,7 +70,7 @@ def capture(
     if args.queries < 1:
         raise ValueError(f"--queries is {args.queries}, must be at least 1")
     checkpoint = read_checkpoint(args.checkpoint, "--checkpoint")
-    if not any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"]):
+    if not has_memory(checkpoint):
         raise ValueError(f"--checkpoint {args.checkpoint}: the model has no memory")
     dictionary = dictionary_of(args, checkpoint)
     model = load_model(checkpoint, dictionary, args.checkpoint)
@@ -85,18 +88,10 @@ def load_model(
         ValueError: the checkpoint is not of ``pkm_roberta`` or damaged, or the dictionary is
             another one.
     """
-    options = (checkpoint.get("cfg") or {}).get("model")
-    options = dict(options) if isinstance(options, dict) else vars(options or Namespace())
+    options = options_of(checkpoint, "model")
     if "memory_layers" not in options:
         raise ValueError(f"{path} holds no options of a pkm_roberta model")
-    stored = (checkpoint.get("task_state") or {}).get("dictionary_sha256")
-    embedding = checkpoint["model"]["encoder.sentence_encoder.embed_tokens.weight"]
-    other_hash = stored is not None and stored != dictionary_sha256(dictionary)
-    if len(dictionary) != len(embedding) or other_hash:
-        raise ValueError(
-            f"{path} was trained with another dictionary ({len(embedding)} symbols, "
-            f"this one has {len(dictionary)})"
-        )
+    compare_dictionary(checkpoint, dictionary, path)
     task = SimpleNamespace(source_dictionary=dictionary)
     model = PkmRobertaModel.build_model(Namespace(**{**options, "init_from": None}), task)
     try:
@@ -203,24 +198,13 @@ def dictionary_of(args: Namespace, checkpoint: Dict[str, Any]) -> Dictionary:
         ValueError: there is none.
     """
     if args.data:
-        file = os.path.join(_data_folder(args.data), "dict.txt")
-    elif args.dict:
-        file = args.dict
-    else:
-        found = dictionary_beside_data(checkpoint)
-        if found is None:
-            raise ValueError("the dictionary is not beside the training data: name it with --dict")
-        return found
-    if not os.path.isfile(file):
-        raise ValueError(f"no dictionary at {file}")
-    dictionary = Dictionary.load(file)
-    dictionary.add_symbol("<mask>")
-    return dictionary
-
-
-def _data_folder(data: str) -> str:
-    nested = os.path.join(data, "input0")  # of sentence_prediction
-    return nested if os.path.isfile(os.path.join(nested, "dict.txt")) else data
+        return load_dictionary(os.path.join(data_folder(args.data), "dict.txt"))
+    if args.dict:
+        return load_dictionary(args.dict)
+    found = dictionary_beside_data(checkpoint)
+    if found is None:
+        raise ValueError("the dictionary is not beside the training data: name it with --dict")
+    return found
 
 
 def data_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
@@ -229,7 +213,7 @@ def data_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
     Raises:
         ValueError: there is no such split.
     """
-    path = os.path.join(_data_folder(args.data), args.split)
+    path = os.path.join(data_folder(args.data), args.split)
     dataset = data_utils.load_indexed_dataset(path, dictionary)
     if dataset is None:
         raise ValueError(f"--data {args.data} has no split {args.split}")

@@ -1,10 +1,7 @@
 """INIT (Kim & Jung 2020): start from a checkpoint pretrained without memory, or one of ours."""
 
-import argparse
-import hashlib
 import logging
 import os
-import pickle
 import re
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -17,13 +14,12 @@ from torch import Tensor, nn
 
 from ..memory import ValueTable
 from .check_options import flag_of
+from .checkpoints import MEMORY_PARAMETER, check_dictionary, options_of, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# parameters that only a model with memory has, and those that a replacing memory removes
-MEMORY_PARAMETER = re.compile(r"\.layers\.\d+\.memory\.")
 READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # of a training, not of a model
-FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")
+FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace
 MAX_NAMED = 8
 
 
@@ -58,7 +54,7 @@ def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None
         logger.info(f"--init-from {path} ignored: the run resumes from {last}")
         return
     checkpoint = read_checkpoint(path)
-    dictionary_note = check_dictionary(checkpoint, dictionary, path)
+    dictionary_note = check_dictionary(checkpoint, dictionary, f"--init-from {path}")
     check_options(checkpoint, args, path)
     load_parameters(model, checkpoint["model"], path, dictionary_note)
 
@@ -78,30 +74,6 @@ def take_option(args: Any, name: str, unset: Any) -> Any:
         with open_dict(root):  # args is a copy when the model is named by its bare name
             root.model[name] = unset
     return value
-
-
-def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
-    """Read a fairseq checkpoint; no code from the file is run.
-
-    Args:
-        path: the file.
-        option: the command-line option that named it, for messages.
-
-    Raises:
-        ValueError: the file is missing, unreadable or holds no model.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"{option} {path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises can be nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to switch safety off
-            reason = "it holds more than plain data, or is no checkpoint at all"
-        raise ValueError(f"{option} {path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise ValueError(f"{option} {path}: not a fairseq checkpoint, it holds no 'model'")
-    return checkpoint
 
 
 def load_parameters(
@@ -165,8 +137,7 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
     Raises:
         ValueError: one differs.
     """
-    theirs = (checkpoint.get("cfg") or {}).get("model") or checkpoint.get("args")
-    theirs = theirs if isinstance(theirs, dict) else vars(theirs or argparse.Namespace())
+    theirs = options_of(checkpoint, "model")
     for name in ("encoder_attention_heads", "activation_fn", "encoder_normalize_before"):
         before, now = theirs.get(name), getattr(args, name)
         if before is not None and str(before) != str(now):
@@ -220,60 +191,6 @@ def _is_replaced_ffn(name: str, own: Dict[str, Tensor]) -> bool:
     if match is None or name in own:
         return False
     return f"{name[: match.end(1)]}memory.keys" in own
-
-
-def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, path: str) -> str:
-    """Compare the checkpoint's dictionary with the task's, as far as it is known.
-
-    Returns:
-        What was compared, for the log.
-
-    Raises:
-        ValueError: they differ.
-    """
-    ours = dictionary_sha256(dictionary)
-    theirs = (checkpoint.get("task_state") or {}).get("dictionary_sha256")
-    if theirs is not None:
-        if theirs != ours:
-            raise ValueError(
-                f"--init-from {path}: trained with another dictionary (sha256 {theirs[:12]}, "
-                f"must be {ours[:12]})"
-            )
-        return "dictionary: equal by its stored hash"
-    foreign = dictionary_beside_data(checkpoint)
-    if foreign is None:
-        return "dictionary: only its size was checked, the checkpoint's own was not found"
-    if dictionary_sha256(foreign) != ours:
-        raise ValueError(
-            f"--init-from {path}: the dictionary beside its training data ({len(foreign)} symbols) "
-            f"is not that of this run ({len(dictionary)} symbols)"
-        )
-    return "dictionary: equal to the one beside the checkpoint's training data"
-
-
-def dictionary_sha256(dictionary: Dictionary) -> str:
-    """SHA-256, in hex, of the symbols of a dictionary in their order."""
-    return hashlib.sha256("\n".join(dictionary.symbols).encode("utf-8")).hexdigest()
-
-
-def dictionary_beside_data(checkpoint: Dict[str, Any]) -> Optional[Dictionary]:
-    """The dictionary in the folder of the checkpoint's training data, if it can be found."""
-    data = _training_data(checkpoint)
-    for folder in ("", "input0"):  # masked_lm, sentence_prediction
-        file = os.path.join(data, folder, "dict.txt") if data else ""
-        if os.path.isfile(file):
-            dictionary = Dictionary.load(file)
-            dictionary.add_symbol("<mask>")
-            return dictionary
-    return None
-
-
-def _training_data(checkpoint: Dict[str, Any]) -> Optional[str]:
-    task = (checkpoint.get("cfg") or {}).get("task")
-    data = task.get("data") if isinstance(task, dict) else getattr(task, "data", None)
-    if data is None:  # checkpoints older than hydra
-        data = getattr(checkpoint.get("args"), "data", None)
-    return data.split(os.pathsep)[0] if isinstance(data, str) else None
 
 
 def _listed(items: List[str]) -> str:

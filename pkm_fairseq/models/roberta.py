@@ -15,6 +15,13 @@ from omegaconf import OmegaConf, open_dict
 from ..memory import MemoryConfig, MemoryUsage, ValueTable
 from ..memory.query import BatchQueryNorm
 from .check_options import check_memory_options, optimizer_name
+from .checkpoints import (
+    compare_dictionary,
+    data_folder,
+    known_names,
+    load_dictionary,
+    read_checkpoint,
+)
 from .config import PkmRobertaConfig
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MemoryEncoderLayer
@@ -94,8 +101,9 @@ class PkmRobertaModel(RobertaModel):
             at hand, and changes its statistics.
 
         Raises:
-            ValueError: there is no such folder, checkpoint or data, or ``user_dir`` is given,
-                which is not needed where this class has been imported.
+            ValueError: there is no such folder, checkpoint or data, the dictionary is another one
+                than the checkpoint's, or ``user_dir`` is given, which is not needed where this
+                class has been imported.
         """
         if "user_dir" in kwargs:
             raise ValueError("from_pretrained: leave user_dir away, the plugin is imported already")
@@ -105,11 +113,14 @@ class PkmRobertaModel(RobertaModel):
         for path in (model_name_or_path, checkpoint, data):
             if not os.path.exists(path):
                 raise ValueError(f"from_pretrained: {path} does not exist")
-        return (
-            super()
-            .from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, bpe, **kwargs)
-            .eval()
-        )
+        stored = read_checkpoint(checkpoint, "from_pretrained:")
+        dictionary = load_dictionary(os.path.join(data_folder(data), "dict.txt"))
+        compare_dictionary(stored, dictionary, checkpoint)
+        with known_names(stored, checkpoint) as names:
+            hub = super().from_pretrained(
+                model_name_or_path, checkpoint_file, data_name_or_path, bpe, **{**names, **kwargs}
+            )
+        return hub.eval()
 
     def _freeze_memory(self, part: Any) -> None:
         if part is not None:  # hydra hands over an Enum

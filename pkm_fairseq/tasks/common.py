@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 
 from fairseq.data import BaseWrapperDataset
 
-from ..models.init_from import dictionary_sha256
+from ..models.checkpoints import dictionary_sha256
 
 
 class NamedSplitDataset(BaseWrapperDataset):

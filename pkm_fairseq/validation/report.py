@@ -2,7 +2,7 @@
 
 import platform
 from dataclasses import fields
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 import faiss
 import numpy as np
@@ -42,16 +42,20 @@ def is_exact(results: List[LayerResult]) -> bool:
     return all(result.exact for result in results)
 
 
-def report(results: List[LayerResult], **more: Any) -> Dict[str, Any]:
+def report(results: List[LayerResult], layers: Iterable[int], **more: Any) -> Dict[str, Any]:
     """The report, ready for JSON.
 
     Args:
         results: one for each layer and source.
+        layers: all memory layers of the model, so that those without a result are named.
         more: further entries, such as the checkpoint or the seconds.
     """
     heads = [head for result in results for head in result.heads]
+    judged = {result.layer for result in results}
     return {
         "exact": is_exact(results),
+        "layers_judged": sorted(judged),
+        "layers_left_out": sorted(set(layers) - judged),
         "recall_at_k": min(head.recall_at_k for head in heads),
         "score_difference": max(head.score_difference for head in heads),
         "queries": sum(result.queries * len(result.heads) for result in results),
@@ -62,6 +66,19 @@ def report(results: List[LayerResult], **more: Any) -> Dict[str, Any]:
         "gpus": faiss.get_num_gpus(),
         "layers": [_as_dict(result) for result in results],
     }
+
+
+def verdict(summary: Dict[str, Any]) -> str:
+    """What a report says, in one line, and of which memory layers it says nothing."""
+    judged, left_out = (
+        ", ".join(map(str, summary[key])) for key in ("layers_judged", "layers_left_out")
+    )
+    return (
+        f"{'EXACT' if summary['exact'] else 'NOT EXACT'}: {summary['queries']:,} float32 queries, "
+        f"recall@k {summary['recall_at_k']:.6g}, "
+        f"largest score difference {summary['score_difference']:.1e}; memory layers judged: "
+        + (f"{judged}; NOT judged: {left_out}" if left_out else f"{judged} (all)")
+    )
 
 
 def tables(results: List[LayerResult]) -> List[Table]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from .conftest import demo
 from .runs import ROOT, Run, load, run, run_well
 
 SCRIPTS = ROOT / "scripts"
@@ -20,33 +21,6 @@ MEMORY_KEYS = {
     *("layer", "tokens", "top1_usage", "topk_usage", "top1_ceiling", "topk_ceiling"),
     *("kl_weighted", "kl_unweighted"),
 }
-
-
-def demo(out: Path, corpus: Path, *options: Any) -> List[Any]:
-    """The command of a quick demo."""
-    command = [sys.executable, SCRIPTS / "demo.py", "--preset", "quick", "--out", out]
-    return [*command, "--corpus", corpus, "--validate-faiss", *options]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of made-up words, of very different frequencies."""
-    rng = np.random.default_rng(0)
-    syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "an", "er")]
-    words = ["".join(rng.choice(syllables, size=rng.integers(1, 4))) for _ in range(400)]
-    file = tmp_path_factory.mktemp("corpus") / "own.txt"
-    with file.open("w") as text:
-        for _ in range(3000):
-            ranks = len(words) * rng.random(rng.integers(8, 14)) ** 3
-            print(" ".join(words[int(rank)] for rank in ranks).capitalize() + ".", file=text)
-    return file
-
-
-@pytest.fixture(scope="module")
-def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, Run]":
-    """The folder and output of a demo that ran through."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    return out, run_well(*demo(out, corpus))
 
 
 def report_of(out: Path) -> Dict[str, Any]:

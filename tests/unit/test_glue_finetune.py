@@ -26,7 +26,7 @@ from pkm_fairseq.glue.presets import (
 )
 from pkm_fairseq.glue.start import model_options, read_arms
 from pkm_fairseq.glue.tasks import TASKS
-from pkm_fairseq.models.init_from import dictionary_sha256
+from pkm_fairseq.models.checkpoints import dictionary_sha256
 from tests.helpers import build, model_args, small_dictionary, write_split
 
 N_TRAIN = 23
@@ -233,11 +233,13 @@ def test_the_architecture_is_taken_from_the_checkpoint(tmp_path, data, arch):
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     dictionary = small_dictionary()
     file = save(tmp_path / "a" / "x.pt")
-    with pytest.raises(ValueError, match=r"another dictionary \(20 symbols, the data's has 9"):
+    with pytest.raises(ValueError, match=r"another dictionary \(20 symbols, this one has 9"):
         read_arms([str(file)], small_dictionary(4))
     other = small_dictionary()
     other.symbols[5] = "other"
-    with pytest.raises(ValueError, match=r"--checkpoint .*x.pt: trained with another dictionary"):
+    with pytest.raises(
+        ValueError, match=r"--checkpoint .*x.pt was trained with another dictionary"
+    ):
         read_arms([str(file)], other)
     with pytest.raises(ValueError, match="no such file"):
         read_arms([str(tmp_path / "missing.pt")], dictionary)

@@ -8,7 +8,7 @@ from fairseq.tasks.masked_lm import MaskedLMTask
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from omegaconf import OmegaConf
 
-from pkm_fairseq.models.init_from import dictionary_sha256
+from pkm_fairseq.models.checkpoints import dictionary_sha256
 from pkm_fairseq.tasks.common import NamedSplitDataset
 from pkm_fairseq.tasks.masked_lm import PkmMaskedLMConfig, PkmMaskedLMTask
 from pkm_fairseq.tasks.sentence_prediction import (

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from fairseq.data import Dictionary
 
-from pkm_fairseq.models.init_from import dictionary_sha256
+from pkm_fairseq.models.checkpoints import dictionary_sha256
 from tests.helpers import build, model_args, small_dictionary, write_split
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

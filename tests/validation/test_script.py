@@ -41,12 +41,16 @@ def test_an_exact_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         *("--dtype", "bfloat16", "--dtype", "float16"),
     )
     assert status == 0
-    assert out.splitlines()[-1].startswith("EXACT: 480 float32 queries, recall@k 1,")
+    verdict = out.splitlines()[-1]
+    assert verdict.startswith("EXACT: 480 float32 queries, recall@k 1,")
+    assert "; memory layers judged: 1, 2 (all) (" in verdict
     assert "bfloat16" in out and "float16" in out
     assert "100%" in err
     assert plot.read_bytes().startswith(b"\x89PNG")
     report = json.loads(file.read_text())
     assert report["exact"] is True
+    assert (report["layers_judged"], report["layers_left_out"]) == ([1, 2], [])
+    assert (report["text"], report["split"]) == (str(folder), "valid")
     assert report["dtype"] == "float32"
     assert report["seconds"] > 0
     assert set(report["versions"]) == {"python", "torch", "numpy", "faiss", "pkm_fairseq"}
@@ -59,12 +63,17 @@ def test_an_exact_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert [cost["dtype"] for cost in part["reduced"]] == ["bfloat16", "float16"]
 
 
-def test_only_the_layers_asked_for(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("judged", "left_out"), [(1, 2), (2, 1)])
+def test_layers_that_were_not_judged_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], judged: int, left_out: int
 ) -> None:
     file = tmp_path / "report.json"
-    assert run(capsys, *good(folder, "--layers", "2", "--json", file))[0] == 0
-    assert {part["layer"] for part in json.loads(file.read_text())["layers"]} == {2}
+    status, out, _ = run(capsys, *good(folder, "--layers", judged, "--json", file))
+    assert status == 0
+    assert f"memory layers judged: {judged}; NOT judged: {left_out} (" in out.splitlines()[-1]
+    report = json.loads(file.read_text())
+    assert {part["layer"] for part in report["layers"]} == {judged}
+    assert (report["layers_judged"], report["layers_left_out"]) == ([judged], [left_out])
 
 
 def test_a_model_that_is_not_exact(
