@@ -141,6 +141,12 @@ def test_measure_exchange_plans_as_in_the_docs() -> None:
     assert last.startswith("| 1,024 | 8 | 1,024 | ")
 
 
+def test_a_checkout_is_equal_to_itself(data_bin: Path) -> None:
+    options = ["--data", data_bin, "--updates", "2", "--arms", "resm"]
+    (last,) = script("compare_checkouts.py", ROOT, ROOT, *options).output.splitlines()
+    assert last.startswith("resm: ") and last.endswith(" after 2 updates: equal to the bit")
+
+
 def test_benchmark_memory(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     sizes = ["--what", "layer", "--tokens", "16", "--n-keys", "32", "--pairs", "2"]
