@@ -16,10 +16,10 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
-from .criterions.usage_log import FILE, load_initial_values, read_usage_log
 from .demo.logs import read_log
 from .demo.train import LAST, updates_of
-from .files import write_file
+from .memory.files import write_file
+from .memory.observe.log import FILE, load_initial_values, read_usage_log
 from .models.checkpoints import read_checkpoint
 
 PACKAGE = Path(__file__).resolve().parent

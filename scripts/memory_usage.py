@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from pkm_fairseq.analysis import report, tables
 from pkm_fairseq.analysis.page import page, write_charts
-from pkm_fairseq.files import write_file
+from pkm_fairseq.memory.files import write_file
 
 TEXT_OPTIONS = (
     (("--split",), "NAME", "split of --data (default: valid)"),

@@ -54,6 +54,7 @@ def run(args: Any) -> bool:
     from rich.console import Console
 
     from pkm_fairseq import __version__, validation
+    from pkm_fairseq.memory.files import write_file
     from pkm_fairseq.models.capture import capture
     from pkm_fairseq.validation import report
 
@@ -84,7 +85,7 @@ def run(args: Any) -> bool:
         versions={"pkm_fairseq": __version__},
     )
     if args.json:
-        Path(args.json).write_text(json.dumps(summary, indent=2) + "\n")
+        write_file(Path(args.json), json.dumps(summary, indent=2) + "\n")
     if args.plot:
         report.plot(results, args.plot)
     console = Console(width=None if sys.stdout.isatty() else 140)

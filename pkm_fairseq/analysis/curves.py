@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ..criterions.usage_log import read_usage_log
+from ..memory.observe.log import read_usage_log
 from .plots import COLOURS, Chart, chart, plain
 
 STYLES = ("-", "--", ":", "-.")

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ..memory import MemoryUsage
-from ..memory.staleness import summarise
-from ..memory.usage import tokens_for_ceiling
+from ..memory.hosts import observing
+from ..memory.observe.readers import SlotReaders
+from ..memory.observe.staleness import summarise
+from ..memory.observe.usage import tokens_for_ceiling
 from ..models.capture import batches
+from ..models.roberta import PkmRobertaModel
 from .checkpoints import Opened, count_tokens
-from .readers import SlotReaders, describe_readers
+from .readers import describe_readers
 
 Advance = Callable[[int], None]
 
@@ -85,7 +88,7 @@ def examine(
 
 @torch.no_grad()
 def count_usage(
-    model: Any, sequences: Sequence[Tensor], pad: int, advance: Advance
+    model: PkmRobertaModel, sequences: Sequence[Tensor], pad: int, advance: Advance
 ) -> Dict[int, MemoryUsage]:
     """Count the memory usage, by layer, of reading all sequences."""
     with model.record_memory_usage() as usage:
@@ -97,14 +100,14 @@ def count_usage(
 
 @torch.no_grad()
 def watch_readers(
-    model: Any,
+    model: PkmRobertaModel,
     sequences: Sequence[Tensor],
     pad: int,
     watchers: Dict[int, SlotReaders],
     advance: Advance,
 ) -> None:
     """Read all sequences and count, by layer, who reads the watched slots."""
-    with model.record_memory_usage(watchers):
+    with observing(model, watchers):
         for batch in batches(sequences, pad):
             for watcher in watchers.values():
                 watcher.begin(batch)

@@ -6,7 +6,7 @@ from typing import List
 
 from jinja2 import Environment, FileSystemLoader
 
-from ..files import write_file
+from ..memory.files import write_file
 from . import tables
 from .curves import draw_curves, logs_of_checkpoints
 from .plots import COLOURS, Chart, charts_of_checkpoints

@@ -1,81 +1,15 @@
 """Which tokens read the hottest slots of a memory, and in which contexts."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 
-import numpy as np
-import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from ..memory.observe.readers import Place, SlotReaders
 from .checkpoints import is_made_of_pieces, joined, shown
 
 TOKENS, CONTEXTS = 8, 4  # shown of each slot
 AROUND = 8  # symbols of context on each side
-
-
-class Place(NamedTuple):
-    """Where a slot was read most strongly by a symbol."""
-
-    weight: float
-    sequence: int
-    position: int
-
-
-class SlotReaders:
-    """Counts which symbols read some slots; takes look-ups as ``MemoryUsage`` does.
-
-    Args:
-        slots: the slots to watch, (R,).
-        n_slots: slots of the memory.
-        n_symbols: size of the dictionary.
-
-    Attributes:
-        reads: (R, n_symbols), int64: reads by any head.
-        weight: (R, n_symbols), float64: accumulated softmax weight.
-        best: by rank of the slot and symbol, where it was read with the largest weight.
-    """
-
-    def __init__(self, slots: Tensor, n_slots: int, n_symbols: int) -> None:
-        self.slots = slots.cpu()
-        self.rank = torch.full((n_slots,), -1)
-        self.rank[self.slots] = torch.arange(len(slots))
-        self.n_symbols = n_symbols
-        self.reads = torch.zeros(len(slots), n_symbols, dtype=torch.int64)
-        self.weight = torch.zeros(len(slots), n_symbols, dtype=torch.float64)
-        self.best: Dict[Tuple[int, int], Place] = {}
-        self._tokens = torch.empty(0, 0, dtype=torch.int64)  # (T, B)
-        self._n_sequences = self._first = 0
-
-    def begin(self, batch: Tensor) -> None:
-        """Be told the token ids, (B, T), of the look-up that comes next."""
-        self._tokens = batch.t().cpu()
-        self._first = self._n_sequences
-        self._n_sequences += len(batch)
-
-    def update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor] = None) -> None:
-        """Count one look-up of the batch that was begun.
-
-        Args:
-            slots: (T, B, H, K).
-            weights: (T, B, H, K).
-            padding_mask: (T, B), True at padding.
-        """
-        rank = self.rank[slots.cpu().clamp(min=0)]  # (T, B, H, K)
-        if padding_mask is not None:
-            rank[padding_mask.cpu().bool()] = -1
-        at = (rank >= 0).nonzero()  # (n, 4)
-        time, row = at[:, 0], at[:, 1]
-        weight = weights.cpu()[tuple(at.t())].double()  # (n,)
-        key = rank[tuple(at.t())] * self.n_symbols + self._tokens[time, row]
-        self.reads.view(-1).index_add_(0, key, torch.ones_like(key))
-        self.weight.view(-1).index_add_(0, key, weight)
-        heaviest = weight.argsort(descending=True)
-        keys, first = np.unique(key[heaviest].numpy(), return_index=True)
-        for where, i in zip(keys.tolist(), heaviest[first].tolist(), strict=True):
-            place = Place(float(weight[i]), self._first + int(row[i]), int(time[i]))
-            known = self.best.get(divmod(where, self.n_symbols))
-            if known is None or place.weight > known.weight:
-                self.best[divmod(where, self.n_symbols)] = place
 
 
 def describe_readers(

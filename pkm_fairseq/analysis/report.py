@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..memory.usage import uniform_ceiling
+from ..memory.observe.usage import uniform_ceiling
 from .checkpoints import (
     Opened,
     count_tokens,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Callable, Iterator, List, Tuple
 
 from ..memory import MemoryUsage
-from ..memory.staleness import ReadTimes
+from ..memory.observe.staleness import ReadTimes
 from . import models
 from .report import Report
 from .settings import Settings

@@ -14,6 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
+from ..memory.hosts import new_usage, observing, with_memories
 from .layer import shortage
 from .report import Report
 from .settings import Settings
@@ -125,9 +126,11 @@ class Run:
     def distinct_slots(self) -> List[int]:
         """How many slots a training step reads, for each memory layer."""
         model = self.trainer.get_model().train()
-        if not hasattr(model, "record_memory_usage"):
+        host = with_memories(model)
+        if host is None:
             return []
-        with model.record_memory_usage() as usage:
+        usage = new_usage(host)
+        with observing(host, usage):
             model(**self.samples[0]["net_input"], masked_tokens=self.masked[0])
         return [int((counts.read_count.sum(0) > 0).sum()) for _, counts in sorted(usage.items())]
 
@@ -217,7 +220,7 @@ def build(model: Model, seed: int, save_dir: str) -> Run:
     built = task.build_model(cfg.model)
     if not model.counts:
         for layer in built.memory_layers().values():
-            layer.reads.set_num_updates = lambda updates: None  # as outside a training
+            layer.memory.observers.remove(layer.reads)  # as outside a training
     trainer = Trainer(cfg, task, built, task.build_criterion(cfg.criterion))
     generator = torch.Generator().manual_seed(seed)  # the same batches for every model
     samples = [sample(dictionary, generator) for _ in range(BATCHES)]

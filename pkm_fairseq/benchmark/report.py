@@ -1,10 +1,11 @@
 """Results as JSON, as Markdown tables and as a plot."""
 
 import json
-import os
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+
+from ..memory.files import whole_file, write_file
 
 PLOTTED = "layer_train_step"
 FORMATS = (".png", ".svg", ".pdf")
@@ -124,17 +125,9 @@ def plot(entries: Sequence[Entry], file: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[0].set_ylabel("times as fast, training step")
-    part = partial_name(file)
     metadata = {"Date": None} if file.suffix == ".svg" else {}
-    figure.savefig(part, format=file.suffix[1:], dpi=120, metadata=metadata)
-    os.replace(part, file)
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
-    part = partial_name(file)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    with whole_file(file) as out:
+        figure.savefig(out, format=file.suffix[1:], dpi=120, metadata=metadata)
 
 
 def save(
@@ -146,16 +139,11 @@ def save(
 ) -> None:
     """Write the files that were asked for."""
     if json_file:
-        write(json_file, json.dumps(report, indent=2) + "\n")
+        write_file(json_file, json.dumps(report, indent=2) + "\n")
     if markdown_file:
-        write(markdown_file, markdown(report, entries))
+        write_file(markdown_file, markdown(report, entries))
     if plot_file:
         plot(entries, plot_file)
-
-
-def partial_name(file: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return file.with_name(f"{file.name}.part")
 
 
 def _draw(axes: Any, entries: List[Entry]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Callable, Iterator
 import torch
 from fairseq.file_io import PathManager
 
-from ..files import whole_file
+from ..memory.files import whole_file
 
 COPY_BYTES = 2**24
 

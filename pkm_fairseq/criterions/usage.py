@@ -12,8 +12,9 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from omegaconf import II
 
-from .usage_count import PREFIX, Count, finished_updates
-from .usage_log import (
+from ..memory.hosts import HasMemories, merge_read_times, observing, with_memories
+from ..memory.observe.count import Count
+from ..memory.observe.log import (
     FILE,
     UsageLog,
     header_of,
@@ -25,6 +26,8 @@ from .usage_log import (
 logger = logging.getLogger(__name__)
 
 TRAINING = "train"
+PREFIX = "memory"  # of the keys of a count's report
+REPORTS = "memory_reports"  # fairseq may sum logging outputs over workers: this says by how much
 
 
 @dataclass
@@ -57,10 +60,10 @@ class UsageReports:
     ``memory_usage.jsonl`` beside the checkpoints. fairseq-validate writes no such line.
 
     With the tasks of this plugin each validation subset is counted on its own; with stock tasks,
-    whose batches do not name their subset, all subsets of one validation are counted together, and
-    with several workers the batches that keep idle workers busy are not recognised in training, nor
-    in validation after the first subset, and workers tell each other about reads when a count is
-    finished, and not after each update.
+    whose batches do not name their subset, all subsets of one validation are counted together.
+    With several workers and stock tasks, dummy batches of idle workers are not recognised in
+    training, nor in validation after the first subset; and workers tell each other about reads
+    when a count is finished, not after each update.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
@@ -76,6 +79,7 @@ class UsageReports:
         self._is_training = False  # whether this process trains
         self._is_alone = False  # whether other workers are not to be asked
         self._validation: Dict[str, Count] = {}  # by subset
+        self._said: Dict[str, Dict[str, float]] = {}  # of these counts, for fairseq's log
         self._first_ids: Dict[str, List[int]] = {}  # by subset
         self._window: Optional[Count] = None  # of training batches
         self._next_window = 0  # updates
@@ -90,33 +94,37 @@ class UsageReports:
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple:
         """Compute the parent's loss, and count memory usage."""
-        if not hasattr(model, "memory_layers") or not model.memory_layers():
+        host = with_memories(model)
+        if host is None:
             return super().forward(model, sample, reduce)
         if not model.training:
-            return self._validation_step(model, sample, reduce)
-        if finished_updates(model) is None:  # not trained by fairseq
+            return self._validation_step(model, host, sample, reduce)
+        if host.run.updates is None:  # not trained by fairseq
             return super().forward(model, sample, reduce)
-        return self._training_step(model, sample, reduce)
+        return self._training_step(model, host, sample, reduce)
 
     # --- training -----------------------------------------------------------------------------
 
-    def _training_step(self, model: Any, sample: Dict[str, Any], reduce: bool) -> Tuple:
-        updates = finished_updates(model)
+    def _training_step(
+        self, model: Any, host: HasMemories, sample: Dict[str, Any], reduce: bool
+    ) -> Tuple:
+        updates = host.run.updates
+        assert updates is not None
         if not self._is_training:
-            self._begin_training(model, updates)
+            self._begin_training(host, updates)
         if self._interval and self._window is None and updates >= self._next_window:
-            self._window = Count(model, TRAINING, self._tokens)
+            self._window = Count(host, TRAINING, self._tokens)
             self._next_window = (updates // self._interval + 1) * self._interval
         if self._window is None:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
         else:
-            with model.record_memory_usage(self._window.usage):
+            with observing(host, self._window.usage):
                 loss, sample_size, logging_output = super().forward(model, sample, reduce)
-            self._close_window(model, updates, loss.device)
+            self._close_window(host, updates, loss.device)
         logging_output.update(self._report)  # in all from then on, or fairseq would log None
         return loss, sample_size, logging_output
 
-    def _begin_training(self, model: Any, updates: int) -> None:
+    def _begin_training(self, model: HasMemories, updates: int) -> None:
         self._is_training = True
         problem = None
         is_fresh = self._folder is not None and updates == 0
@@ -135,38 +143,40 @@ class UsageReports:
             raise SystemExit(f"memory usage: {problem}")
         atexit.register(self._finish_at_exit)  # after the last one no training follows
 
-    def _close_window(self, model: Any, updates: int, device: torch.device) -> None:
+    def _close_window(self, model: HasMemories, updates: int, device: torch.device) -> None:
         """Report the count of training batches if it is complete."""
         assert self._window is not None
         self._window.check(device)
         if self._window.is_full:
-            model.merge_read_times()
+            merge_read_times(model)
             self._window.updates = updates + 1
             self._window.add_up(device)
             self._write(self._window)
-            self._report = self._window.report()
+            self._report = _to_log(self._window)
             self._window = None
 
     # --- validation ---------------------------------------------------------------------------
 
-    def _validation_step(self, model: Any, sample: Dict[str, Any], reduce: bool) -> Tuple:
+    def _validation_step(
+        self, model: Any, host: HasMemories, sample: Dict[str, Any], reduce: bool
+    ) -> Tuple:
         subset = sample.get("split", "")
         if subset not in self._validation:
-            model.merge_read_times()
-            self._validation[subset] = Count(model, subset, self._tokens)
+            merge_read_times(host)
+            self._validation[subset] = Count(host, subset, self._tokens)
         count = self._validation[subset]
         if count.is_full:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
         else:
-            is_filler = self._is_filler(subset, sample)
-            with model.record_memory_usage(model.new_memory_usage() if is_filler else count.usage):
+            is_dummy = self._is_dummy(subset, sample)
+            with host.run.dummy_batch(is_dummy), observing(host, count.usage):
                 loss, sample_size, logging_output = super().forward(model, sample, reduce)
             count.check(loss.device)
             count.add_up(loss.device)
-            count.latest = count.report()
+            self._said[subset] = _to_log(count)
             if count.is_full:
                 self._write(count)
-        logging_output.update(count.latest)
+        logging_output.update(self._said[subset])
         return loss, sample_size, logging_output
 
     def finish_validation(self) -> None:
@@ -181,15 +191,16 @@ class UsageReports:
                     f"{100 * said['top1_ceiling']:.1f} %"
                 )
         self._validation.clear()
+        self._said.clear()
 
     def _finish_at_exit(self) -> None:
         self._is_alone = True  # after an error on one worker nobody may answer
         self.finish_validation()
 
-    def _is_filler(self, subset: str, sample: Dict[str, Any]) -> bool:
-        """Whether this batch only keeps a worker busy that has run out of batches.
+    def _is_dummy(self, subset: str, sample: Dict[str, Any]) -> bool:
+        """Whether this is a dummy batch, which fairseq gives a worker that has no batch left.
 
-        For that fairseq takes the first batch of the subset, which worker 0 reads first of all.
+        fairseq takes the first batch of the subset for it, which worker 0 reads first of all.
         """
         if distributed_utils.get_data_parallel_world_size() == 1:
             return False
@@ -215,6 +226,12 @@ class UsageReports:
             raise SystemExit(f"memory usage: {self._log.file}: {error.strerror}") from None
 
 
+def _to_log(count: Count) -> Dict[str, float]:
+    """A count's report as logging outputs hold it; nothing if no token was counted."""
+    report = count.report()
+    return {**report, REPORTS: 1.0} if report else {}
+
+
 def _is_first_worker() -> bool:
     if distributed_utils.get_data_parallel_world_size() == 1:
         return True
@@ -223,11 +240,11 @@ def _is_first_worker() -> bool:
 
 def log_usage(logging_outputs: List[Dict[str, Any]]) -> None:
     """Log the latest usage among logging outputs of one step, or of a whole validation."""
-    reports = [log for log in logging_outputs if log.get(f"{PREFIX}_reports", 0)]
+    reports = [log for log in logging_outputs if log.get(REPORTS, 0)]
     if not reports:
         return
     latest = reports[-1]
     for key, value in latest.items():
-        if key.startswith(PREFIX) and key != f"{PREFIX}_reports":
-            mean = float(torch.as_tensor(value / latest[f"{PREFIX}_reports"]))
+        if key.startswith(PREFIX) and key != REPORTS:
+            mean = float(torch.as_tensor(value / latest[REPORTS]))
             metrics.log_scalar(key, mean, weight=0, round=4)  # weight 0: the latest value, no mean

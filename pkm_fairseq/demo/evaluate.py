@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional
 
+from ..memory.hosts import new_usage, observing, with_memories
 from ..models.checkpoints import (
     compare_dictionary,
     load_dictionary,
@@ -97,9 +98,11 @@ def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> R
     Raises:
         ValueError: a sequence is too long for the model.
     """
-    if not hasattr(model, "record_memory_usage"):
+    host = with_memories(model)
+    if host is None:
         return Result(_perplexity(model, batches, task), [], {})
-    with model.record_memory_usage() as usage:
+    usage = new_usage(host)
+    with observing(host, usage):
         ppl = _perplexity(model, batches, task)
     memory = [{"layer": layer, **counts.summary()} for layer, counts in sorted(usage.items())]
     masses = {layer: counts.read_mass.sum(0) for layer, counts in usage.items()}

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from ..data.corpus import SHAKESPEARE, fetch_corpus, read_documents
 from ..data.prepare import load_sentencepiece, prepare_corpus
-from ..files import write_file
+from ..memory.files import write_file
 from .evaluate import (
     Loaded,
     evaluate,

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from ..files import write_file
+from ..memory.files import write_file
 from .logs import read_log
 from .presets import ARMS, TITLES, Preset, arm_flags
 from .train import HALF, INIT_FLAGS, LOG

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict
 
-from ..files import write_file
+from ..memory.files import write_file
 
 MARKER = "made_with.json"
 PACKAGE = Path(__file__).resolve().parent.parent

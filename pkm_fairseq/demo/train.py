@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from ..data.prepare import SPLITS
+from ..memory.files import whole_file
 from ..models.checkpoints import read_checkpoint
 from .logs import read_log
 from .presets import ARMS, Preset, arm_flags
@@ -121,8 +122,8 @@ def _is_trained(run: Run, folder: Path) -> bool:
     if not last.exists() or updates_of(last) < run.updates:
         return False
     if run.arm == "plain" and not half.exists():
-        shutil.copyfile(last, half.with_suffix(".part"))
-        half.with_suffix(".part").replace(half)
+        with last.open("rb") as source, whole_file(half) as out:
+            shutil.copyfileobj(source, out)
     return True
 
 

@@ -17,11 +17,11 @@ import torch
 from fairseq import options, utils
 from fairseq import tasks as fairseq_tasks
 
-from ..criterions.usage_log import INITIAL_VALUES
 from ..demo.logs import read_log
 from ..demo.steps import PACKAGE, begin, finish, is_finished, key_of
 from ..demo.train import LAST, LOG, stop_all, updates_of
-from ..files import write_file
+from ..memory.files import write_file
+from ..memory.observe.log import INITIAL_VALUES
 from .data import PreparedTask, dev_name
 from .memory import measure_memory
 from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of

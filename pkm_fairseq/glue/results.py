@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ..files import write_file
+from ..memory.files import write_file
 
 BASELINE = "majority class"
 NOTE = (

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 from typing import Dict, List, Sequence, Union
 
+from ..memory.files import whole_file
 from .tasks import TASKS, TaskSpec
 
 DIAGNOSTIC = "AX.tsv"  # its data is not part of any task's folder
@@ -29,13 +30,11 @@ def prediction_file(
 def write_zip(file: Path, contents: Dict[str, str]) -> None:
     """Write files into a zip, the same bytes for the same contents; never seen half-written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(file) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in contents.items():
             entry = zipfile.ZipInfo(name)  # of a fixed date
             entry.external_attr = 0o644 << 16  # readable once unpacked
             archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
-    part.replace(file)
 
 
 def missing_files(contents: Dict[str, str]) -> List[str]:

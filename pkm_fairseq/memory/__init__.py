@@ -2,21 +2,28 @@
 
 from .adam import MemoryAdam, ignore_tables_in_ddp, memory_param_groups
 from .config import MemoryConfig
-from .layer import Lookup, ProductKeyMemory, build_values
+from .hosts import HasMemories
+from .lookup import Lookup, Observation, Observer
+from .memory import ProductKeyMemory, build_values
+from .observe.staleness import ReadTimes
+from .observe.usage import MemoryUsage
+from .run import RunState
 from .search import product_topk
 from .sharding import ColumnShards
-from .staleness import ReadTimes
-from .usage import MemoryUsage
 from .values import ValueTable
 
 __all__ = [
     "ColumnShards",
+    "HasMemories",
     "Lookup",
     "MemoryAdam",
     "MemoryConfig",
     "MemoryUsage",
+    "Observation",
+    "Observer",
     "ProductKeyMemory",
     "ReadTimes",
+    "RunState",
     "ValueTable",
     "build_values",
     "ignore_tables_in_ddp",

@@ -1,6 +1,6 @@
 """Normalisation of the query, computed in at least float32."""
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -10,12 +10,21 @@ from torch import Tensor, nn
 from .collectives import all_gather
 from .config import MemoryConfig
 from .kernels import at_least_float32, is_half
+from .run import RunState, is_repeated
 
 
-def build_query_norm(config: MemoryConfig) -> nn.Module:
-    """The module that maps queries (N, H * k_dim) to normalised queries of the same shape."""
+def build_query_norm(
+    config: MemoryConfig, run: Optional[RunState] = None, keeps_dtype: bool = False
+) -> nn.Module:
+    """The module that maps queries (N, H * k_dim) to normalised queries of the same shape.
+
+    Args:
+        config: the settings of the memory.
+        run: as for :class:`BatchQueryNorm`.
+        keeps_dtype: as for :class:`BatchQueryNorm`.
+    """
     if config.query_norm == "batch":
-        return BatchQueryNorm(config.heads * config.k_dim)
+        return BatchQueryNorm(config.heads * config.k_dim, run, keeps_dtype)
     if config.query_norm == "layer":
         return LayerQueryNorm(config.k_dim)
     return nn.Identity()
@@ -30,19 +39,16 @@ class BatchQueryNorm(nn.Module):
 
     Data-parallel workers take the statistics of all their tokens together: in training each of
     them must then come here equally often, in the forward and in the backward pass, if only with
-    no token.
+    no token. The tokens of a dummy batch are normalised, and enter no statistic.
 
     Args:
         n_features: H * k_dim.
+        run: the state of the run, which names the workers; None makes an own one.
+        keeps_dtype: whether the running statistics stay in their dtype when the model they are
+            part of is converted to half precision, where small changes of them are lost.
 
     Attributes:
         is_frozen: whether training, too, normalises by the running statistics and leaves them.
-        workers: returns the process group of the workers, or None if there is but one. A function,
-            since a model is copied and pickled, and a group cannot be.
-        is_idle: whether the tokens of now are no data, but keep this worker in step with the
-            others: they are normalised and enter no statistic of several workers.
-        keeps_dtype: whether the running statistics stay in their dtype when the model they are
-            part of is converted to half precision, where small changes of them are lost.
     """
 
     eps = 1e-5
@@ -51,10 +57,13 @@ class BatchQueryNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, n_features: int) -> None:
+    def __init__(
+        self, n_features: int, run: Optional[RunState] = None, keeps_dtype: bool = False
+    ) -> None:
         super().__init__()
-        self.is_frozen = self.is_idle = self.keeps_dtype = False
-        self.workers: Optional[Callable[[], Any]] = None
+        self.run = RunState() if run is None else run
+        self.keeps_dtype = keeps_dtype
+        self.is_frozen = False
         self.weight = nn.Parameter(torch.ones(n_features))
         self.bias = nn.Parameter(torch.zeros(n_features))
         self.register_buffer("running_mean", torch.zeros(n_features))
@@ -72,40 +81,45 @@ class BatchQueryNorm(nn.Module):
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over N."""
         takes_statistics = self.training and not self.is_frozen
-        group = self.workers() if takes_statistics and self.workers is not None else None
+        group = self.run.group() if takes_statistics else None
         if group is not None:
             return self._normalise_with_workers(at_least_float32(query), group)
         return self._normalise(query, takes_statistics and len(query) > 1)
 
     def _normalise(self, query: Tensor, use_batch: bool) -> Tensor:
         mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)
+        updates = use_batch and not (self.run.is_dummy or is_repeated())
+        takes_them = updates or not use_batch
         normed = F.batch_norm(
             at_least_float32(query),
-            mean,
-            var,
+            mean if takes_them else None,
+            var if takes_them else None,
             at_least_float32(self.weight),
             at_least_float32(self.bias),
             training=use_batch,
             momentum=self.momentum,
             eps=self.eps,
         )
-        if use_batch and mean is not self.running_mean:  # half precision: a copy was updated
+        if updates and mean is not self.running_mean:  # half precision: a copy was updated
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
         return normed
 
     def _normalise_with_workers(self, query: Tensor, group: Any) -> Tensor:
-        tokens = query[:0] if self.is_idle else query
+        tokens = query[:0] if self.run.is_dummy else query
         mean, var, count = _JointMoments.apply(tokens, group)  # type: ignore[no-untyped-call]
         if count < 2:  # on all workers
             return self._normalise(query, use_batch=False)
-        with torch.no_grad():
-            unbiased = var * (count / (count - 1))
-            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.copy_(torch.lerp(at_least_float32(running), now, self.momentum))
+        if not is_repeated():
+            self._update_statistics(mean, var * (count / (count - 1)))
         scale = at_least_float32(self.weight) * (var + self.eps).rsqrt()
         normed: Tensor = (query - mean) * scale + at_least_float32(self.bias)
         return normed
+
+    @torch.no_grad()
+    def _update_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        for running, now in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            running.copy_(torch.lerp(at_least_float32(running), now, self.momentum))
 
 
 class _JointMoments(torch.autograd.Function):

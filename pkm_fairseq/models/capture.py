@@ -10,6 +10,8 @@ import torch
 from fairseq.data import Dictionary, data_utils
 from torch import Tensor
 
+from ..memory.hosts import observing
+from ..memory.observe.capture import InputCapture
 from .checkpoints import (
     compare_dictionary,
     data_folder,
@@ -19,7 +21,6 @@ from .checkpoints import (
     options_of,
     read_checkpoint,
 )
-from .encoder_layer import MemoryEncoderLayer
 from .roberta import PkmRobertaModel
 
 SENTENCES = 16  # sequences run at once
@@ -114,7 +115,7 @@ def pack(lines: Iterable[Tensor], length: int, bos: int) -> Iterator[Tensor]:
             if sum(map(len, packed)) + len(piece) > room:
                 yield torch.cat([torch.tensor([bos]), *packed])
                 packed = []
-            packed.append(piece.long())
+            packed.append(piece.to(torch.int64, copy=True))
     if packed:
         yield torch.cat([torch.tensor([bos]), *packed])
 
@@ -142,48 +143,32 @@ def capture_inputs(
     Raises:
         ValueError: a layer has no memory, or the sequences are too few.
     """
-    chosen = _chosen(model.memory_layers(), layers)
-    caught: Dict[int, List[Tensor]] = {index: [] for index in chosen}
-
-    def keeper(index: int) -> Any:
-        def keep(module: Any, inputs: Tuple[Tensor, Optional[Tensor]]) -> None:
-            x, padding_mask = inputs  # (T, B, C), (T, B)
-            real = x.flatten(0, 1) if padding_mask is None else x[~padding_mask]
-            caught[index].append(real)  # (tokens, C)
-
-        return keep
-
-    hooks = [c.memory.register_forward_pre_hook(keeper(i)) for i, c in chosen.items()]
-    try:
-        n_seen = 0
+    captures = {index: InputCapture() for index in _chosen(list(model.memory_layers()), layers)}
+    n_seen = 0
+    with observing(model, captures):
         for batch in batches(sequences, pad):
             model(batch, features_only=True)
             n_seen += int(batch.ne(pad).sum())
             if n_seen >= n_tokens:
-                return {i: torch.cat(parts)[:n_tokens] for i, parts in caught.items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
+                return {i: captured.inputs()[:n_tokens] for i, captured in captures.items()}
     raise ValueError(f"--queries is {n_tokens}, must be at most {n_seen}: the text has no more")
 
 
-def _chosen(
-    present: Dict[int, MemoryEncoderLayer], layers: Optional[List[int]]
-) -> Dict[int, MemoryEncoderLayer]:
+def _chosen(present: List[int], layers: Optional[List[int]]) -> List[int]:
     for index in layers or []:
         if index not in present:
             raise ValueError(
                 f"--layers names layer {index}, which has no memory; "
                 f"layers with one: {', '.join(map(str, present))}"
             )
-    return present if layers is None else {index: present[index] for index in layers}
+    return present if layers is None else layers
 
 
 def batches(sequences: Iterable[Tensor], pad: int) -> Iterator[Tensor]:
     """Batches of token ids, (B, T), padded on the right."""
     waiting: List[Tensor] = []
     for sequence in sequences:
-        waiting.append(sequence)
+        waiting.append(sequence.clone())
         if len(waiting) == SENTENCES:
             yield data_utils.collate_tokens(waiting, pad)  # (B, T)
             waiting = []

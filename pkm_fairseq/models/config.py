@@ -14,7 +14,7 @@ from omegaconf import II
 
 from ..memory import MemoryConfig
 from ..memory.config import QUERY_NORMS, VALUE_DTYPES, VALUES_INITS
-from ..memory.layer import FREEZABLE
+from ..memory.memory import FREEZABLE
 from .encoder_layer import MEMORY_MODES
 
 ACTIVATION_FNS = ChoiceEnum(utils.get_available_activation_fns())

@@ -3,13 +3,21 @@
 from typing import Any, List, Optional
 
 from fairseq.distributed import fsdp_wrap
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models.roberta import RobertaEncoder
 from fairseq.models.transformer import TransformerConfig, TransformerEncoder
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import nn
 
-from ..memory import ColumnShards, MemoryConfig, ProductKeyMemory, ValueTable, build_values
+from ..memory import (
+    ColumnShards,
+    MemoryConfig,
+    ProductKeyMemory,
+    RunState,
+    ValueTable,
+    build_values,
+)
 from .encoder_layer import MemoryEncoderLayer
 
 
@@ -24,6 +32,9 @@ class MemoryTransformerEncoder(TransformerEncoder):
         memory_mode: "replace" or "residual".
         memory_config: settings of every memory.
         shards: workers that value tables are split over; None for no split.
+
+    Attributes:
+        run: the state of the run, for all memories.
     """
 
     def __init__(
@@ -41,6 +52,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         self._memory_mode = memory_mode
         self._memory_config = memory_config
         self._shards = shards
+        self.run = RunState(data_parallel_group)
         self._n_built = 0
         self._shared_values: List[ValueTable] = []  # a list: not registered here a second time
         super().__init__(args, dictionary, embed_tokens)
@@ -52,8 +64,14 @@ class MemoryTransformerEncoder(TransformerEncoder):
             return super().build_encoder_layer(args)
         cfg = TransformerConfig.from_namespace(args)
         width = cfg.encoder.embed_dim
-        shared = self._table_to_share(width)
-        memory = ProductKeyMemory(width, self._memory_config, shared, self._shards)
+        memory = ProductKeyMemory(
+            width,
+            self._memory_config,
+            self._table_to_share(width),
+            self._shards,
+            self.run,
+            keeps_dtype=True,  # in fairseq's half precision, see docs/design.md
+        )
         layer = MemoryEncoderLayer(cfg, memory, self._memory_mode)
         if cfg.checkpoint_activations:  # wrapped as fairseq wraps its own layer
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
@@ -64,7 +82,8 @@ class MemoryTransformerEncoder(TransformerEncoder):
         if not self._memory_config.share_values:
             return None
         if not self._shared_values:
-            self._shared_values.append(build_values(width, self._memory_config, self._shards))
+            table = build_values(width, self._memory_config, self._shards, keeps_dtype=True)
+            self._shared_values.append(table)
         return self._shared_values[0]
 
 
@@ -92,3 +111,10 @@ class MemoryRobertaEncoder(RobertaEncoder):
         encoder = MemoryTransformerEncoder(args, dictionary, embed_tokens, *self._memory)
         encoder.apply(init_bert_params)
         return encoder
+
+
+def data_parallel_group() -> Any:
+    """The process group of data-parallel workers; None if there is but one."""
+    if distributed_utils.get_data_parallel_world_size() == 1:
+        return None
+    return distributed_utils.get_data_parallel_group()

@@ -1,15 +1,12 @@
 """A transformer encoder layer with a product-key memory."""
 
-from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Optional
 
-import torch
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..memory import MemoryUsage, ProductKeyMemory, ReadTimes
-from ..memory.query import BatchQueryNorm
+from ..memory import ProductKeyMemory, ReadTimes
 
 MEMORY_MODES = ("replace", "residual")
 
@@ -25,10 +22,7 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
     In a pre-LN block memory and FFN read LN(h), and the sum is not normalised.
 
     Attributes:
-        usage: counters of the look-ups; None, the normal state, counts nothing.
-        reads: when each slot was last read in training by fairseq.
-        is_idle: whether what is read for is no data, but keeps a worker in step with the others:
-            it is in no count and no time, nor in statistics that workers take together.
+        reads: when each slot was last read in training by fairseq; observes the memory.
     """
 
     def __init__(self, cfg: TransformerConfig, memory: ProductKeyMemory, mode: str) -> None:
@@ -36,9 +30,8 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         assert mode in MEMORY_MODES, mode
         self.memory = memory
         self.mode = mode
-        self.usage: Optional[MemoryUsage] = None
         self.reads = ReadTimes(memory.config.n_slots)
-        self.is_idle = False
+        memory.observers.append(self.reads)
         if mode == "replace":
             self.fc1 = self.fc2 = None
 
@@ -55,7 +48,8 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         if self.mode == "residual":
             ffn = self.activation_dropout_module(self.activation_fn(self.fc1(inner)))
             out = self.residual_connection(self.dropout_module(self.fc2(ffn)), out)
-        read = self._read_memory(inner, encoder_padding_mask)
+        by_position = None if encoder_padding_mask is None else encoder_padding_mask.t()  # (T, B)
+        read = self.memory(inner, by_position)
         out = self.residual_connection(self.dropout_module(read), out)
         return out if self.normalize_before else self.final_layer_norm(out)
 
@@ -76,41 +70,3 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         )
         h = self.residual_connection(self.dropout_module(attended), x)
         return h if self.normalize_before else self.self_attn_layer_norm(h)
-
-    def _read_memory(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        by_position = None if padding_mask is None else padding_mask.t()  # (T, B), as x
-        if isinstance(self.memory.query_norm, BatchQueryNorm):
-            self.memory.query_norm.is_idle = self.is_idle
-        if self._is_recomputing:  # what there is to note, the first pass has noted
-            with _statistics_kept(self.memory.query_norm):
-                return self.memory(x, by_position)
-        is_update = self.training and self.reads.updates is not None
-        if self.is_idle or (self.usage is None and not is_update):
-            return self.memory(x, by_position)
-        read, lookup = self.memory(x, by_position, return_lookup=True)
-        if self.usage is not None:
-            self.usage.update(lookup.slots, lookup.weights, by_position)
-        if is_update:
-            self.reads.record(lookup.slots, by_position)
-        return read
-
-    @property
-    def _is_recomputing(self) -> bool:
-        """Whether --checkpoint-activations runs this layer a second time, in backward.
-
-        fairseq's ``checkpoint_wrapper`` marks the layer, and its first pass has no gradients.
-        """
-        return hasattr(self, "precheckpoint_forward") and torch.is_grad_enabled()
-
-
-@contextmanager
-def _statistics_kept(norm: nn.Module) -> Iterator[None]:
-    """Let a normalisation update copies of its running statistics."""
-    kept = dict(norm.named_buffers(recurse=False))
-    for name, buffer in kept.items():
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for name, buffer in kept.items():
-            setattr(norm, name, buffer)

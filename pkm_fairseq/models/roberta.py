@@ -5,15 +5,14 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
-from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
 from fairseq.models.roberta import RobertaHubInterface, RobertaModel
 from fairseq.models.roberta import base_architecture as roberta_base_architecture
 from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 
-from ..memory import MemoryConfig, MemoryUsage, ValueTable
-from ..memory.query import BatchQueryNorm
+from ..memory import MemoryConfig, MemoryUsage, RunState, ValueTable
+from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
 from .check_options import check_memory_options, optimizer_name
 from .checkpoints import (
     compare_dictionary,
@@ -64,9 +63,7 @@ class PkmRobertaModel(RobertaModel):
                 model = cls(args, encoder)
             model._layers_to_keep = kept
             model._freeze_memory(safe_getattr(args, "memory_freeze"))
-            model._keep_dtypes()
             model._keep_factored_gradients_out_of_ddp(args)
-            model._take_query_statistics_of_all_workers()
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
             raise SystemExit(f"pkm_roberta: {error}") from None
@@ -127,17 +124,6 @@ class PkmRobertaModel(RobertaModel):
             for layer in self.memory_layers().values():
                 layer.memory.freeze(str(part))
 
-    def _keep_dtypes(self) -> None:
-        """Have fairseq's half precision leave values, and statistics of the query, as they are."""
-        for module in self.modules():
-            if isinstance(module, (ValueTable, BatchQueryNorm)):
-                module.keeps_dtype = True
-
-    def _take_query_statistics_of_all_workers(self) -> None:
-        for layer in self.memory_layers().values():
-            if isinstance(layer.memory.query_norm, BatchQueryNorm):
-                layer.memory.query_norm.workers = data_parallel_group
-
     def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
 
@@ -150,17 +136,11 @@ class PkmRobertaModel(RobertaModel):
                 if isinstance(module, ValueTable)
             ]
 
-    @contextmanager
-    def idle_memories(self, is_idle: bool) -> Iterator[None]:
-        """While the context is open, say whether batches are no data but keep a worker in step."""
-        layers = self.memory_layers().values()
-        for layer in layers:
-            layer.is_idle = is_idle
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.is_idle = False
+    @property
+    def run(self) -> RunState:
+        """The state of the run, which all memories read."""
+        run: RunState = self.encoder.sentence_encoder.run
+        return run
 
     def set_num_updates(self, num_updates: int) -> None:
         """Be told, by fairseq's training, how many updates are finished.
@@ -176,6 +156,7 @@ class PkmRobertaModel(RobertaModel):
                 f"give --distributed-world-size {world} (see docs/distributed.md)"
             )
         super().set_num_updates(num_updates)
+        set_finished_updates(self, num_updates)
 
     def memory_layers(self) -> Dict[int, MemoryEncoderLayer]:
         """The layers with a memory, by their index."""
@@ -186,15 +167,7 @@ class PkmRobertaModel(RobertaModel):
 
     def merge_read_times(self) -> None:
         """Let every worker know when any of them has read a slot; every worker must call it."""
-        if distributed_utils.get_data_parallel_world_size() == 1:
-            return
-        reads = [layer.reads for _, layer in sorted(self.memory_layers().items())]
-        times = [last for x in reads for last in (x.last_read, x.last_top1)]
-        latest = torch.stack(times)  # (2 L, n_slots), exchanged at once
-        group = distributed_utils.get_data_parallel_group()
-        distributed_utils.all_reduce(latest, group=group, op="max")
-        for last, merged in zip(times, latest, strict=True):
-            last.copy_(merged)
+        merge_read_times(self)
 
     @contextmanager
     def record_memory_usage(
@@ -210,19 +183,12 @@ class PkmRobertaModel(RobertaModel):
             The counters, by layer index.
         """
         usage = self.new_memory_usage() if usage is None else usage
-        layers = self.memory_layers()
-        for index, layer in layers.items():
-            layer.usage = usage[index]
-        try:
+        with observing(self, usage):
             yield usage
-        finally:
-            for layer in layers.values():
-                layer.usage = None
 
     def new_memory_usage(self) -> Dict[int, MemoryUsage]:
         """Counters at zero, one for each memory layer, by layer index."""
-        configs = {index: layer.memory.config for index, layer in self.memory_layers().items()}
-        return {index: MemoryUsage(c.n_slots, c.heads) for index, c in configs.items()}
+        return new_usage(self)
 
     def load_state_dict(
         self,
@@ -249,13 +215,6 @@ class PkmRobertaModel(RobertaModel):
         super().upgrade_state_dict_named(state_dict, name)
         if name == "":
             complete_state(self, state_dict)
-
-
-def data_parallel_group() -> Any:
-    """The process group of data-parallel workers; None if there is but one."""
-    if distributed_utils.get_data_parallel_world_size() == 1:
-        return None
-    return distributed_utils.get_data_parallel_group()
 
 
 @contextmanager

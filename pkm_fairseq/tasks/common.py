@@ -6,6 +6,7 @@ from typing import Any, Dict, List
 
 from fairseq.data import BaseWrapperDataset
 
+from ..memory.hosts import merge_read_times, with_memories
 from ..models.checkpoints import dictionary_sha256
 
 
@@ -28,8 +29,8 @@ class NamedSplitDataset(BaseWrapperDataset):
 class MemoryTrainStep:
     """Mixin for a task: memories know what is data, and what other workers have read.
 
-    fairseq gives a worker that has run out of batches one to compute whose loss counts nothing:
-    what keeps an idle worker busy is in no statistic of a memory.
+    fairseq gives a worker that has run out of batches a dummy batch, whose loss counts nothing.
+    It enters no statistic of a memory.
     """
 
     def train_step(
@@ -42,17 +43,18 @@ class MemoryTrainStep:
         ignore_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Do forward and backward; ``ignore_grad`` says that the worker is idle."""
+        """Do forward and backward; ``ignore_grad`` says that this is a dummy batch."""
         step = super().train_step  # type: ignore[misc]
-        idle = getattr(model, "idle_memories", None)
-        with contextlib.nullcontext() if idle is None else idle(ignore_grad):
+        host = with_memories(model)
+        with contextlib.nullcontext() if host is None else host.run.dummy_batch(ignore_grad):
             return step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """Finish an update; what is saved after it tells when any worker has read a slot."""
         super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
-        if hasattr(model, "memory_layers") and model.memory_layers():
-            model.merge_read_times()
+        host = with_memories(model)
+        if host is not None:
+            merge_read_times(host)
 
 
 class TellsEndOfValidation:

@@ -14,27 +14,26 @@ PACKAGE = Path(pkm_fairseq.__file__).parent
 # part -> our own parts it may import; what a part imports of itself is its own business
 ALLOWED = {
     "memory": set(),
-    "compat": {"files"},
+    "compat": {"memory"},
     "validation": {"memory"},
     "plugin": {"compat", "models", "criterions", "tasks", "optim"},
     "models": {"memory", "compat", "plugin"},
-    "criterions": {"memory", "models", "compat", "files", "plugin"},
+    "criterions": {"memory", "models", "compat", "plugin"},
     "tasks": {"memory", "models", "compat", "plugin"},
     "optim": {"memory", "models", "compat", "plugin"},
-    "files": set(),
     "data": {"memory"},
-    "demo": {"memory", "data", "models", "files"},
-    "analysis": {"memory", "data", "models", "criterions", "demo", "files", "__version__"},
-    "glue": {"memory", "data", "models", "criterions", "analysis", "demo", "files"},
+    "demo": {"memory", "data", "models"},
+    "analysis": {"memory", "data", "models", "demo", "__version__"},
+    "glue": {"memory", "data", "models", "criterions", "analysis", "demo"},
     "benchmark": {"memory", "models", "optim"},
-    "faults": {"models", "criterions", "demo", "files"},
+    "faults": {"memory", "models", "demo"},
 }
 # part -> packages it must never import
 FORBIDDEN = {
     "memory": {"fairseq", "faiss", "omegaconf", "hydra"},
     "validation": {"fairseq", "omegaconf", "hydra"},
     **{part: {"faiss"} for part in ("compat", "models", "criterions", "tasks", "optim", "plugin")},
-    **{part: {"faiss"} for part in ("data", "demo", "benchmark", "analysis", "glue", "files")},
+    **{part: {"faiss"} for part in ("data", "demo", "benchmark", "analysis", "glue")},
     "faults": {"faiss"},
 }
 
@@ -87,14 +86,14 @@ def test_every_part_imports_only_what_the_design_allows():
 @pytest.mark.parametrize(
     ("source", "module", "is_package"),
     [
-        ("import fairseq", "pkm_fairseq.memory.layer", False),
-        ("from fairseq.data import Dictionary", "pkm_fairseq.memory.layer", False),
-        ("def f():\n    import faiss", "pkm_fairseq.memory.layer", False),
-        ("from ..models import roberta", "pkm_fairseq.memory.layer", False),
-        ("from .. import models", "pkm_fairseq.memory.layer", False),
+        ("import fairseq", "pkm_fairseq.memory.memory", False),
+        ("from fairseq.data import Dictionary", "pkm_fairseq.memory.memory", False),
+        ("def f():\n    import faiss", "pkm_fairseq.memory.memory", False),
+        ("from ..models import roberta", "pkm_fairseq.memory.memory", False),
+        ("from .. import models", "pkm_fairseq.memory.memory", False),
         ("from ..models import roberta", "pkm_fairseq.memory", True),
         ("from . import models", "pkm_fairseq.compat", False),
-        ("import pkm_fairseq.models.roberta", "pkm_fairseq.memory.layer", False),
+        ("import pkm_fairseq.models.roberta", "pkm_fairseq.memory.memory", False),
         ("from pkm_fairseq.tasks import common", "pkm_fairseq.models.roberta", False),
         ("from ..optim import pkm_adam", "pkm_fairseq.models.roberta", False),
         ("from ..criterions import usage", "pkm_fairseq.tasks.common", False),
@@ -111,7 +110,7 @@ def test_a_forbidden_import_is_noticed(source, module, is_package):
 @pytest.mark.parametrize(
     ("source", "module", "is_package"),
     [
-        ("from .config import MemoryConfig", "pkm_fairseq.memory.layer", False),
+        ("from .config import MemoryConfig", "pkm_fairseq.memory.memory", False),
         ("from . import roberta", "pkm_fairseq.models", True),
         ("from ..memory import MemoryConfig\nimport fairseq", "pkm_fairseq.models.config", False),
         ("from ..models.init_from import f", "pkm_fairseq.tasks.common", False),

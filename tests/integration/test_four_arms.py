@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from pkm_fairseq.criterions.usage_log import FILE, read_usage_log
+from pkm_fairseq.memory.observe.log import FILE, read_usage_log
 
 from .runs import ROOT, load, run, run_well
 

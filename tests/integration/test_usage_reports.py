@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 import pytest
 import torch
 
-from pkm_fairseq.criterions.usage_log import FILE, INITIAL_VALUES, read_usage_log
+from pkm_fairseq.memory.observe.log import FILE, INITIAL_VALUES, read_usage_log
 
 from .runs import (
     BIN,

@@ -173,7 +173,7 @@ def test_readers_and_usage_are_what_one_token_at_a_time_gives() -> None:
     found = examine.examine(opened, sequences, 4, steps.append)
     total = sum(map(len, sequences))
     assert sum(steps) == 2 * total and len(steps) == 6
-    assert all(layer.usage is None for layer in model.memory_layers().values())
+    assert all(x.memory.observers == [x.reads] for x in model.memory_layers().values())
     assert [layer["layer"] for layer in found.report["layers"]] == [1, 2]
     for layer in found.report["layers"]:
         mass = found.mass[layer["layer"]]

@@ -29,7 +29,7 @@ from pkm_fairseq.benchmark.settings import Settings
 from pkm_fairseq.benchmark.textbook import MismatchError, TextbookMemory, check_same_read
 from pkm_fairseq.benchmark.timing import compare, interleave, quartiles
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory
-from pkm_fairseq.memory.staleness import ReadTimes
+from pkm_fairseq.memory.observe.staleness import ReadTimes
 from tests.validation.models import SCRIPTS, load_script
 
 WIDTH = 12

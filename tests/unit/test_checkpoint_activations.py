@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from pkm_fairseq.memory import ProductKeyMemory
 from pkm_fairseq.memory.adam import MemoryAdam
 from pkm_fairseq.memory.gradient import FactoredGradient
-from pkm_fairseq.models.encoder_layer import MemoryEncoderLayer
+from pkm_fairseq.memory.run import is_repeated
 from tests.helpers import batch, build, small_dictionary
 
 DICTIONARY = small_dictionary()
@@ -67,13 +68,13 @@ def test_losses_gradients_statistics_and_counts_are_those_without(name, arch, fa
 
 def test_each_layer_is_run_twice_and_a_memory_looks_up_twice(monkeypatch):
     calls = []
-    original = MemoryEncoderLayer._read_memory
+    original = ProductKeyMemory.search
 
-    def counting(self, x, padding_mask):
-        calls.append(self._is_recomputing)
-        return original(self, x, padding_mask)
+    def counting(self, tokens):
+        calls.append(is_repeated())
+        return original(self, tokens)
 
-    monkeypatch.setattr(MemoryEncoderLayer, "_read_memory", counting)
+    monkeypatch.setattr(ProductKeyMemory, "search", counting)
     model = build("resm_roberta_tiny", checkpoint_activations=True).train()
     model(TOKENS, features_only=True)[0].sum().backward()
     assert calls == [False, True]

@@ -4,20 +4,22 @@ from argparse import Namespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 
-from pkm_fairseq.criterions import usage_count
 from pkm_fairseq.criterions.masked_lm import PkmMaskedLmLoss
 from pkm_fairseq.criterions.sentence_prediction import PkmSentencePrediction
 from pkm_fairseq.criterions.usage import log_usage
-from pkm_fairseq.criterions.usage_count import LOGGED, Count, sum_over_workers
 from pkm_fairseq.memory import MemoryUsage
+from pkm_fairseq.memory.observe import count as count_module
+from pkm_fairseq.memory.observe.count import REPORTED, Count, sum_over_workers
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 
 DICTIONARY = small_dictionary()
+BOTH = "the group of both workers"
 CASES = {
     "mlm": (PkmMaskedLmLoss, MaskedLmLoss),
     "sentence": (PkmSentencePrediction, SentencePredictionCriterion),
@@ -102,7 +104,7 @@ def test_usage_covers_every_token_of_the_validation_and_no_padding(kind):
     logged = reduced(criterion, *logs)
     for layer in (0, 2):
         assert logged[f"memory{layer}_tokens"] == n_tokens(*samples)
-        assert {f"memory{layer}_{key}" for key in LOGGED} <= set(logged)
+        assert {f"memory{layer}_{key}" for key in REPORTED} <= set(logged)
     assert not [name for name in logged if name.startswith("memory1_")]
     assert "loss" in logged
     assert "memory_reports" not in logged
@@ -118,7 +120,7 @@ def test_usage_equals_one_count_of_the_whole_set(kind):
             model(sample["net_input"]["src_tokens"])
     for layer, counted in usage.items():
         summary = counted.summary()
-        for key in LOGGED:
+        for key in REPORTED:
             assert logged[f"memory{layer}_{key}"] == pytest.approx(summary[key], abs=1e-4), key
     assert logged["memory0_kl_weighted"] != logged["memory2_kl_weighted"]
 
@@ -196,7 +198,7 @@ def test_a_model_without_memory_reports_no_usage():
 def test_counting_ends_with_the_batch():
     criterion, model = criterion_of(PkmMaskedLmLoss), model_of()
     validate(criterion, model, sample_of("mlm", [7, 3]))
-    assert all(layer.usage is None for layer in model.memory_layers().values())
+    assert all(x.memory.observers == [x.reads] for x in model.memory_layers().values())
 
 
 def test_the_latest_report_is_logged_and_no_mean():
@@ -224,13 +226,16 @@ def other_worker(monkeypatch):
     """A second worker, whose counters the tests give; collectives in the order of the calls."""
     others = []
 
-    def all_reduce(tensor, group, op):
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None):
+        assert group is BOTH
         theirs = others.pop(0)
-        tensor.copy_(tensor + theirs if op == "sum" else torch.maximum(tensor, theirs))
+        is_sum = op == dist.ReduceOp.SUM
+        tensor.copy_(tensor + theirs if is_sum else torch.maximum(tensor, theirs))
 
     monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
-    monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: None)
-    monkeypatch.setattr(distributed_utils, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: BOTH)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     return others
 
 
@@ -252,7 +257,7 @@ def counted(seed, n_tokens=5):
 def test_usage_of_workers_is_that_of_their_data_together(other_worker, here, there):
     local, remote = counted(1, here), counted(2, there)
     other_worker.extend(collectives_of(remote))
-    total = sum_over_workers(local)
+    total = sum_over_workers(local, BOTH)
     expected = counted(1, here).merge(counted(2, there))
     assert total.summary() == expected.summary()
     assert local.tokens == here  # and the local counters stay local
@@ -290,8 +295,8 @@ def test_at_exit_no_other_worker_is_asked_how_far_its_columns_have_moved():
 def test_batches_that_keep_a_worker_busy_are_not_counted(monkeypatch, other_worker, rank):
     first_of_subset = sample_of("mlm", [7, 3], 1, "valid")  # what fairseq fills up with
     other = sample_of("mlm", [9], 2, "valid", first_id=2)
-    monkeypatch.setattr(usage_count, "sum_over_workers", lambda local: local)
-    monkeypatch.setattr(distributed_utils, "all_reduce", lambda tensor, group, op: None)
+    monkeypatch.setattr(count_module, "sum_over_workers", lambda local, group: local)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op, group: None)
     monkeypatch.setattr(distributed_utils, "get_data_parallel_rank", lambda: rank)
     monkeypatch.setattr(
         distributed_utils,

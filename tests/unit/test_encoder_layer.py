@@ -32,6 +32,13 @@ def build_layer(mode, pre_ln=False, query_norm="batch", **settings):
     return layer
 
 
+def watch(layer):
+    """Counters of what the layer's memory looks up from now on."""
+    usage = MemoryUsage(25, 2)
+    layer.memory.observers.append(usage)
+    return usage
+
+
 def plain_layer(pre_ln):
     """fairseq's own layer with the same options."""
     cfg = layer_config(encoder_normalize_before=pre_ln, activation_fn="relu")
@@ -143,7 +150,7 @@ def test_replacing_layer_has_no_feed_forward_network():
 def test_padding_changes_nothing_for_tokens_statistics_and_usage(mode, query_norm, training):
     layer, twin = (build_layer(mode, query_norm=query_norm).train(training) for _ in range(2))
     twin.load_state_dict(layer.state_dict())
-    layer.usage, twin.usage = MemoryUsage(25, 2), MemoryUsage(25, 2)
+    usage, other = watch(layer), watch(twin)
     x = inputs()
     more = torch.cat([x, inputs()[:2]])  # longer, and
     mask = torch.cat([MASK, torch.ones(B, 2, dtype=torch.bool)], dim=1)
@@ -153,9 +160,9 @@ def test_padding_changes_nothing_for_tokens_statistics_and_usage(mode, query_nor
     assert torch.allclose(ours[REAL], theirs[:T][REAL], rtol=1e-10, atol=1e-10)
     for name, tensor in layer.state_dict().items():
         assert torch.allclose(tensor, twin.state_dict()[name], rtol=1e-12), name
-    assert layer.usage.tokens == twin.usage.tokens == int(REAL.sum())
-    assert torch.equal(layer.usage.read_count, twin.usage.read_count)
-    assert torch.equal(layer.usage.top1_count, twin.usage.top1_count)
+    assert usage.tokens == other.tokens == int(REAL.sum())
+    assert torch.equal(usage.read_count, other.read_count)
+    assert torch.equal(usage.top1_count, other.top1_count)
 
 
 def test_usage_is_that_of_the_lookup():
@@ -163,40 +170,25 @@ def test_usage_is_that_of_the_lookup():
     seen = []
     original = layer.memory.forward
 
-    def spy(x, padding_mask=None, return_lookup=False):
+    def spy(x, padding_mask=None):
         read, lookup = original(x, padding_mask, return_lookup=True)
         seen.append(lookup)
-        return (read, lookup) if return_lookup else read
+        return read
 
     layer.memory.forward = spy
-    layer.usage = MemoryUsage(25, 2)
+    usage = watch(layer)
     layer(inputs(), MASK)
     (lookup,) = seen
-    for head, count in enumerate(layer.usage.read_count):
+    for head, count in enumerate(usage.read_count):
         by_hand = torch.bincount(lookup.slots[REAL][:, head].flatten(), minlength=25)
         assert torch.equal(count, by_hand)
-    assert float(layer.usage.read_mass.sum()) == pytest.approx(int(REAL.sum()) * 2)
-
-
-def test_without_counters_no_lookup_is_asked_for(monkeypatch):
-    layer = build_layer("replace")
-    assert layer.usage is None
-    original = layer.memory.forward
-
-    def spy(x, padding_mask=None, return_lookup=False):
-        assert not return_lookup
-        return original(x, padding_mask)
-
-    monkeypatch.setattr(layer.memory, "forward", spy)
-    layer(inputs(), MASK)
-    layer.usage = MemoryUsage(25, 2)
-    with pytest.raises(AssertionError):  # the spy does see it
-        layer(inputs(), MASK)
+    assert float(usage.read_mass.sum()) == pytest.approx(int(REAL.sum()) * 2)
 
 
 def test_counting_changes_no_output():
     layer = build_layer("residual").eval()
     x = inputs()
     without = layer(x, MASK)
-    layer.usage = MemoryUsage(25, 2)
+    usage = watch(layer)
     assert torch.equal(layer(x, MASK), without)
+    assert usage.tokens == int(REAL.sum())

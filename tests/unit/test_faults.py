@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pkm_fairseq import faults
-from pkm_fairseq.criterions.usage_log import FILE, INITIAL_VALUES
 from pkm_fairseq.faults import Choices, differing
+from pkm_fairseq.memory.observe.log import FILE, INITIAL_VALUES
 
 INTERVAL = 5
 LOSSES = {"train_inner": {update: update / 10 for update in range(1, 101)}, "valid": {}}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pkm_fairseq.files import whole_file, write_file
+from pkm_fairseq.memory.files import whole_file, write_file
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):

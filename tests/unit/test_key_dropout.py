@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, product_topk
-from pkm_fairseq.memory.layer import FREEZABLE
+from pkm_fairseq.memory.memory import FREEZABLE
 from pkm_fairseq.memory.search import draw_kept_keys, product_topk_of
 from tests.helpers import all_scores, build
 

@@ -143,8 +143,7 @@ def test_values_of_a_model_stay_in_their_dtype_and_nothing_else_does(stored, dty
 
 
 def test_small_changes_of_the_statistics_are_not_lost():
-    norms = [BatchQueryNorm(16) for _ in range(2)]
-    norms[0].keeps_dtype = True
+    norms = [BatchQueryNorm(16, keeps_dtype=keeps) for keeps in (True, False)]
     norms[0].bfloat16()
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):

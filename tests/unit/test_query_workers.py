@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory
+from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, RunState
 from pkm_fairseq.memory.query import BatchQueryNorm
 
 from ..workers import on_workers
@@ -23,10 +23,9 @@ def world_group():
 def norm_of(workers=None):
     """The same norm everywhere, in float64."""
     torch.manual_seed(1)
-    norm = BatchQueryNorm(WIDTH).double()
+    norm = BatchQueryNorm(WIDTH, RunState(workers)).double()
     nn.init.uniform_(norm.weight, 0.5, 2.0)
     nn.init.normal_(norm.bias)
-    norm.workers = workers
     return norm
 
 
@@ -69,13 +68,13 @@ def check_joint_batches(rank):
     return norm
 
 
-def check_idle(rank):
-    """What an idle worker is given is in no statistic and gets no gradient."""
+def check_dummy(rank):
+    """What a dummy batch holds is in no statistic and gets no gradient."""
     norm, alone = norm_of(world_group), norm_of()
     parts = tokens_of((4, 5, 6), 9)
     own, whole = parts[rank].clone().requires_grad_(), torch.cat(parts[:2]).requires_grad_()
-    norm.is_idle = rank == 2
-    normed, expected = norm(own), alone(whole)
+    with norm.run.dummy_batch(rank == 2):
+        normed, expected = norm(own), alone(whole)
     loss = loss_of(normed) * (rank != 2)
     loss.backward()
     loss_of(expected).backward()
@@ -114,9 +113,10 @@ def check_apart(rank, norm):
 def check_memory(rank):
     """Through a whole memory: a worker whose batch is padding alone goes through both passes."""
     torch.manual_seed(2)
-    memory = ProductKeyMemory(8, MemoryConfig(n_keys=5, heads=2, knn=3, k_dim=4)).double()
+    config = MemoryConfig(n_keys=5, heads=2, knn=3, k_dim=4)
+    memory = ProductKeyMemory(8, config, run=RunState(world_group)).double()
     alone = copy.deepcopy(memory)
-    memory.query_norm.workers = world_group
+    alone.run.workers = None
     x = torch.randn(WORLD, 4, 8, dtype=torch.float64)
     padding = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
     memory(x[rank], padding[rank]).pow(2).sum().backward()
@@ -138,7 +138,7 @@ def check_half_precision(rank):
 
 def work(rank):
     norm = check_joint_batches(rank)
-    check_idle(rank)
+    check_dummy(rank)
     check_too_few(rank, norm)
     check_apart(rank, norm)
     check_memory(rank)

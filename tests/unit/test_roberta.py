@@ -503,10 +503,10 @@ def test_layers_dropped_by_each_worker_do_not_go_with_joint_statistics(monkeypat
 
 def test_norms_ask_fairseq_for_the_workers(monkeypatch):
     norm = build("resm_roberta_tiny").memory_layers()[1].memory.query_norm
-    assert norm.workers() is None
+    assert norm.run.group() is None
     monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
     monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: "the group")
-    assert norm.workers() == "the group"
+    assert norm.run.group() == "the group"
 
 
 def test_trainings_that_know_nothing_of_each_other_are_refused(monkeypatch):
@@ -518,12 +518,12 @@ def test_trainings_that_know_nothing_of_each_other_are_refused(monkeypatch):
         model.set_num_updates(0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     model.set_num_updates(3)
-    assert model.memory_layers()[1].reads.updates == 3
+    assert model.run.updates == 3
 
 
 @pytest.mark.parametrize("ignore_grad", [False, True])
 @pytest.mark.parametrize("query_norm", ["batch", "layer"])
-def test_what_keeps_an_idle_worker_in_step_is_no_data(ignore_grad, query_norm):
+def test_a_dummy_batch_of_an_idle_worker_is_no_data(ignore_grad, query_norm):
     model, asked = build("resm_roberta_tiny", memory_query_norm=query_norm), []
     model.set_num_updates(0)
     (layer,) = model.memory_layers().values()
@@ -533,22 +533,21 @@ def test_what_keeps_an_idle_worker_in_step_is_no_data(ignore_grad, query_norm):
             asked.append((args, kwargs))
             with model.train().record_memory_usage() as usage:
                 outputs(model)
-            return usage[1].tokens, getattr(layer.memory.query_norm, "is_idle", None)
+            return usage[1].tokens, model.run.is_dummy
 
     class Task(MemoryTrainStep, Step):
         pass
 
     args = ("sample", model, "criterion", "optimizer", 7)
-    tokens, is_idle = Task().train_step(*args, ignore_grad=ignore_grad, more=1)
+    tokens, is_dummy = Task().train_step(*args, ignore_grad=ignore_grad, more=1)
     assert asked == [((*args, ignore_grad), {"more": 1})]
     assert tokens == (0 if ignore_grad else int(REAL.sum()))
     assert bool(layer.reads.last_read.any()) != ignore_grad
-    assert is_idle == (ignore_grad if query_norm == "batch" else None)
+    assert is_dummy == ignore_grad and not model.run.is_dummy
     with model.record_memory_usage() as usage:
         outputs(model)
     assert usage[1].tokens == int(REAL.sum())
     plain = build("roberta")
-    assert not hasattr(plain, "idle_memories")
     Task().train_step("sample", plain, "criterion", "optimizer", 7, ignore_grad)
 
 

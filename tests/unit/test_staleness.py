@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkm_fairseq.memory import ReadTimes
-from pkm_fairseq.memory.staleness import OUTDATED_AFTER, QUANTILES, movement, summarise
+from pkm_fairseq.memory import Observation, ReadTimes, RunState
+from pkm_fairseq.memory.observe.staleness import OUTDATED_AFTER, QUANTILES, movement, summarise
 from tests.helpers import batch, build, small_dictionary
 
 DICTIONARY = small_dictionary()
@@ -17,9 +17,8 @@ DICTIONARY = small_dictionary()
 def reads_of(*updates, n_slots=6):
     """Times after look-ups, each (slots (N, H, K), padding or None), in updates from 1."""
     reads = ReadTimes(n_slots)
-    for finished, slots in enumerate(updates):
-        reads.set_num_updates(finished)
-        reads.record(torch.tensor(slots))
+    for update, slots in enumerate(updates, 1):
+        reads.record(torch.tensor(slots), update)
     return reads
 
 
@@ -31,16 +30,25 @@ def test_the_update_of_the_last_read_and_of_the_last_first_choice_is_kept():
 
 def test_padding_is_no_read():
     reads = ReadTimes(4)
-    reads.set_num_updates(0)
     slots = torch.tensor([[[0, 1]], [[-1, -1]]])
-    reads.record(slots, torch.tensor([False, True]))
+    reads.record(slots, 1, torch.tensor([False, True]))
     assert reads.last_read.tolist() == [1, 1, 0, 0]
+
+
+def seen(training, updates):
+    """A look-up of one token, by a memory of one head."""
+    run, slots = RunState(), torch.tensor([[[0, 1]]])
+    run.updates = updates
+    return Observation(torch.zeros(1, 3), None, slots, torch.ones(1, 1, 2) / 2, training, run)
 
 
 def test_outside_a_training_nothing_is_recorded():
     reads = ReadTimes(4)
-    reads.record(torch.tensor([[[0, 1]]]))
+    for training, updates in ((True, None), (False, 3), (False, None)):
+        reads.observe(seen(training, updates))
     assert not reads.last_read.any()
+    reads.observe(seen(True, 3))
+    assert reads.last_read.tolist() == [4, 4, 0, 0]
 
 
 def test_times_of_another_training_are_forgotten_and_those_of_this_one_kept():
@@ -48,19 +56,18 @@ def test_times_of_another_training_are_forgotten_and_those_of_this_one_kept():
     resumed, fresh = ReadTimes(6), ReadTimes(6)
     for copied, finished in ((resumed, 3), (fresh, 0)):
         copied.load_state_dict(reads.state_dict())
-        copied.set_num_updates(finished)
+        copied.forget_after(finished)
     assert resumed.last_read.tolist() == [1, 1, 2, 2, 3, 3]
     assert not fresh.last_read.any()
     assert not fresh.last_top1.any()
     back = copy.deepcopy(resumed)
-    back.set_num_updates(1)  # the same process, but an earlier checkpoint
+    back.forget_after(1)  # the same process, but an earlier checkpoint
     assert back.last_read.tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def test_half_precision_of_a_model_does_not_reach_the_times():
     reads = ReadTimes(3)
-    reads.set_num_updates(99_999)  # float16 ends at 65,504
-    reads.record(torch.tensor([[[0, 1]]]))
+    reads.record(torch.tensor([[[0, 1]]]), 100_000)  # float16 ends at 65,504
     for cast in (reads.half(), reads.bfloat16(), reads.double()):
         assert cast.last_read.dtype == torch.float32
         assert cast.last_read.tolist() == [100_000, 100_000, 0]
@@ -152,6 +159,20 @@ def test_recording_changes_no_output():
     assert torch.equal(model(tokens)[0], without)
 
 
+def test_an_earlier_checkpoint_makes_a_model_forget_what_came_after():
+    model = model_of().train()
+    tokens = batch(DICTIONARY, [7, 3, 5])
+    for finished in (0, 4):
+        model.set_num_updates(finished)
+        model(tokens)
+    reads = [layer.reads for layer in model.memory_layers().values()]
+    assert {float(x.last_read.max()) for x in reads} == {5}
+    model.set_num_updates(5)  # goes on
+    assert {float(x.last_read.max()) for x in reads} == {5}
+    model.set_num_updates(2)
+    assert {float(x.last_read.max()) for x in reads} <= {0, 1}
+
+
 @pytest.mark.parametrize("arch", ["pkm_roberta_tiny", "resm_roberta_tiny"])
 def test_a_checkpoint_of_a_version_without_times_loads(arch):
     model = model_of(arch)
@@ -163,10 +184,8 @@ def test_a_checkpoint_of_a_version_without_times_loads(arch):
 def test_a_moving_average_of_times_is_known_to_be_one():
     reads, average = ReadTimes(4), ReadTimes(4)
     for times in (reads, average):
-        times.set_num_updates(2)
-        times.record(torch.tensor([[[0, 3]]]))
+        times.record(torch.tensor([[[0, 3]]]), 3)
     assert not reads.is_averaged
-    reads.set_num_updates(4)
-    reads.record(torch.tensor([[[0, 1]]]))
+    reads.record(torch.tensor([[[0, 1]]]), 5)
     average.last_read.mul_(0.9).add_(reads.last_read, alpha=0.1)
     assert average.is_averaged and not reads.is_averaged

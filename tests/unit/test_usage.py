@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import MemoryUsage
-from pkm_fairseq.memory.usage import COUNTERS, tokens_for_ceiling, uniform_ceiling
+from pkm_fairseq.memory.observe.usage import COUNTERS, tokens_for_ceiling, uniform_ceiling
 
 
 def summary_of(slots, weights, n_slots):

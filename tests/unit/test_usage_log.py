@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pkm_fairseq.criterions.masked_lm import PkmMaskedLmLoss
-from pkm_fairseq.criterions.usage_log import (
+from pkm_fairseq.memory.observe.log import (
     FILE,
     INITIAL_VALUES,
     UsageLog,
@@ -17,7 +17,7 @@ from pkm_fairseq.criterions.usage_log import (
     save_initial_values,
     whole_values,
 )
-from pkm_fairseq.memory.usage import tokens_for_ceiling
+from pkm_fairseq.memory.observe.usage import tokens_for_ceiling
 from pkm_fairseq.tasks.common import TellsEndOfValidation
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 

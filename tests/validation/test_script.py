@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from fairseq.data import Dictionary
 
-from pkm_fairseq.memory import layer
+from pkm_fairseq.memory import memory as memory_module
 from pkm_fairseq.models.capture import capture_inputs, load_model, pack
 from tests.helpers import build, small_dictionary
 
@@ -79,8 +79,10 @@ def test_layers_that_were_not_judged_are_named(
 def test_a_model_that_is_not_exact(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    topk = layer.product_topk
-    monkeypatch.setattr(layer, "product_topk", lambda q, keys, knn: topk(q, keys.flip(1), knn))
+    topk = memory_module.product_topk
+    monkeypatch.setattr(
+        memory_module, "product_topk", lambda q, keys, knn: topk(q, keys.flip(1), knn)
+    )
     file = tmp_path / "report.json"
     status, out, _ = run(capsys, *good(folder, "--json", file))
     assert status == 1
@@ -142,7 +144,7 @@ def test_the_inputs_of_real_tokens_are_captured_without_padding() -> None:
     assert (apart.amin(0) < 1e-4).all() and (apart.amin(1) < 1e-4).all()
     with pytest.raises(ValueError, match="--queries is 27, must be at most 26"):
         capture_inputs(model, sequences, dictionary.pad(), 27)
-    assert not model.memory_layers()[0].memory._forward_pre_hooks
+    assert all(x.memory.observers == [x.reads] for x in model.memory_layers().values())
 
 
 def test_a_finetuned_model_loads_without_its_classifier(tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_nothing_that_crashes_looks_like_a_verdict(
     def crash(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(layer.ProductKeyMemory, "search", crash)
+    monkeypatch.setattr(memory_module.ProductKeyMemory, "search", crash)
     status, out, err = run(capsys, *good(folder))
     assert status == 2
     assert "EXACT" not in out

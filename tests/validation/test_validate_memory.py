@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pkm_fairseq.memory import ProductKeyMemory, ValueTable, layer, search
+from pkm_fairseq.memory import ProductKeyMemory, ValueTable, search
+from pkm_fairseq.memory import memory as memory_module
 from pkm_fairseq.validation import LayerResult, compare, random_like, validate_memory
 
 from .conftest import WIDTH, small_memory
@@ -135,7 +136,7 @@ Search = Callable[..., Tuple[Tensor, Tensor]]
 
 def with_search(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Search], Search]) -> None:
     """Let the layer search by a faulty version of product_topk."""
-    monkeypatch.setattr(layer, "product_topk", fault(search.product_topk))
+    monkeypatch.setattr(memory_module, "product_topk", fault(search.product_topk))
 
 
 def off_by_one(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:

@@ -1,11 +1,13 @@
 """How long ago each slot was last read in training, and how far its value has moved."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .sharding import ColumnShards
+from ..lookup import Observation
+from ..sharding import ColumnShards
 
 QUANTILES = (10, 50, 90, 99)
 OUTDATED_AFTER = (10, 100, 1000, 10_000)  # updates
@@ -15,16 +17,16 @@ ROWS = 8192  # of a table, compared at once
 class ReadTimes(nn.Module):
     """For each slot the update in which it was last read, and in which it was a first choice.
 
-    Updates are counted from 1, and 0 stands for never. The times are buffers and so part of a
-    checkpoint. They are floating because what averages checkpoints or models handles floating
-    tensors only, and float32 in every model, which is exact up to 2 ** 24 updates.
+    Among the observers of a memory it notes what the memory reads in a training, whose finished
+    updates the state of the run says; outside a training it notes nothing. Updates are counted
+    from 1, and 0 stands for never. The times are buffers and so part of a checkpoint. They are
+    floating because what averages checkpoints or models handles floating tensors only, and
+    float32 in every model, which is exact up to 2 ** 24 updates.
 
     Args:
         n_slots: slots of the memory.
 
     Attributes:
-        updates: finished updates, as last told; None, the normal state outside a training by
-            fairseq, records nothing.
         last_read: (n_slots,).
         last_top1: (n_slots,).
     """
@@ -34,36 +36,33 @@ class ReadTimes(nn.Module):
 
     def __init__(self, n_slots: int) -> None:
         super().__init__()
-        self.updates: Optional[int] = None
         self.register_buffer("last_read", torch.zeros(n_slots, dtype=torch.float32))
         self.register_buffer("last_top1", torch.zeros(n_slots, dtype=torch.float32))
 
-    def set_num_updates(self, updates: int) -> None:
-        """Be told, by fairseq, how many updates are finished.
-
-        Times after that are of another training, whose parameters this one started from: they
-        are forgotten.
-        """
-        if self.updates is None or updates < self.updates:
-            for last in (self.last_read, self.last_top1):
-                last.masked_fill_(last > updates, 0)
-        self.updates = updates
+    def observe(self, seen: Observation) -> None:
+        """Note a look-up of the update that is under way, if there is one."""
+        if seen.training and seen.run.updates is not None:
+            self.record(seen.slots, seen.run.updates + 1, seen.padding_mask)
 
     @torch.no_grad()
-    def record(self, slots: Tensor, padding_mask: Optional[Tensor] = None) -> None:
-        """Note that slots are read in the update that is under way.
+    def record(self, slots: Tensor, update: int, padding_mask: Optional[Tensor] = None) -> None:
+        """Note that slots are read in an update.
 
         Args:
             slots: (..., H, K), the highest score first.
+            update: from 1.
             padding_mask: (...), True at padding.
         """
-        if self.updates is None:
-            return
         if padding_mask is not None:
             slots = slots[~padding_mask.bool()]
-        now = self.updates + 1
-        self.last_read.index_fill_(0, slots.flatten(), now)
-        self.last_top1.index_fill_(0, slots[..., 0].flatten(), now)
+        self.last_read.index_fill_(0, slots.flatten(), update)
+        self.last_top1.index_fill_(0, slots[..., 0].flatten(), update)
+
+    @torch.no_grad()
+    def forget_after(self, update: int) -> None:
+        """Forget reads of later updates."""
+        for last in (self.last_read, self.last_top1):
+            last.masked_fill_(last > update, 0)
 
     @property
     def is_averaged(self) -> bool:
@@ -85,6 +84,22 @@ class ReadTimes(nn.Module):
         device = self.last_read.device
         self.last_read, self.last_top1 = (last.to(device) for last in times)
         return self
+
+
+def merge_over_workers(reads: Sequence[ReadTimes], group: Any) -> None:
+    """Let every worker know when any of them has read a slot; every worker must call it.
+
+    Args:
+        reads: of the memories of a model, in the same order on all workers.
+        group: the process group of the workers; None if there is but one.
+    """
+    if group is None or not reads:
+        return
+    times = [last for x in reads for last in (x.last_read, x.last_top1)]
+    latest = torch.stack(times)  # (2 L, n_slots), exchanged at once
+    dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=group)
+    for last, merged in zip(times, latest, strict=True):
+        last.copy_(merged)
 
 
 def summarise(last: Tensor, updates: int) -> Dict[str, Any]:

@@ -1,29 +1,20 @@
-"""The memory layer: query -> search -> weights -> read."""
+"""The memory: query -> search -> weights -> read."""
 
-from typing import NamedTuple, Optional, Tuple, Union
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from .config import MemoryConfig
+from .lookup import Lookup, Observation, Observer, restore
 from .query import BatchQueryNorm, build_query_norm
+from .run import RunState, is_repeated
 from .search import draw_kept_keys, product_topk, product_topk_of
 from .sharding import ColumnShards
 from .values import ValueTable
 
 FREEZABLE = ("values", "keys", "all")
-
-
-class Lookup(NamedTuple):
-    """What a memory looked up, for usage counts, validation and plots; no gradient.
-
-    Attributes:
-        slots: (..., H, K), int64, the highest score first; -1 at padding.
-        weights: (..., H, K), sum to 1 over K; 0 at padding.
-    """
-
-    slots: Tensor
-    weights: Tensor
 
 
 class ProductKeyMemory(nn.Module):
@@ -38,6 +29,12 @@ class ProductKeyMemory(nn.Module):
         config: the settings.
         values: a table to share with other memories; None makes an own one.
         shards: workers to split the own table over by columns; None means no split.
+        run: the state of the run, one for all memories of a model; None makes an own one.
+        keeps_dtype: whether the own table, and running statistics of the query, stay in their
+            dtype when the model is converted to half precision.
+
+    Attributes:
+        observers: objects that are shown each look-up, see :class:`Observer`.
 
     Raises:
         ValueError: the shared table has another shape than the settings ask for, or the workers
@@ -50,15 +47,21 @@ class ProductKeyMemory(nn.Module):
         config: Optional[MemoryConfig] = None,
         values: Optional[ValueTable] = None,
         shards: Optional[ColumnShards] = None,
+        run: Optional[RunState] = None,
+        keeps_dtype: bool = False,
     ) -> None:
         super().__init__()
         self.input_dim = input_dim
+        self.run = run = RunState() if run is None else run
+        self.observers: List[Observer] = []
         self.config = config = MemoryConfig() if config is None else config
         v_dim = value_dim(input_dim, config)
         self.query_proj = nn.Linear(input_dim, config.heads * config.k_dim)
-        self.query_norm = build_query_norm(config)
+        self.query_norm = build_query_norm(config, run, keeps_dtype)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.n_keys, config.half_dim))
-        self.values = build_values(input_dim, config, shards) if values is None else values
+        if values is None:
+            values = build_values(input_dim, config, shards, keeps_dtype)
+        self.values = values
         shape = (len(self.values.weight), self.values.v_dim)
         if shape != (config.n_slots, v_dim):
             raise ValueError(
@@ -92,7 +95,6 @@ class ProductKeyMemory(nn.Module):
             ValueError: x or padding_mask has another shape.
         """
         self._check_input(x, padding_mask)
-        leading = x.shape[:-1]
         tokens = x.reshape(-1, self.input_dim)  # (all, input_dim)
         real = None if padding_mask is None else ~padding_mask.reshape(-1).bool()  # (all,)
         if real is not None and _drops_padding(self.training, x.device):
@@ -100,12 +102,29 @@ class ProductKeyMemory(nn.Module):
         slots, weights = self.search(tokens)  # (N, H, K)
         read = self.values(slots, weights).to(x.dtype)  # (N, v_dim)
         read = self.read_dropout(self.output_proj(read))  # (N, input_dim)
-        read = _restore(read.to(x.dtype), real, 0).view(x.shape)
-        if not return_lookup:
+        read = restore(read.to(x.dtype), real, 0).view(x.shape)
+        if not (return_lookup or self.observers):
             return read
-        slots = _restore(slots, real, -1).view(*leading, *slots.shape[1:])
-        weights = _restore(weights.detach(), real, 0).view(*leading, *weights.shape[1:])
-        return read, Lookup(slots, weights)
+        seen = Observation(x, padding_mask, slots, weights, self.training, self.run)
+        self._show(seen)
+        return (read, seen.lookup()) if return_lookup else read
+
+    @torch.no_grad()
+    def _show(self, seen: Observation) -> None:
+        if self.run.is_dummy or is_repeated():
+            return
+        for observer in tuple(self.observers):  # one may take itself off the list
+            observer.observe(seen)
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Show an observer the look-ups that are done while the context is open."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            at = [i for i, other in enumerate(self.observers) if other is observer]
+            del self.observers[at[-1]]
 
     def search(self, tokens: Tensor) -> Tuple[Tensor, Tensor]:
         """Slots and softmax weights, each (N, H, K), of real tokens (N, input_dim)."""
@@ -158,11 +177,16 @@ def value_dim(input_dim: int, config: MemoryConfig) -> int:
 
 
 def build_values(
-    input_dim: int, config: MemoryConfig, shards: Optional[ColumnShards] = None
+    input_dim: int,
+    config: MemoryConfig,
+    shards: Optional[ColumnShards] = None,
+    keeps_dtype: bool = False,
 ) -> ValueTable:
     """The value table that a memory of this width and these settings reads."""
     dtype, v_dim = getattr(torch, config.value_dtype), value_dim(input_dim, config)
-    return ValueTable(config.n_slots, v_dim, config.values_init, dtype, shards)
+    table = ValueTable(config.n_slots, v_dim, config.values_init, dtype, shards)
+    table.keeps_dtype = keeps_dtype
+    return table
 
 
 def _drops_padding(training: bool, device: torch.device) -> bool:
@@ -172,14 +196,3 @@ def _drops_padding(training: bool, device: torch.device) -> bool:
     how many tokens remain, and the host to wait for it.
     """
     return training or device.type == "cpu"
-
-
-def _restore(rows: Tensor, real: Optional[Tensor], fill: int) -> Tensor:
-    """Put the rows of real tokens (N, ...) back among padding (all, ...), which gets ``fill``."""
-    if real is None:
-        return rows
-    if len(rows) == len(real):  # nothing was dropped
-        padding = ~real.view(-1, *[1] * (rows.dim() - 1))
-        return rows.masked_fill(padding, fill)
-    restored = rows.new_full((len(real), *rows.shape[1:]), fill)
-    return restored.index_put((real,), rows)

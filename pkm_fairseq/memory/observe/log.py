@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file, write_file
-from ..memory import ValueTable
+from ..hosts import HasMemories
+from ..values import ValueTable
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class UsageLog:
             log.write(f"{json.dumps(record)}\n")
 
 
-def header_of(model: Any) -> Dict[str, Any]:
+def header_of(model: HasMemories) -> Dict[str, Any]:
     """The first line of a log: what counts of different updates have in common."""
     configs = {layer: x.memory.config for layer, x in sorted(model.memory_layers().items())}
     return {
@@ -97,7 +98,7 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
     return header, records
 
 
-def whole_values(model: Any) -> Dict[str, Optional[Tensor]]:
+def whole_values(model: HasMemories) -> Dict[str, Optional[Tensor]]:
     """The values of each memory layer; tables that are split over workers on the first one only.
 
     Every worker must call it if tables are split.

@@ -6,13 +6,18 @@ from typing import Any, Dict, List, Optional, Union
 import torch
 from torch import Tensor
 
+from ..lookup import Observation
+
+TIE = 1e-10  # a share that is missed by less is met but for rounding
+
 COUNTERS = ("top1_count", "read_count", "read_mass", "top1_weight", "entropy")
 
 
 class MemoryUsage:
     """Counts which slots were read, how often, how strongly, and as somebody's first choice.
 
-    Counters of parts of a data set, or of several workers, merge into those of the whole.
+    Counters of parts of a data set, or of several workers, merge into those of the whole. Among
+    the observers of a memory it counts what the memory looks up.
 
     Args:
         n_slots: slots of the memory.
@@ -49,6 +54,11 @@ class MemoryUsage:
     def counters(self) -> List[Tensor]:
         """Everything that adds up, but for the number of tokens."""
         return [getattr(self, name) for name in COUNTERS]
+
+    def observe(self, seen: Observation) -> None:
+        """Count a look-up, unless ``max_tokens`` were counted."""
+        if not self.is_full:
+            self.update(seen.slots, seen.weights, seen.padding_mask)
 
     @torch.no_grad()
     def update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor] = None) -> None:
@@ -147,7 +157,6 @@ class MemoryUsage:
         used = int((mass > 0).sum())
         queries = self.tokens * len(self.entropy[heads])
         ascending = mass.sort().values
-        held = ascending.flip(0).cumsum(0) / ascending.sum()
         return {
             "top1_usage": int((top1 > 0).sum()) / self.n_slots,
             "topk_usage": used / self.n_slots,
@@ -157,10 +166,7 @@ class MemoryUsage:
             "kl_weighted": kl_from_uniform(mass),
             "kl_unweighted": kl_from_uniform(reads),
             "gini": gini(ascending),
-            **{
-                f"slots_{percent}": min(int((held < percent / 100).sum()) + 1, self.n_slots)
-                for percent in (50, 90, 99)
-            },
+            **slots_that_hold(ascending),
             "top1_weight": float(self.top1_weight[heads].sum()) / queries,
             "entropy": float(self.entropy[heads].sum()) / queries,
             **self._subkey_usage(heads),
@@ -228,6 +234,21 @@ def tokens_for_ceiling(n_slots: int, heads: int, ceiling: float = 0.95) -> int:
     if not 0 < ceiling < 1:
         raise ValueError(f"ceiling is {ceiling}, must be between 0 and 1")
     return math.ceil(-math.log1p(-ceiling) * n_slots / heads)
+
+
+def slots_that_hold(ascending: Tensor) -> Dict[str, int]:
+    """Fewest slots that hold 50, 90 and 99 % of the mass, as ``slots_50`` and so on.
+
+    Masses are sums of floating weights, so a share that slots hold exactly may be missed by
+    rounding. It counts as held if no more than a share of 1e-10 of it is missing. Masses are
+    summed as multiples of the largest: those of equal slots are then 1, and their sums exact.
+
+    Args:
+        ascending: (n_slots,), sorted, the last one positive.
+    """
+    held = (ascending.flip(0) / ascending[-1]).cumsum(0)  # (n_slots,), by so many slots
+    shares = {percent: held[-1] * percent / 100 * (1 - TIE) for percent in (50, 90, 99)}
+    return {f"slots_{p}": int((held < share).sum()) + 1 for p, share in shares.items()}
 
 
 def kl_from_uniform(counts: Tensor) -> float:

@@ -1,16 +1,16 @@
 """One count of look-ups over all workers, and what it says."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 import torch
-from fairseq.distributed import utils as distributed_utils
+import torch.distributed as dist
+from torch import Tensor
 
-from ..memory import MemoryUsage
-from ..memory.staleness import movement, summarise
-from ..memory.usage import tokens_for_ceiling
+from ..hosts import HasMemories, new_usage
+from .staleness import movement, summarise
+from .usage import MemoryUsage, tokens_for_ceiling
 
-PREFIX = "memory"
-LOGGED = (
+REPORTED = (
     "tokens",
     "top1_usage",
     "topk_usage",
@@ -25,36 +25,36 @@ LOGGED = (
     "subkey1_usage",
     "subkey2_usage",
 )
-LOGGED_STALENESS = ("never", "p50", "p90")  # of reads and of first choices
+REPORTED_STALENESS = ("never", "p50", "p90")  # of reads and of first choices
 
 
 class Count:
     """A count of the look-ups of a number of tokens, over all workers.
 
     Args:
-        model: whose memories are counted.
+        model: whose memories are counted; its run says who the workers are.
         split: what the tokens are of.
         tokens: how many to count; 0 means as many as let uniform routing reach 95 % of the slots.
 
     Attributes:
         usage: this worker's counters, by layer.
-        total: those of all workers, as of the last :meth:`add_up`.
-        latest: the last report, for fairseq's log.
+        total: those of all workers, as of the last :meth:`add_up`; of one worker, its own.
         updates: updates of the training, that under way included; None outside a training.
     """
 
-    def __init__(self, model: Any, split: str, tokens: int) -> None:
+    def __init__(self, model: HasMemories, split: str, tokens: int) -> None:
         self.split = split
+        self.group = model.run.group()
         self.layers = model.memory_layers()
         memory = next(iter(self.layers.values())).memory  # all have the same settings
         self.budget = tokens or tokens_for_ceiling(memory.config.n_slots, memory.config.heads)
-        self.usage: Dict[int, MemoryUsage] = model.new_memory_usage()
+        self.usage: Dict[int, MemoryUsage] = new_usage(model)
+        world = 1 if self.group is None else dist.get_world_size(self.group)
         for usage in self.usage.values():
-            usage.max_tokens = -(-self.budget // distributed_utils.get_data_parallel_world_size())
+            usage.max_tokens = -(-self.budget // world)
         self.total: Dict[int, MemoryUsage] = {}
-        self.latest: Dict[str, float] = {}
         self.is_full = False
-        finished = finished_updates(model)
+        finished = model.run.updates
         self.updates = None if finished is None else finished + 1
 
     @property
@@ -65,10 +65,9 @@ class Count:
     def check(self, device: torch.device) -> None:
         """See whether all workers have counted enough; every worker must call it."""
         lacking = not all(usage.is_full for usage in self.usage.values())
-        if distributed_utils.get_data_parallel_world_size() > 1:
-            group = distributed_utils.get_data_parallel_group()
+        if self.group is not None:
             anywhere = torch.tensor(int(lacking), device=device)
-            distributed_utils.all_reduce(anywhere, group=group, op="max")
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=self.group)
             lacking = bool(anywhere)
         self.is_full = not lacking
 
@@ -76,25 +75,24 @@ class Count:
         """Sum the counters of all workers; every worker must call it."""
         for usage in self.usage.values():  # a worker without a token has them on the CPU
             usage.to(device)
-        totals = {layer: sum_over_workers(usage) for layer, usage in self.usage.items()}
+        totals = {i: sum_over_workers(usage, self.group) for i, usage in self.usage.items()}
         self.total = {layer: total for layer, total in totals.items() if total.tokens}
 
     def report(self) -> Dict[str, float]:
-        """What fairseq is to log, as ``memory<layer>_<key>``; nothing if no token was counted."""
+        """What there is to log, as ``memory<layer>_<key>``; nothing if no token was counted."""
         report: Dict[str, float] = {}
         for layer, total in sorted(self.total.items()):
             summary = total.summary(per_head=False)
-            report.update({f"{PREFIX}{layer}_{key}": float(summary[key]) for key in LOGGED})
+            report.update({f"memory{layer}_{key}": float(summary[key]) for key in REPORTED})
             if self.updates is not None:
                 stale = self.layers[layer].reads.summary(self.updates)
                 for event in ("read", "top1"):
-                    for key in LOGGED_STALENESS:
-                        report[f"{PREFIX}{layer}_{event}_{key}"] = stale[event][key]
-        # fairseq may sum logging outputs over workers: this says by how much
-        return {**report, f"{PREFIX}_reports": 1.0} if report else {}
+                    for key in REPORTED_STALENESS:
+                        report[f"memory{layer}_{event}_{key}"] = stale[event][key]
+        return report
 
     def record(
-        self, initial: Optional[Dict[str, torch.Tensor]], is_alone: bool = False
+        self, initial: Optional[Dict[str, Tensor]], is_alone: bool = False
     ) -> Dict[str, Any]:
         """The line of ``memory_usage.jsonl``; every worker must call it if tables are split.
 
@@ -121,8 +119,8 @@ class Count:
         layers = list(self.total)
         return {**whole.summary(), "staleness": self._staleness(layers, moved[layers[0]])}
 
-    def _staleness(self, layers: "list[int]", moved: Any) -> Optional[Dict[str, Any]]:
-        """Since when no reader of a slot, of these layers, has read it."""
+    def _staleness(self, layers: Sequence[int], moved: Any) -> Optional[Dict[str, Any]]:
+        """Updates since any of these layers last read each slot."""
         if self.updates is None:
             return None
         reads = [self.layers[layer].reads for layer in layers]
@@ -142,21 +140,20 @@ class Count:
         return movement(values.weight, initial[name], values.shards) if is_known else None
 
 
-def finished_updates(model: Any) -> Optional[int]:
-    """Finished updates as fairseq last told the model; None outside a training."""
-    return next(iter(model.memory_layers().values())).reads.updates
+def sum_over_workers(local: MemoryUsage, group: Any) -> MemoryUsage:
+    """The usage of all workers together; ``local`` is left as it is.
 
-
-def sum_over_workers(local: MemoryUsage) -> MemoryUsage:
-    """The usage of all data-parallel workers together; ``local`` is left as it is."""
-    if distributed_utils.get_data_parallel_world_size() == 1:
+    Args:
+        local: this worker's.
+        group: the process group of the workers; None, if there is but one, returns ``local``.
+    """
+    if group is None:
         return local
-    group = distributed_utils.get_data_parallel_group()
     total = MemoryUsage(local.n_slots, local.heads).merge(local)
     tokens = total.read_count.new_tensor([total.tokens])
     knn = total.read_count.new_tensor([total.knn or 0])
     for counts in (tokens, *total.counters()):
-        distributed_utils.all_reduce(counts, group=group, op="sum")
-    distributed_utils.all_reduce(knn, group=group, op="max")
+        dist.all_reduce(counts, group=group)
+    dist.all_reduce(knn, op=dist.ReduceOp.MAX, group=group)
     total.tokens, total.knn = int(tokens), int(knn) or None
     return total

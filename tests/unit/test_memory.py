@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, ValueTable, build_values
-from pkm_fairseq.memory import layer as layer_module
+from pkm_fairseq.memory import memory as memory_module
 from pkm_fairseq.memory.config import QUERY_NORMS
 from pkm_fairseq.memory.reference import naive_read, naive_topk
 from tests.helpers import SMALL
@@ -155,9 +155,9 @@ def test_gradient_of_the_whole_layer_is_exact(query_norm, v_dim, training):
 
 def test_gradcheck_notices_a_search_without_gradient(monkeypatch):
     monkeypatch.setattr(
-        layer_module,
+        memory_module,
         "product_topk",
-        lambda *args, original=layer_module.product_topk: (
+        lambda *args, original=memory_module.product_topk: (
             original(*args)[0].detach(),
             original(*args)[1],
         ),
@@ -447,7 +447,7 @@ def test_padding_that_stays_in_the_batch_changes_nothing_in_evaluation(monkeypat
     memory = memory_of(query_norm=query_norm).eval()
     x, mask = inputs(3, 5), padding(3, 5, 5, 2, 0)
     expected, lookup = memory(x, mask, return_lookup=True)
-    monkeypatch.setattr(layer_module, "_drops_padding", lambda *_: False)
+    monkeypatch.setattr(memory_module, "_drops_padding", lambda *_: False)
     x = x.masked_fill(mask[..., None], 7.0)
     read, found = memory(x, mask, return_lookup=True)
     assert torch.allclose(read, expected, atol=1e-12)
@@ -457,7 +457,7 @@ def test_padding_that_stays_in_the_batch_changes_nothing_in_evaluation(monkeypat
 
 def test_padding_leaves_the_batch_wherever_statistics_are_taken_or_waiting_is_free():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    drops = layer_module._drops_padding
+    drops = memory_module._drops_padding
     assert (drops(True, gpu), drops(False, gpu), drops(False, cpu)) == (True, False, True)
 
 

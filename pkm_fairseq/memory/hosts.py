@@ -1,0 +1,80 @@
+"""What the core knows of a host's model: its memory layers, and the state of its run."""
+
+from contextlib import ExitStack, contextmanager
+from typing import Any, Dict, Iterator, Mapping, Optional, Protocol
+
+from .lookup import Observer
+from .memory import ProductKeyMemory
+from .observe.staleness import ReadTimes, merge_over_workers
+from .observe.usage import MemoryUsage
+from .run import RunState
+
+
+class MemoryLayer(Protocol):
+    """A layer of a host's model that reads a memory."""
+
+    @property
+    def memory(self) -> ProductKeyMemory:
+        """What the layer reads."""
+
+    @property
+    def reads(self) -> ReadTimes:
+        """When it read which slot in training; one of the memory's observers."""
+
+
+class HasMemories(Protocol):
+    """A host's model with memories in some of its layers."""
+
+    @property
+    def run(self) -> RunState:
+        """The state of the run, which all its memories read."""
+
+    def memory_layers(self) -> Mapping[int, MemoryLayer]:
+        """The layers with a memory, by their index."""
+
+
+def with_memories(model: Any) -> Optional[HasMemories]:
+    """The model if it has memories, else None.
+
+    Wrappers, as of data-parallel training, hand over attributes when asked for them, which an
+    ``isinstance`` with a protocol does not see.
+    """
+    if not hasattr(model, "memory_layers") or not model.memory_layers():
+        return None
+    has_memories: HasMemories = model
+    return has_memories
+
+
+def set_finished_updates(model: HasMemories, updates: int) -> None:
+    """Tell a model that its training has finished so many updates.
+
+    Times of reads after that are of another training, whose parameters this one started from:
+    they are forgotten.
+    """
+    run = model.run
+    if run.updates is None or updates < run.updates:
+        for layer in model.memory_layers().values():
+            layer.reads.forget_after(updates)
+    run.updates = updates
+
+
+def merge_read_times(model: HasMemories) -> None:
+    """Let every worker know when any of them has read a slot; every worker must call it."""
+    layers = sorted(model.memory_layers().items())
+    merge_over_workers([layer.reads for _, layer in layers], model.run.group())
+
+
+def new_usage(model: HasMemories) -> Dict[int, MemoryUsage]:
+    """Counters at zero, one for each memory layer, by layer index."""
+    configs = {index: layer.memory.config for index, layer in model.memory_layers().items()}
+    return {index: MemoryUsage(c.n_slots, c.heads) for index, c in configs.items()}
+
+
+@contextmanager
+def observing(model: HasMemories, observers: Mapping[int, Observer]) -> Iterator[None]:
+    """Show observers, by layer index, what the memories look up while the context is open."""
+    layers = model.memory_layers()
+    with ExitStack() as stack:
+        for index, observer in observers.items():
+            stack.enter_context(layers[index].memory.observed_by(observer))
+        yield

@@ -1,0 +1,40 @@
+"""What a memory is given, kept."""
+
+from typing import List
+
+import torch
+from torch import Tensor
+
+from ..lookup import Observation
+
+
+class InputCapture:
+    """Keeps the inputs of a memory for real tokens, in their order.
+
+    Attributes:
+        n_tokens: how many are kept.
+    """
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self._parts: List[Tensor] = []  # each (n, input_dim)
+
+    def observe(self, seen: Observation) -> None:
+        """Keep the inputs of a look-up."""
+        tokens = seen.x.flatten(0, -2)
+        if seen.padding_mask is None:
+            tokens = tokens.clone()
+        else:
+            tokens = tokens[~seen.padding_mask.flatten().bool()]  # (n, input_dim), a copy
+        self._parts.append(tokens)
+        self.n_tokens += len(tokens)
+
+    def inputs(self) -> Tensor:
+        """All that is kept, (n_tokens, input_dim).
+
+        Raises:
+            ValueError: nothing was looked up.
+        """
+        if not self._parts:
+            raise ValueError("no input was captured: the memory was not read")
+        return torch.cat(self._parts)
