@@ -89,11 +89,12 @@ class BatchQueryNorm(nn.Module):
     def _normalise(self, query: Tensor, use_batch: bool) -> Tensor:
         mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)
         updates = use_batch and not (self.run.is_dummy or is_repeated())
-        takes_them = updates or not use_batch
+        if use_batch and not updates:  # torch updates copies
+            mean, var = mean.clone(), var.clone()
         normed = F.batch_norm(
             at_least_float32(query),
-            mean if takes_them else None,
-            var if takes_them else None,
+            mean,
+            var,
             at_least_float32(self.weight),
             at_least_float32(self.bias),
             training=use_batch,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkm_fairseq.memory import MemoryUsage
+from pkm_fairseq.memory.observe.usage import slots_that_hold
 
 
 @st.composite
@@ -112,11 +113,35 @@ def test_summary_equals_its_definitions_in_plain_python(lookup):
     assert summary["gini"] == pytest.approx(differences / (2 * len(mass) * sum(mass)), abs=1e-12)
     for percent in (50, 90, 99):
         held, slots = 0.0, 0
-        # a share that is met but for rounding counts as met or not: both are right
-        for m in sorted(mass, reverse=True):
-            if held >= percent / 100 * sum(mass) * (1 - 1e-12):
+        for m in sorted(mass, reverse=True):  # of eighths: sums are exact
+            if 100 * held >= percent * sum(mass):
                 break
             held, slots = held + m, slots + 1
-        assert summary[f"slots_{percent}"] - slots in (0, 1)
-        exactly_met = math.isclose(held, percent / 100 * sum(mass))
-        assert summary[f"slots_{percent}"] == slots or exactly_met
+        assert summary[f"slots_{percent}"] == slots
+
+
+@given(st.integers(1, 3000), st.floats(1e-6, 1e6), st.integers(0, 50))
+def test_of_equal_slots_as_many_hold_a_share_as_it_takes(n, weight, unread):
+    ascending = torch.cat([torch.zeros(unread), torch.full((n,), weight)]).double()
+    said = slots_that_hold(ascending)
+    assert said == {f"slots_{p}": -(-p * n // 100) for p in (50, 90, 99)}
+
+
+@pytest.mark.parametrize("n", [10**6, 2**20, 2**22 + 1])
+def test_of_very_many_equal_slots_as_many_hold_a_share_as_it_takes(n):
+    said = slots_that_hold(torch.full((n,), 0.1, dtype=torch.float64))
+    assert said == {f"slots_{p}": -(-p * n // 100) for p in (50, 90, 99)}
+
+
+@given(st.integers(1, 40), st.permutations([0.1, 0.2, 0.3, 0.7, 1 / 3]))
+def test_slots_that_are_equal_but_for_rounding_are_equal(n, weights):
+    """The same weights, which slots receive in another order."""
+    n_slots, knn = 2 * n, len(weights)
+    usage = MemoryUsage(n_slots, 1)
+    for slot in range(n_slots):
+        given = weights if slot % 2 else weights[::-1]
+        usage.update(torch.full((knn, 1, 1), slot), torch.tensor(given).view(knn, 1, 1))
+    said = usage.summary(per_head=False)
+    assert [said[f"slots_{p}"] for p in (50, 90, 99)] == [
+        -(-p * n_slots // 100) for p in (50, 90, 99)
+    ]

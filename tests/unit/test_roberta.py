@@ -105,9 +105,11 @@ def test_layers_that_are_dropped_in_training_keep_their_place():
     model = build("pkm_roberta_tiny", encoder_layerdrop=0.9, memory_layers=[0, 2]).train()
     for _ in range(5):  # iterating over the layers drops some
         assert list(model.memory_layers()) == [0, 2]
-        with model.record_memory_usage():
-            assert all(layer.usage is not None for layer in model.memory_layers().values())
-        assert all(layer.usage is None for layer in model.memory_layers().values())
+        layers = model.memory_layers()
+        with model.record_memory_usage() as usage:
+            for i, layer in layers.items():
+                assert layer.memory.observers == [layer.reads, usage[i]]
+        assert all(layer.memory.observers == [layer.reads] for layer in layers.values())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -327,7 +329,7 @@ def test_usage_is_counted_while_asked_for_and_only_then():
         0: 2 * int(REAL.sum()),
         2: 2 * int(REAL.sum()),
     }
-    assert all(layer.usage is None for layer in model.memory_layers().values())
+    assert all(x.memory.observers == [x.reads] for x in model.memory_layers().values())
 
 
 def test_usage_goes_on_from_given_counters():
@@ -345,7 +347,7 @@ def test_an_error_while_counting_ends_the_counting():
     model = build("pkm_roberta_tiny")
     with pytest.raises(RuntimeError), model.record_memory_usage():
         raise RuntimeError
-    assert all(layer.usage is None for layer in model.memory_layers().values())
+    assert all(x.memory.observers == [x.reads] for x in model.memory_layers().values())
 
 
 def test_counters_have_the_size_of_their_memory():
