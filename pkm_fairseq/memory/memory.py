@@ -184,9 +184,7 @@ def build_values(
 ) -> ValueTable:
     """The value table that a memory of this width and these settings reads."""
     dtype, v_dim = getattr(torch, config.value_dtype), value_dim(input_dim, config)
-    table = ValueTable(config.n_slots, v_dim, config.values_init, dtype, shards)
-    table.keeps_dtype = keeps_dtype
-    return table
+    return ValueTable(config.n_slots, v_dim, config.values_init, dtype, shards, keeps_dtype)
 
 
 def _drops_padding(training: bool, device: torch.device) -> bool:

@@ -26,8 +26,6 @@ class ValueTable(nn.Module):
         dtype: what the values are stored in; reads are in at least float32.
         shards: workers to split the columns over; None means that this table is whole. Its
             initial values, reads and gradients are those of a whole table.
-
-    Attributes:
         keeps_dtype: whether the values stay in their dtype when the model they are part of is
             converted to half precision. False, as for any other parameter.
 
@@ -43,9 +41,10 @@ class ValueTable(nn.Module):
         init: str = "normal",
         dtype: Optional[torch.dtype] = None,
         shards: Optional[ColumnShards] = None,
+        keeps_dtype: bool = False,
     ) -> None:
         super().__init__()
-        self.keeps_dtype = False
+        self.keeps_dtype = keeps_dtype
         self.init = init
         self.v_dim = v_dim
         self._state = TableState(shards)

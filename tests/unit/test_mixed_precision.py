@@ -71,8 +71,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(WIDTH, 2)
-        self.values = ValueTable(ROWS, WIDTH)
-        self.values.keeps_dtype = True
+        self.values = ValueTable(ROWS, WIDTH, keeps_dtype=True)
 
     @property
     def table(self):
