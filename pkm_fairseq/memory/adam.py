@@ -1,5 +1,6 @@
 """Adam with lazy updates of value tables, for any training loop in torch."""
 
+import copy
 import logging
 import math
 import sys
@@ -262,7 +263,7 @@ class MemoryAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Load a state of this optimizer, of torch's Adam or AdamW, or of fairseq's Adam.
 
-        torch would cast the moments of tables to the precision of their values.
+        The state is copied. torch would cast the moments of tables to the dtype of their values.
 
         Raises:
             ValueError: the groups or shapes do not fit, or the state is of a variant of Adam that
@@ -280,7 +281,7 @@ class MemoryAdam(torch.optim.Optimizer):
             for option in UNSUPPORTED:
                 if group.get(option):
                     raise ValueError(f"the state is of an Adam with {option}, which must be off")
-        super().load_state_dict({**state_dict, "state": state})
+        super().load_state_dict({**state_dict, "state": copy.deepcopy(state)})
         for param, saved in moments.items():
             self.state[param].update(saved)
 
