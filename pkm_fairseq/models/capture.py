@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DATA-BIN", help="folder made by fairseq-preprocess")
     source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
-    parser.add_argument("--split", default="valid", help="split of --data (default: valid)")
+    parser.add_argument("--split", help="split of --data (default: valid)")
     parser.add_argument(
         *("--sentencepiece-model", "--spm"),
         metavar="FILE",
@@ -70,6 +70,14 @@ def capture(
     """
     if args.queries < 1:
         raise ValueError(f"--queries is {args.queries}, must be at least 1")
+    for option, value, other in (
+        ("--split", args.split, args.data),
+        ("--sentencepiece-model", args.sentencepiece_model, args.text),
+        ("--dict", args.dict, args.text),
+    ):
+        if value is not None and not other:
+            raise ValueError(f"{option} has no effect with {'--text' if args.text else '--data'}")
+    args.split = args.split or "valid"
     checkpoint = read_checkpoint(args.checkpoint, "--checkpoint")
     if not has_memory(checkpoint):
         raise ValueError(f"--checkpoint {args.checkpoint}: the model has no memory")

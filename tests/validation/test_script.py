@@ -262,6 +262,14 @@ MISTAKES: Dict[str, "tuple[Callable[[Path, Path], List[Any]], str]"] = {
     ),
     "no data": (lambda f, out: [*good(f)[:2], "--data", out / "no"], "no dictionary at"),
     "no split": (lambda f, out: good(f, "--split", "test"), "has no split test"),
+    "a split of a text": (
+        lambda f, out: [*good(f)[:2], "--text", f / "text.txt", "--split", "valid"],
+        "--split has no effect with --text",
+    ),
+    "a dictionary beside the one of the data": (
+        lambda f, out: good(f, "--dict", f / "dict.txt"),
+        "--dict has no effect with --data",
+    ),
     "no text": (lambda f, out: [*good(f)[:2], "--text", out / "no"], "No such file"),
     "text that is not UTF-8": (
         lambda f, out: [*good(f)[:2], "--text", write(out, "bad.txt", b"w1 \xff\xfe")],
