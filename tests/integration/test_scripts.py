@@ -25,7 +25,6 @@ ELSEWHERE = {
     "predict_glue.py": "integration/test_glue_predict.py",
     "prepare_glue.py": "integration/test_glue_prepare.py",
     "kill_training.py": "integration/test_faults.py",
-    "compare_indexes.py": "validation/test_study.py",
 }
 
 
