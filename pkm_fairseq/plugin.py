@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any, Iterator, List
 
+from .errors import for_command
+
 NAME = "pkm_fairseq"
 
 
@@ -60,8 +62,8 @@ def check_name(name: str) -> None:
         ImportError: with the name.
     """
     if name != NAME:
-        raise ImportError(
-            f"--user-dir: {name} is a link or copy of {NAME}, must have that name as well"
+        raise for_command(
+            ImportError(f"--user-dir: {name} is a link or copy of {NAME}, must have that name")
         )
 
 
@@ -82,9 +84,11 @@ class Places(List[str]):
         if not is_loading():
             return super().__contains__(folder)
         if not any(os.path.samefile(folder, place) for place in self):
-            raise ImportError(
-                f"--user-dir {folder}: {NAME} is already imported from {self[0]}, "
-                "and a process can use one copy only"
+            raise for_command(
+                ImportError(
+                    f"--user-dir {folder}: {NAME} is already imported from {self[0]}, "
+                    "and a process can use one copy only"
+                )
             )
         register()
         return True

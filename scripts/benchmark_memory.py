@@ -117,7 +117,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse(argv)
     try:
         run(args)
-    except (ValueError, OSError, ImportError, MemoryError, SystemExit) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"benchmark_memory: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

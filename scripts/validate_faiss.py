@@ -125,7 +125,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return failed(error)
     try:
         return 0 if run(args) else 1
-    except BaseException as error:  # also SystemExit, by which fairseq and the adapters stop
+    except BaseException as error:  # also SystemExit(0), whoever raises it
         return failed(error)
 
 

@@ -21,11 +21,15 @@ from ..memory.files import whole_file
 COPY_BYTES = 2**24
 
 
+class CheckpointNotSavedError(OSError, ValueError):
+    """A checkpoint could not be written; what was saved before is whole."""
+
+
 def save_whole_files(stock: Callable[..., None]) -> Callable[..., None]:
     """Replace ``checkpoint_utils.torch_persistent_save``."""
 
     def save_checkpoint_file(obj: Any, filename: str, async_write: bool = False) -> None:
-        """Write a checkpoint; stops the training with one line if that fails."""
+        """Write a checkpoint."""
         if async_write or not PathManager.supports_rename(filename):
             stock(obj, filename, async_write)
             return
@@ -39,7 +43,7 @@ def copy_whole_files(stock: Any) -> Any:
     """Replace ``PathManager.copy``, a static method."""
 
     def copy_checkpoint_file(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        """Give a checkpoint another name too; stops the training with one line if that fails."""
+        """Give a checkpoint another name too."""
         if not all(map(PathManager.supports_rename, (src_path, dst_path))):
             return bool(stock.__func__(src_path, dst_path, overwrite))
         with open(src_path, "rb") as source, _checkpoint_file(dst_path) as out:
@@ -55,6 +59,9 @@ def _checkpoint_file(filename: str) -> Iterator[BinaryIO]:
 
     So that what a kill leaves is taken up by the next save, whatever that is of. No pattern for
     checkpoints matches it.
+
+    Raises:
+        CheckpointNotSavedError: with the reason.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
@@ -63,6 +70,6 @@ def _checkpoint_file(filename: str) -> Iterator[BinaryIO]:
         with whole_file(file, file.with_name(f"saving{rank}.part")) as out:
             yield out
     except OSError as error:
-        raise SystemExit(
+        raise CheckpointNotSavedError(
             f"{file} was not saved: {error.strerror or error}; what was saved before is whole"
         ) from None

@@ -9,7 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from . import checkpoints, environment, precision, processes, workers
+from . import checkpoints, commands, environment, precision, processes, workers
 
 FAIRSEQ = "0.12.3"  # ve-fairseq 0.12.3 and fairseq-fixed 0.12.3.1, whose text code is identical
 TESTS = "tests/unit/test_compat.py::"
@@ -119,6 +119,20 @@ CURES: Tuple[Cure, ...] = (
         replace=workers.start_workers_on_the_cpu,
     ),
     Cure(
+        "fairseq.distributed.utils.call_main",
+        "every error ends a command in a traceback",
+        FAIRSEQ,
+        "tests/integration/test_bad_input.py::test_a_wrong_option_is_named_in_one_line",
+        replace=commands.end_in_one_line,
+    ),
+    Cure(
+        "hydra.core.utils.JobReturn.return_value",
+        "every error ends fairseq-hydra-train in a traceback, and a hint at a longer one",
+        f"{FAIRSEQ} with hydra 1.3",
+        "tests/integration/test_hydra.py::test_a_job_that_is_refused_ends_the_sweep",
+        replace=commands.end_jobs_in_one_line,
+    ),
+    Cure(
         "fairseq.data.iterators.BackgroundConsumer",
         "its thread outlives a training that stops within an epoch; a process that ends meanwhile "
         "aborts with status 134",
@@ -128,20 +142,20 @@ CURES: Tuple[Cure, ...] = (
     ),
 )
 
-STOCK: Dict[str, Any] = {}  # target -> what fairseq has there
+STOCK: Dict[Cure, Any] = {}  # what each cure found at its target
 
 
 def apply() -> None:
     """Apply all cures; harmless twice."""
     for cure in CURES:
-        if cure.target not in STOCK:
+        if cure not in STOCK:
             owner, name = find(cure.target)
             stock = inspect.getattr_static(owner, name)
             if cure.prepare is not None:
                 cure.prepare()
             if cure.replace is not None:
                 setattr(owner, name, cure.replace(stock))
-            STOCK[cure.target] = stock
+            STOCK[cure] = stock
 
 
 def find(target: str) -> Tuple[Any, str]:

@@ -36,7 +36,7 @@ def _check_device(wrapper: Any, cfg: Any) -> None:
         logger.warning("--amp does nothing on the CPU: this is training in full precision")
     is_flat = not (common.fp16_no_flatten_grads or common.bf16)
     if issubclass(wrapper, FP16Optimizer) and is_flat and on_cpu:
-        raise SystemExit(
+        raise ValueError(
             "--fp16 needs CUDA: on the CPU use --fp16-no-flatten-grads too, or "
             "--memory-efficient-fp16"
         )

@@ -42,7 +42,7 @@ def start_workers_on_the_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
         if training.distributed_no_spawn:
             return stock(cfg, main, **kwargs)
         if training.distributed_backend == "nccl":
-            raise SystemExit(
+            raise ValueError(
                 "--distributed-backend is nccl, which needs GPUs: with --cpu it must be gloo"
             )
         if torch.distributed.is_torchelastic_launched():

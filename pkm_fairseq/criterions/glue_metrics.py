@@ -97,7 +97,7 @@ class GlueMetrics:
         # fairseq may sum logging outputs over workers: this says by how much
         logging_output.update({MARK + name: 1.0 for name in self._glue_metrics})
         if self.regression_target and not targets.clamp(0, 1).equal(targets):
-            raise SystemExit(
+            raise ValueError(
                 "--glue-metrics: targets of a regression must be scaled to 0..1, as "
                 f"prepare_glue.py does; found {targets.min():g} to {targets.max():g}"
             )
@@ -116,12 +116,12 @@ def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
     for name in chosen:
         if name not in known:
             kind = "with" if is_regression else "without"
-            raise SystemExit(
+            raise ValueError(
                 f"--glue-metrics names {name}, must be of {', '.join(known)} "
                 f"{kind} --regression-target"
             )
     if "f1" in chosen and task.cfg.num_classes != 2:
-        raise SystemExit(f"--glue-metrics f1 needs --num-classes 2, not {task.cfg.num_classes}")
+        raise ValueError(f"--glue-metrics f1 needs --num-classes 2, not {task.cfg.num_classes}")
     return chosen
 
 

@@ -73,7 +73,7 @@ class UsageReports:
         self._tokens = getattr(cfg, "memory_usage_tokens", 0)
         for name, value in (("interval", self._interval), ("tokens", self._tokens)):
             if value < 0:
-                raise SystemExit(f"memory-usage-{name} is {value}, must be at least 0")
+                raise ValueError(f"memory-usage-{name} is {value}, must be at least 0")
         self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
         self._log: Optional[UsageLog] = None
         self._is_training = False  # whether this process trains
@@ -140,7 +140,7 @@ class UsageReports:
             group = distributed_utils.get_data_parallel_group()
             problem = distributed_utils.broadcast_object(problem, 0, group)
         if problem:
-            raise SystemExit(f"memory usage: {problem}")
+            raise ValueError(f"memory usage: {problem}")
         atexit.register(self._finish_at_exit)  # after the last one no training follows
 
     def _close_window(self, model: HasMemories, updates: int, device: torch.device) -> None:
@@ -223,7 +223,7 @@ class UsageReports:
         try:
             self._log.append(record)
         except OSError as error:
-            raise SystemExit(f"memory usage: {self._log.file}: {error.strerror}") from None
+            raise ValueError(f"memory usage: {self._log.file}: {error.strerror}") from None
 
 
 def _to_log(count: Count) -> Dict[str, float]:

@@ -61,14 +61,14 @@ def prune_state(state: Dict[str, Tensor], kept: List[int]) -> Dict[str, Tensor]:
         kept: indices of layers, ascending.
 
     Raises:
-        SystemExit: the state lacks a layer. fairseq would hide what any other exception says.
+        ValueError: the state lacks a layer.
     """
     found = {int(match[2]) for match in map(LAYER.match, state) if match}
     if len(found) <= len(kept):
         return state
     for layer in kept:
         if layer not in found:
-            raise SystemExit(
+            raise ValueError(
                 f"pkm_roberta: encoder-layers-to-keep names layer {layer}, "
                 f"but the checkpoint has layers 0..{max(found)}"
             )

@@ -46,7 +46,7 @@ class PkmRobertaModel(RobertaModel):
         """Build a model from fairseq's options, and load ``init_from`` on a fresh run.
 
         Raises:
-            SystemExit: an option is impossible, with a message of one line.
+            ValueError: an option is impossible, with a message of one line.
         """
         try:
             with _writable(args):
@@ -66,7 +66,7 @@ class PkmRobertaModel(RobertaModel):
             model._keep_factored_gradients_out_of_ddp(args)
             apply_init_from(model, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
-            raise SystemExit(f"pkm_roberta: {error}") from None
+            raise ValueError(f"pkm_roberta: {error}") from None
         return model
 
     @classmethod
@@ -146,12 +146,12 @@ class PkmRobertaModel(RobertaModel):
         """Be told, by fairseq's training, how many updates are finished.
 
         Raises:
-            SystemExit: torchrun started several trainings that know nothing of each other.
+            ValueError: torchrun started several trainings that know nothing of each other.
         """
         world = int(os.environ.get("WORLD_SIZE", 1))
         is_told = world == 1 or torch.distributed.is_initialized()
         if torch.distributed.is_torchelastic_launched() and not is_told:
-            raise SystemExit(
+            raise ValueError(
                 f"pkm_roberta: torchrun started {world} workers, but fairseq was told of 1: "
                 f"give --distributed-world-size {world} (see docs/distributed.md)"
             )
@@ -200,7 +200,7 @@ class PkmRobertaModel(RobertaModel):
         """Load as fairseq does, pruned if the model was built with ``encoder_layers_to_keep``.
 
         Raises:
-            SystemExit: a layer to keep is not in the state, with a message of one line.
+            ValueError: a layer to keep is not in the state, with a message of one line.
         """
         if self._layers_to_keep:
             state_dict = prune_state(state_dict, self._layers_to_keep)

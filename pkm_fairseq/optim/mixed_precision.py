@@ -31,7 +31,7 @@ class _ValuesApart:
 
         Raises:
             OverflowError: a gradient is not finite; fairseq catches it and skips the update.
-            SystemExit: the same without CUDA, where fairseq cannot.
+            ValueError: the same without CUDA, where fairseq cannot.
         """
         getattr(self, self._of_values).multiply_values(self._multiply_factor)
         try:
@@ -39,7 +39,7 @@ class _ValuesApart:
         except OverflowError as error:
             if torch.cuda.is_available():
                 raise
-            raise SystemExit(
+            raise ValueError(
                 f"fp16: a gradient is not finite, and fairseq cannot skip an update without CUDA "
                 f"({error}): use a smaller --fp16-init-scale, bfloat16 or full precision"
             ) from None
@@ -90,11 +90,11 @@ class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
         """Load what :meth:`state_dict` has saved.
 
         Raises:
-            SystemExit: the copies are flat in one of the two runs only.
+            ValueError: the copies are flat in one of the two runs only.
         """
         saved, copies = state_dict.get("fp32_params", []), self._copies()
         if [x.shape for x in saved] != [x.shape for x in copies]:
-            raise SystemExit(
+            raise ValueError(
                 "fp16: the checkpoint was written by a run with another setting of "
                 "--fp16-no-flatten-grads: use that, or --reset-optimizer"
             )

@@ -86,7 +86,7 @@ class PkmAdam(FairseqAdam):
                 "effect and it is fairseq's adam"
             )
         if cfg.memory_value_clip_norm < 0:
-            raise SystemExit(
+            raise ValueError(
                 f"pkm_adam: memory-value-clip-norm is {cfg.memory_value_clip_norm}, "
                 "must be at least 0"
             )

@@ -83,7 +83,7 @@ def require_dictionary(folder: str) -> None:
     """Stop with one line if a data-bin has no dictionary."""
     file = os.path.join(folder, "dict.txt")
     if not os.path.isfile(file):
-        raise SystemExit(
+        raise ValueError(
             f"no dictionary at {file}: the data must be a folder that fairseq-preprocess made"
         )
 
@@ -92,4 +92,4 @@ def require_examples(folder: str, split: str) -> None:
     """Stop with one line if a split is there, but has no example."""
     file = os.path.join(folder, f"{split}.bin")
     if os.path.isfile(file) and not os.path.getsize(file):
-        raise SystemExit(f"split {split} in {folder} is empty: it must hold at least one example")
+        raise ValueError(f"split {split} in {folder} is empty: it must hold at least one example")

@@ -52,5 +52,5 @@ class PkmMaskedLMTask(MemoryTrainStep, TellsEndOfValidation, MaskedLMTask):
         try:
             super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         except FileNotFoundError as error:
-            raise SystemExit(f"pkm_masked_lm: {error}") from None
+            raise ValueError(f"pkm_masked_lm: {error}") from None
         self.datasets[split] = NamedSplitDataset(self.datasets[split], split)

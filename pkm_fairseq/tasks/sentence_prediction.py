@@ -36,7 +36,7 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         """Load the dictionaries; stop with one line if one is missing."""
         forget_previous_training()
         if cfg.num_classes < 1:
-            raise SystemExit(f"--num-classes is {cfg.num_classes}, must be at least 1")
+            raise ValueError(f"--num-classes is {cfg.num_classes}, must be at least 1")
         require_dictionary(os.path.join(cfg.data, "input0"))
         if not cfg.regression_target:
             require_dictionary(os.path.join(cfg.data, "label"))
@@ -46,7 +46,7 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         """Load a split; stop with one line if it is missing or empty."""
         folder = os.path.join(self.cfg.data, "input0")
         if not os.path.isfile(os.path.join(folder, f"{split}.idx")):
-            raise SystemExit(f"pkm_sentence_prediction: no split {split} in {folder}")
+            raise ValueError(f"pkm_sentence_prediction: no split {split} in {folder}")
         require_examples(folder, split)
         dataset = super().load_dataset(split, combine=combine, **kwargs)
         self.datasets[split] = NamedSplitDataset(dataset, split)

@@ -144,8 +144,7 @@ def test_what_cannot_be_the_package_is_refused_in_one_line(
         "and a process can use one copy only"
     )
     assert found["another name"] == (
-        "ImportError: --user-dir: a_link is a link or copy of pkm_fairseq, must have that name "
-        "as well"
+        "ImportError: --user-dir: a_link is a link or copy of pkm_fairseq, must have that name"
     )
 
 

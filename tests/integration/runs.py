@@ -1,14 +1,18 @@
 """The real fairseq commands, run as a user runs them."""
 
+import atexit
+import functools
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, TextIO
 
 import numpy as np
 import torch
@@ -16,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 USER_DIR = ROOT / "pkm_fairseq"
+TIMEOUT = 600  # seconds
 
 # a model with two layers whose memory has 16 * 16 slots
 MODEL = [
@@ -55,6 +60,51 @@ def values_of(run: Run, key: str) -> List[float]:
     return [float(log[key]) for log in run.logged("train_inner")]
 
 
+class Commands:
+    """The process of ``commands.py``, which is started when it is first asked."""
+
+    NAMES = ("fairseq-train", "fairseq-validate", "fairseq-hydra-train", "fairseq-preprocess")
+
+    def run(self, argv: List[str], cwd: Path) -> Run:
+        """Run a command to its end."""
+        process, answers = self._process
+        with tempfile.NamedTemporaryFile(mode="r") as output:
+            asked = {"argv": argv, "cwd": str(cwd), "output": output.name}
+            print(json.dumps(asked), file=process.stdin, flush=True)
+            if not select.select([answers], [], [], TIMEOUT)[0]:
+                process.kill()
+                raise TimeoutError(f"{argv} did not end; it has written:\n{output.read()}")
+            return Run(int(answers.readline()), output.read())
+
+    @functools.cached_property
+    def _process(self) -> "tuple[subprocess.Popen[str], TextIO]":
+        read, write = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("commands.py"), str(write)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            pass_fds=[write],
+        )
+        os.close(write)
+        atexit.register(process.kill)
+        return process, os.fdopen(read)
+
+
+_commands = Commands()
+
+
+def run_alike(*command: Any, cwd: Optional[Path] = None) -> Run:
+    """Run a command of fairseq to its end, as :func:`run` does, in a few seconds less.
+
+    The process has not imported fairseq itself, but comes of one that has.
+    """
+    assert Path(command[0]).name in Commands.NAMES
+    return _commands.run([str(part) for part in command], cwd or ROOT)
+
+
 def run(*command: Any, cwd: Optional[Path] = None, env: Optional[Dict[str, str]] = None) -> Run:
     """Run a command of the environment, or of the repository, to its end."""
     done = subprocess.run(
@@ -64,7 +114,7 @@ def run(*command: Any, cwd: Optional[Path] = None, env: Optional[Dict[str, str]]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=TIMEOUT,
         check=False,
     )
     return Run(done.returncode, done.stdout)

@@ -7,7 +7,7 @@ from typing import Any, Dict
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, hub_utils
 from fairseq.data import Dictionary
 from torch import Tensor
 
@@ -303,6 +303,21 @@ def test_what_the_hub_interface_does_not_find_is_named(
     given["data_name_or_path"] = "../bin"
     with pytest.raises(ValueError, match=message):
         PkmRobertaModel.from_pretrained(**{**given, **changed})
+
+
+def test_what_a_model_lacks_is_an_error_that_a_server_catches(
+    spoken: Path, tmp_path: Path
+) -> None:
+    """A head without input0/, and a model without its dictionary."""
+    with pytest.raises(ValueError, match=f"no dictionary at {spoken}/bin/input0/dict.txt"):
+        from_hub(spoken, "head", "bin")
+    files = [str(spoken / "model" / LAST)]
+    with pytest.raises(ValueError, match=f"no dictionary at {tmp_path}/dict.txt"):
+        checkpoint_utils.load_model_ensemble_and_task(files, arg_overrides={"data": str(tmp_path)})
+    with pytest.raises(ValueError, match=f"no dictionary at {tmp_path}/dict.txt"):
+        hub_utils.from_pretrained(
+            *(str(spoken / "model"), LAST, str(tmp_path)), user_dir=str(USER_DIR)
+        )
 
 
 # --- --user-dir -------------------------------------------------------------------------------

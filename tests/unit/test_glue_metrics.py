@@ -235,14 +235,14 @@ def test_training_and_no_metrics_add_nothing():
     ],
 )
 def test_impossible_metrics_end_with_one_line(names, options, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         criterion_of(names, **options)
 
 
 def test_targets_that_are_not_scaled_end_with_one_line():
     sample = dev_set(is_regression=True)[0]
     sample["target"] = sample["target"] * 5 + 1
-    with pytest.raises(SystemExit, match=r"must be scaled to 0\.\.1"):
+    with pytest.raises(ValueError, match=r"must be scaled to 0\.\.1"):
         criterion_of("pearson", True, 1)(model_of(1), sample)
 
 

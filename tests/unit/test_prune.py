@@ -70,6 +70,6 @@ def test_a_plain_checkpoint_is_pruned_and_gets_a_new_memory():
 def test_a_layer_that_the_checkpoint_does_not_have():
     pruned = build("pkm_roberta_tiny", encoder_layers=5, encoder_layers_to_keep="0,4")
     with pytest.raises(
-        SystemExit, match=r"to-keep names layer 4, but the checkpoint has .* 0\.\.2"
+        ValueError, match=r"to-keep names layer 4, but the checkpoint has .* 0\.\.2"
     ):
         pruned.load_state_dict(state_of(build("pkm_roberta_tiny")))

@@ -245,7 +245,7 @@ def test_a_full_disk_stops_the_training_with_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(criterion._log, "append", full)
-    with pytest.raises(SystemExit, match=f"^memory usage: {tmp_path / FILE}: No space left"):
+    with pytest.raises(ValueError, match=f"^memory usage: {tmp_path / FILE}: No space left"):
         validate(criterion, model, sample_of())
 
 
@@ -341,11 +341,11 @@ def test_a_training_that_goes_on_keeps_its_first_values(tmp_path):
 
 def test_the_log_of_another_shape_stops_the_training(tmp_path):
     UsageLog(tmp_path / FILE, HEADER, 0).append(record(1))
-    with pytest.raises(SystemExit, match="other shapes"):
+    with pytest.raises(ValueError, match="other shapes"):
         update(criterion_of(tmp_path), model_of(), 5)
 
 
 @pytest.mark.parametrize("option", ["memory_usage_interval", "memory_usage_tokens"])
 def test_negative_options_are_refused(tmp_path, option):
-    with pytest.raises(SystemExit, match=option.replace("_", "-") + " is -1"):
+    with pytest.raises(ValueError, match=option.replace("_", "-") + " is -1"):
         criterion_of(tmp_path, **{option: -1})
