@@ -305,9 +305,7 @@ def test_what_the_hub_interface_does_not_find_is_named(
         PkmRobertaModel.from_pretrained(**{**given, **changed})
 
 
-def test_what_a_model_lacks_is_an_error_that_a_server_catches(
-    spoken: Path, tmp_path: Path
-) -> None:
+def test_what_a_model_lacks_is_an_error_that_a_server_catches(spoken: Path, tmp_path: Path) -> None:
     """A head without input0/, and a model without its dictionary."""
     with pytest.raises(ValueError, match=f"no dictionary at {spoken}/bin/input0/dict.txt"):
         from_hub(spoken, "head", "bin")
