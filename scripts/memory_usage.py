@@ -15,7 +15,8 @@ from _script import run
 from rich.console import Console
 from rich.progress import Progress
 
-from pkm_fairseq.analysis import report, tables
+from pkm_fairseq.analysis import tables
+from pkm_fairseq.analysis.analyse import analyse, check_options
 from pkm_fairseq.analysis.page import page, write_charts
 from pkm_fairseq.memory.files import write_file
 
@@ -78,7 +79,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Analyse, write, print."""
     args = parse()
-    report.check_options(args)
+    check_options(args)
     for option, file in (("--json", args.json), ("--html", args.html)):
         if file and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise ValueError(f"{option} {file} must be a file in a folder that exists")
@@ -97,7 +98,7 @@ def main() -> None:
                 f"warning: {line}", markup=False, highlight=False, soft_wrap=True
             )
 
-        found = report.analyse(args, begin, warn)
+        found = analyse(args, begin, warn)
     if args.json:
         write_file(args.json, json.dumps(found.report, indent=2, allow_nan=False) + "\n")
     if args.html:

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from ..demo.report import draw
+from .svg import draw
 
 # Okabe and Ito, which colour-blind people can tell apart; black last
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6770", "#000000")

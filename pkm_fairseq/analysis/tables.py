@@ -21,10 +21,8 @@ def usage_table(reports: Sequence[Dict[str, Any]]) -> Table:
     return table
 
 
-USAGE_COLUMNS = (
-    *("top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL", "Gini", "50/90/99 % in"),
-    *("top-1 weight", "entropy", "sub-keys"),
-)
+USAGE_COLUMNS = ("top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL", "Gini")
+USAGE_COLUMNS += ("50/90/99 % in", "top-1 weight", "entropy", "sub-keys")
 LAST_HEAD = "all"
 
 
@@ -50,11 +48,12 @@ def _memory_rows(name: str, layer: str, summary: Dict[str, Any]) -> List[List[st
 
 def usage_cells(counts: Dict[str, Any]) -> List[str]:
     """Numbers of a memory or of one head, for :data:`USAGE_COLUMNS`."""
+    usage = [
+        f"{percent(counts[f'{kind}_usage'])} ({percent(counts[f'{kind}_ceiling'])})"
+        for kind in ("top1", "topk")
+    ]
     return [
-        *(
-            f"{percent(counts[f'{kind}_usage'])} ({percent(counts[f'{kind}_ceiling'])})"
-            for kind in ("top1", "topk")
-        ),
+        *usage,
         f"{counts['dead_slots']:,}",
         f"{counts['kl_weighted']:.2f}",
         f"{counts['gini']:.2f}",
@@ -65,41 +64,32 @@ def usage_cells(counts: Dict[str, Any]) -> List[str]:
     ]
 
 
-STALENESS_COLUMNS = (
-    *("updates", "never read", "median", "p90", "p99", "outdated > 100", "> 1,000"),
-    *("never top-1", "top-1 median", "top-1 p90"),
-)
+STALENESS_COLUMNS = ("updates", "never read", "median", "p90", "p99", "outdated > 100", "> 1,000")
+STALENESS_COLUMNS += ("never top-1", "top-1 median", "top-1 p90")
 
 
 def staleness_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
     """Rows of checkpoint, layer and :data:`STALENESS_COLUMNS`, where a checkpoint knows them."""
-    return [
-        [report["name"], name, *_staleness_cells(counted["staleness"])]
-        for report in reports
-        for name, counted in (
-            *((str(layer["layer"]), layer) for layer in report["layers"]),
-            ("shared", report["shared"] or {}),
-        )
-        if counted.get("staleness")
-    ]
+    rows = []
+    for report in reports:
+        counts = {str(layer["layer"]): layer for layer in report["layers"]}
+        for name, counted in {**counts, "shared": report["shared"] or {}}.items():
+            if counted.get("staleness"):
+                rows.append([report["name"], name, *_staleness_cells(counted["staleness"])])
+    return rows
 
 
 def _staleness_cells(staleness: Dict[str, Any]) -> List[str]:
     read, top1 = staleness["read"], staleness["top1"]
-    return [
-        f"{staleness['updates']:,}",
-        percent(read["never"]),
-        *(f"{read[key]:,.0f}" for key in ("p50", "p90", "p99")),
-        *(percent(read["outdated"][key]) for key in ("100", "1000")),
-        percent(top1["never"]),
-        *(f"{top1[key]:,.0f}" for key in ("p50", "p90")),
-    ]
+    cells = [f"{staleness['updates']:,}", percent(read["never"])]
+    cells += [f"{read[key]:,.0f}" for key in ("p50", "p90", "p99")]
+    cells += [percent(read["outdated"][key]) for key in ("100", "1000")]
+    cells += [percent(top1["never"]), *(f"{top1[key]:,.0f}" for key in ("p50", "p90"))]
+    return cells
 
 
-DRIFT_COLUMNS = (
-    *("tokens", "top-k Jaccard", "top-1 same", "query cosine", "queries moved", "sub-keys moved"),
-    *("values moved", "slot p50 / p90 / p99", "slots unmoved"),
-)
+DRIFT_COLUMNS = ("tokens", "top-k Jaccard", "top-1 same", "query cosine", "queries moved")
+DRIFT_COLUMNS += ("sub-keys moved", "values moved", "slot p50 / p90 / p99", "slots unmoved")
 
 
 def drift_rows(drifts: Sequence[Dict[str, Any]]) -> List[List[str]]:
@@ -111,12 +101,9 @@ def drift_rows(drifts: Sequence[Dict[str, Any]]) -> List[List[str]]:
             for head in (*layer["heads"], layer):
                 is_whole = head is layer
                 who = LAST_HEAD if is_whole else str(head["head"])
-                cells = [
-                    f"{layer['tokens']:,}",
-                    *(number(head[key]) for key in ("topk_jaccard", "top1_same", "query_cosine")),
-                    *(number(head[key]) for key in ("query_moved", "keys_moved")),
-                    *(_value_cells(layer) if is_whole else ("", "", "")),
-                ]
+                keys = ("topk_jaccard", "top1_same", "query_cosine", "query_moved", "keys_moved")
+                cells = [f"{layer['tokens']:,}", *(number(head[key]) for key in keys)]
+                cells += _value_cells(layer) if is_whole else ["", "", ""]
                 rows.append([name, str(layer["layer"]), who, *cells])
     return rows
 
@@ -127,10 +114,8 @@ def _value_cells(layer: Dict[str, Any]) -> List[str]:
     return [moved, " / ".join(quantiles), percent(layer["values_unmoved"])]
 
 
-LOG_COLUMNS = (
-    *("split", "update", "top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL", "Gini"),
-    *("top-1 weight", "staleness p50 / p90", "values moved p50"),
-)
+LOG_COLUMNS = ("split", "update", "top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL")
+LOG_COLUMNS += ("Gini", "top-1 weight", "staleness p50 / p90", "values moved p50")
 
 
 def log_rows(logs: Sequence[Log]) -> List[List[str]]:
@@ -170,10 +155,9 @@ def slot_table(reports: Sequence[Dict[str, Any]], hottest: int = 5) -> Table:
                     f"{reader['token']} {100 * reader['weight_share']:.0f} %"
                     for reader in slot["readers"][:WORDS]
                 )
-                table.add_row(
-                    *(escape(report["name"]), str(layer["layer"]), f"{slot['slot']:,}"),
-                    *(f"{slot['times_uniform']:.1f}", f"{slot['symbols']:,}", escape(words)),
-                )
+                cells = [escape(report["name"]), str(layer["layer"]), f"{slot['slot']:,}"]
+                cells += [f"{slot['times_uniform']:.1f}", f"{slot['symbols']:,}", escape(words)]
+                table.add_row(*cells)
     return table
 
 

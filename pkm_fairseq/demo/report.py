@@ -1,41 +1,21 @@
 """The report: report.json, and a report.html that needs nothing but a browser."""
 
-import io
 import json
 import shlex
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, List
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from ..analysis.svg import draw
 from ..memory.files import write_file
 from .logs import read_log
 from .presets import ARMS, TITLES, Preset, arm_flags
 from .train import HALF, INIT_FLAGS, LOG
 
 COLOURS = {"plain": "#5b6770", "resm_init": "#0072b2", "pkm": "#d55e00"}  # Okabe and Ito
-NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # neither dates nor links
-STYLE = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "pkm_fairseq",  # the same ids every time
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa4ab",
-    "axes.labelcolor": "#39434a",
-    "text.color": "#39434a",
-    "xtick.color": "#39434a",
-    "ytick.color": "#39434a",
-    "axes.grid": True,
-    "grid.color": "#e6eaed",
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-}
 
 
 def write_report(
@@ -76,23 +56,14 @@ def write_report(
     return report
 
 
-def draw(plot: Callable[[Axes], None]) -> str:
-    """A chart as an SVG element that scales with the page."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        plot(figure.subplots())
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata=NO_METADATA)
-    return svg.getvalue()[svg.getvalue().index("<svg") :]
-
-
 def learning_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> None:
     """Perplexity over updates: of validation, and faintly of training."""
     for arm, log in logs.items():
         for tag, strength in (("train_inner", 0.3), ("valid", 1.0)):
             lines = read_log(log, tag)
             axes.plot(
-                *([line["num_updates"] + offsets[arm] for line in lines], _column(lines, "ppl")),
+                [line["num_updates"] + offsets[arm] for line in lines],
+                [line["ppl"] for line in lines],
                 color=COLOURS[arm],
                 alpha=strength,
                 linewidth=2 if tag == "valid" else 1,
@@ -114,7 +85,8 @@ def usage_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> 
         for name in sorted(key for line in lines[:1] for key in line if key.endswith("_usage")):
             layer, kind, _ = name.removeprefix("memory").split("_")
             axes.plot(
-                *([line["num_updates"] + offsets[arm] for line in lines], _column(lines, name)),
+                [line["num_updates"] + offsets[arm] for line in lines],
+                [line[name] for line in lines],
                 color=COLOURS[arm],
                 linestyle="-" if kind == "top1" else ":",
                 label=f"{TITLES[arm]}, layer {layer}, {kind.replace('top', 'top-')}",
@@ -136,7 +108,3 @@ def mass_curves(axes: Axes, arms: List[Dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.set(xlabel="slots, the heaviest first", ylabel="weight, as a multiple of uniform")
     axes.legend()
-
-
-def _column(lines: List[Dict[str, float]], name: str) -> List[float]:
-    return [line[name] for line in lines]

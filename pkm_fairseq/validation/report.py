@@ -83,30 +83,31 @@ def verdict(summary: Dict[str, Any]) -> str:
 
 def tables(results: List[LayerResult]) -> List[Table]:
     """Readable tables: the verdict head by head, and the cost of reduced precision if measured."""
+    shared = ["layer", "queries", "head", "recall@1", "recall@k"]
     verdict = _table(
-        *("layer", "queries", "head", "recall@1", "recall@k", "ties@k", "score diff", "relative"),
-        *("tolerance", "weight diff", "read diff", "exact"),
-    )
-    reduced = _table(
-        *("layer", "queries", "dtype", "recall@1", "recall@k", "score diff", "weight diff"),
+        *shared,
+        "ties@k",
+        "score diff",
+        "relative",
+        "tolerance",
+        "weight diff",
         "read diff",
+        "exact",
     )
+    shared[2] = "dtype"
+    reduced = _table(*shared, "score diff", "weight diff", "read diff")
     for result in results:
         where = [str(result.layer), f"{result.queries} {result.source}"]
         for head in result.heads:
             numbers = [head.score_difference, head.score_difference_relative]
             numbers += [head.score_tolerance, head.weight_difference, result.read_difference]
-            verdict.add_row(
-                *(*where, str(head.head), f"{head.recall_at_1:.6g}", f"{head.recall_at_k:.6g}"),
-                *(str(head.ties_at_k), *(f"{number:.1e}" for number in numbers)),
-                "yes" if head.exact and result.exact else "NO",
-            )
+            cells = [*where, str(head.head), f"{head.recall_at_1:.6g}", f"{head.recall_at_k:.6g}"]
+            cells += [str(head.ties_at_k), *(f"{number:.1e}" for number in numbers)]
+            verdict.add_row(*cells, "yes" if head.exact and result.exact else "NO")
         for cost in result.reduced:
             numbers = [cost.score_difference, cost.weight_difference, cost.read_difference]
-            reduced.add_row(
-                *(*where, cost.dtype, f"{cost.recall_at_1:.4f}", f"{cost.recall_at_k:.4f}"),
-                *(f"{number:.1e}" for number in numbers),
-            )
+            cells = [*where, cost.dtype, f"{cost.recall_at_1:.4f}", f"{cost.recall_at_k:.4f}"]
+            reduced.add_row(*cells, *(f"{number:.1e}" for number in numbers))
     return [verdict, reduced] if reduced.rows else [verdict]
 
 

@@ -12,7 +12,16 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from pkm_fairseq.analysis import checkpoints, curves, drift, examine, plots, readers, report, tables
+from pkm_fairseq.analysis import (
+    analyse,
+    checkpoints,
+    curves,
+    drift,
+    examine,
+    plots,
+    readers,
+    tables,
+)
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory, ReadTimes
 from tests.helpers import SMALL, build, small_dictionary
 
@@ -345,7 +354,7 @@ def test_a_truncated_last_line_is_recovered_and_said(tmp_path: Path) -> None:
     file = write_log(tmp_path / "u.jsonl", [record(10, "valid")], end='{"update": 20, "spl')
     args = Namespace(log=[str(file)], checkpoint=[], data=None, text=None, split="valid")
     warnings: List[str] = []
-    found = report.analyse(args, lambda *_: None, warnings.append)
+    found = analyse.analyse(args, lambda *_: None, warnings.append)
     assert warnings == [f"{file}: the last line was cut off and is left out"]
     assert found.report["notes"] == warnings
     assert found.report["logs"][0]["last"][0]["update"] == 10
@@ -427,15 +436,15 @@ def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
     def refuse(*_: Any) -> None:
         raise ValueError("memories are in layers [0] before, [1] after")
 
-    monkeypatch.setattr(report, "open_checkpoint", lambda name, *_: SimpleNamespace(name=name))
-    monkeypatch.setattr(report, "_drift", refuse)
-    monkeypatch.setattr(report, "_text_for", lambda *_: [])
+    monkeypatch.setattr(analyse, "open_checkpoint", lambda name, *_: SimpleNamespace(name=name))
+    monkeypatch.setattr(analyse, "_drift", refuse)
+    monkeypatch.setattr(analyse, "_text_for", lambda *_: [])
     monkeypatch.setattr(
-        report, "examine", lambda opened, *_: examine.Examined({"name": opened.name}, {})
+        analyse, "examine", lambda opened, *_: examine.Examined({"name": opened.name}, {})
     )
     args = Namespace(checkpoint=["a=x", "b=y"], log=[], data="d", text=None, split="valid", hot=1)
     warnings: List[str] = []
-    found = report.analyse(args, lambda *_: lambda n: None, warnings.append).report
+    found = analyse.analyse(args, lambda *_: lambda n: None, warnings.append).report
     assert [checkpoint["name"] for checkpoint in found["checkpoints"]] == ["a", "b"]
     assert found["drift"] == []
     assert found["notes"] == warnings
@@ -482,4 +491,4 @@ def test_options_that_are_impossible_or_without_effect(given: Dict[str, Any], ma
     args = Namespace(checkpoint=[], log=[], **dict.fromkeys(names))
     vars(args).update(given)
     with pytest.raises(ValueError, match=match):
-        report.check_options(args)
+        analyse.check_options(args)
