@@ -2,11 +2,13 @@
 """Train the same few updates with two checkouts, and compare all that their checkpoints hold.
 
 Each checkout trains a model without memory, a PKM and a ResM with its own code, on one thread.
+With --resume the first checkout trains as many updates before, and both resume its checkpoint.
 Equal means equal to the bit: parameters, buffers, moments and step counts. Status 1 if they differ.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,19 +80,26 @@ def main() -> None:
     parser.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT")
     parser.add_argument("--data", type=Path, required=True, help="folder of fairseq-preprocess")
     parser.add_argument("--updates", type=int, default=50)
+    parser.add_argument("--resume", action="store_true", help="resume the first one's checkpoint")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()
     is_equal = True
     for arm in args.arms:
         with TemporaryDirectory() as folder:
+            folders = [Path(folder, str(i)) for i in range(len(args.checkouts))]
+            updates = args.updates
+            if args.resume:
+                train(args.checkouts[0], args.data, arm, updates, folders[0])
+                shutil.copytree(folders[0], folders[1])
+                updates *= 2
             found = [
-                train(checkout, args.data, arm, args.updates, Path(folder, str(i)))
-                for i, checkout in enumerate(args.checkouts)
+                train(checkout, args.data, arm, updates, place)
+                for checkout, place in zip(args.checkouts, folders, strict=True)
             ]
         compared, largest, where = compare(*found)
         is_equal &= not largest
         verdict = "equal to the bit" if not largest else f"differ by up to {largest:.2g} in {where}"
-        print(f"{arm}: {compared} tensors after {args.updates} updates: {verdict}", flush=True)
+        print(f"{arm}: {compared} tensors after {updates} updates: {verdict}", flush=True)
     sys.exit(0 if is_equal else 1)
 
 
