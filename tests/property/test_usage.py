@@ -1,7 +1,7 @@
 """Usage of parts merges into usage of the whole, and every number stays in its range."""
 
 import math
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -133,15 +133,11 @@ def test_of_very_many_equal_slots_as_many_hold_a_share_as_it_takes(n):
     assert said == {f"slots_{p}": -(-p * n // 100) for p in (50, 90, 99)}
 
 
-@given(st.integers(1, 40), st.permutations([0.1, 0.2, 0.3, 0.7, 1 / 3]))
-def test_slots_that_are_equal_but_for_rounding_are_equal(n, weights):
-    """The same weights, which slots receive in another order."""
-    n_slots, knn = 2 * n, len(weights)
-    usage = MemoryUsage(n_slots, 1)
-    for slot in range(n_slots):
-        given = weights if slot % 2 else weights[::-1]
-        usage.update(torch.full((knn, 1, 1), slot), torch.tensor(given).view(knn, 1, 1))
-    said = usage.summary(per_head=False)
-    assert [said[f"slots_{p}"] for p in (50, 90, 99)] == [
-        -(-p * n_slots // 100) for p in (50, 90, 99)
-    ]
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=60), st.floats(0.01, 100))
+def test_a_share_that_is_held_but_for_rounding_is_held(sizes, unit):
+    """The right answer is that of whole numbers."""
+    said = slots_that_hold(torch.tensor(sorted(sizes)).double() * unit)
+    held = list(accumulate(sorted(sizes, reverse=True)))
+    for percent in (50, 90, 99):
+        fewest = next(k for k, h in enumerate(held, 1) if 100 * h >= percent * held[-1])
+        assert said[f"slots_{percent}"] == fewest

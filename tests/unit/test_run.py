@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +211,14 @@ def test_an_observer_may_take_itself_off():
     for _ in range(3):
         memory(inputs(4))
     assert (len(once.seen), len(spy.seen)) == (1, 3)
+
+
+def test_the_example_of_the_documentation_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs/usage.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+    used, never = map(float, capsys.readouterr().out.split())
+    assert 0 < used < 1 and 0 < never < 1
 
 
 def test_two_counts_at_once_count_the_same():
