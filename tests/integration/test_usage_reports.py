@@ -112,16 +112,16 @@ def test_updates_after_the_last_checkpoint_are_counted_once(data_bin: Path, tmp_
     assert updates[-1] == 60
 
 
-@pytest.mark.parametrize("shared", [[], ["--memory-share-values"]], ids=["own", "shared"])
+@pytest.mark.parametrize("sharing", [[], ["--memory-share-values"]], ids=["own", "shared"])
 def test_two_workers_report_what_one_that_accumulates_does(
-    data_bin: Path, tmp_path: Path, shared: List[str]
+    data_bin: Path, tmp_path: Path, sharing: List[str]
 ) -> None:
     options = [
         *RESM,
         *ALL,
         "--memory-layers",
         "0,1",
-        *shared,
+        *sharing,
         "--dropout",
         "0",
         "--max-update",
@@ -135,7 +135,7 @@ def test_two_workers_report_what_one_that_accumulates_does(
         assert torch.equal(tensor, times(two)[name]), name
     (ours,), (theirs,) = counts(one, "valid"), counts(two, "valid")
     assert ours["layers"][0]["tokens"] > 100
-    assert (ours["shared"] is not None) == bool(shared)
+    assert (ours["shared"] is not None) == bool(sharing)
     assert_same_counts(ours, theirs)
 
 
