@@ -1,6 +1,6 @@
 """The criterion ``pkm_sentence_prediction``: fairseq's, plus GLUE's metrics and memory usage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Dict, List
 
 from fairseq.criterions import register_criterion
@@ -9,6 +9,7 @@ from fairseq.criterions.sentence_prediction import (
     SentencePredictionCriterion,
 )
 
+from ..memory.option import option
 from .glue_metrics import GlueMetrics, log_glue_metrics
 from .usage import UsageConfig, UsageReports, log_usage
 
@@ -17,14 +18,12 @@ from .usage import UsageConfig, UsageReports, log_usage
 class PkmSentencePredictionConfig(UsageConfig, SentencePredictionConfig):
     """Options of ``pkm_sentence_prediction``: those of sentence_prediction, and GLUE's metrics."""
 
-    glue_metrics: str = field(
-        default="",
-        metadata={
-            "help": "log these in validation, in percent over the whole set: comma-separated "
-            "accuracy, f1 (of class 1), mcc, or with --regression-target pearson, spearman (of "
-            "predictions clipped to 0..1, the range of the labels) (default: none; the metrics "
-            "are those of GLUE, Wang et al. 2018)"
-        },
+    glue_metrics: str = option(
+        "",
+        "official metrics to log in validation, in percent over the whole set: comma-separated "
+        "accuracy, f1 (of class 1), mcc, or with --regression-target pearson, spearman (of "
+        "predictions clipped to 0..1, the range of the labels)",
+        "the metrics are those of GLUE, Wang et al. 2018",
     )
 
 

@@ -2,7 +2,7 @@
 
 import atexit
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -22,6 +22,7 @@ from ..memory.observe.log import (
     save_initial_values,
     whole_values,
 )
+from ..memory.option import OUR_CHOICE, at_least, check_options, option
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +35,18 @@ REPORTS = "memory_reports"  # fairseq may sum logging outputs over workers: this
 class UsageConfig(FairseqDataclass):
     """Options of the criteria that report memory usage."""
 
-    memory_usage_interval: int = field(
-        default=1000,
-        metadata={
-            "help": "count the memory usage of training batches every so many updates, 0: never "
-            "(default: 1000; our choice)"
-        },
+    memory_usage_interval: int = option(
+        1000,
+        "count the memory usage of training batches every so many updates; 0: never",
+        OUR_CHOICE,
+        test=at_least(0),
     )
-    memory_usage_tokens: int = field(
-        default=0,
-        metadata={
-            "help": "tokens in one count of memory usage (default: 0, as many as let uniform "
-            "routing reach 95 percent of the slots; our choice)"
-        },
+    memory_usage_tokens: int = option(
+        0,
+        "tokens in one count of memory usage; 0: as many as let uniform routing reach 95 percent "
+        "of the slots",
+        OUR_CHOICE,
+        test=at_least(0),
     )
     save_dir: str = II("checkpoint.save_dir")  # no help text, no flag
     no_save: bool = II("checkpoint.no_save")
@@ -71,9 +71,7 @@ class UsageReports:
         # configurations in checkpoints of older versions have none of these
         self._interval = getattr(cfg, "memory_usage_interval", 0)
         self._tokens = getattr(cfg, "memory_usage_tokens", 0)
-        for name, value in (("interval", self._interval), ("tokens", self._tokens)):
-            if value < 0:
-                raise ValueError(f"memory-usage-{name} is {value}, must be at least 0")
+        check_options(UsageConfig, cfg)
         self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
         self._log: Optional[UsageLog] = None
         self._is_training = False  # whether this process trains

@@ -6,15 +6,13 @@ from typing import Iterator, List, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from .config import MemoryConfig
+from .config import FREEZABLE, MemoryConfig
 from .lookup import Lookup, Observation, Observer, restore
 from .query import BatchQueryNorm, build_query_norm
 from .run import RunState, is_repeated
 from .search import draw_kept_keys, product_topk, product_topk_of
 from .sharding import ColumnShards
 from .values import ValueTable
-
-FREEZABLE = ("values", "keys", "all")
 
 
 class ProductKeyMemory(nn.Module):

@@ -1,128 +1,143 @@
 """Options that are impossible, alone or together, each refused in one line."""
 
 from importlib.util import find_spec
-from typing import Any, List, Optional
 
 from fairseq.distributed import utils as distributed_utils
-from fairseq.utils import safe_getattr
-from omegaconf import OmegaConf
 
-from ..memory import MemoryConfig
-from .config import memory_config
-from .encoder_layer import MEMORY_MODES
+from ..memory.option import options_of
+from .config import PkmRobertaConfig
+from .plan import Plan
 
 # what pkm_adam cannot be part of: options of fairseq's, values of theirs, and why
-NOT_WITH_PKM_ADAM = (
-    (
-        *("zero_sharding", "os"),
-        "a worker would forget the gradient of all tables but its own share; "
-        "use --zero-sharding none",
-    ),
-    (
-        *("ddp_backend", "fully_sharded"),
-        "it flattens tables, which then have no rows; use --ddp-backend legacy_ddp",
-    ),
-    (
-        *("ddp_backend", "slowmo"),
-        "its workers train apart, but would share the gradient of values in every update; "
-        "use --ddp-backend legacy_ddp",
-    ),
-    ("tpu", "True", "it cannot exchange the gradient of values there; use --optimizer adam"),
-)
+NOT_WITH_PKM_ADAM = {
+    ("zero_sharding", "os"): "a worker would forget the gradient of all tables but its own share; "
+    "use --zero-sharding none",
+    ("ddp_backend", "fully_sharded"): "it flattens tables, which then have no rows; "
+    "use --ddp-backend legacy_ddp",
+    ("ddp_backend", "slowmo"): "its workers train apart, but would share the gradient of values "
+    "in every update; use --ddp-backend legacy_ddp",
+    ("tpu", True): "it cannot exchange the gradient of values there; use --optimizer adam",
+}
+# what would leave a worker out of a read that the others wait in, or a part of a table unsaved
+NOT_WITH_SHARDS = {
+    "encoder_layerdrop": "workers would drop other layers, and wait for each other's reads",
+    "store_ema": "the average of a part of a table cannot be saved as a whole",
+    "use_bmuf": "it averages the columns of different workers",
+    "no_save_optimizer_state": "fairseq then does not tell all workers that it saves",
+}
 
 
-def check_memory_options(args: Any) -> "tuple[List[int], str, MemoryConfig]":
-    """The memory options, checked against each other and the rest of the model.
-
-    Returns:
-        Memory layers, mode and settings.
+def check_plan(plan: Plan) -> None:
+    """Check a model's options, each alone, against each other, and against the run's.
 
     Raises:
         ValueError: an option is impossible.
     """
-    config, mode = memory_config(args), str(args.memory_mode)
-    layers = [int(index) for index in args.memory_layers]
-    if mode not in MEMORY_MODES:
-        raise ValueError(f"memory-mode is {mode}, must be one of {', '.join(MEMORY_MODES)}")
-    if not 0 <= args.encoder_layerdrop < 1:
-        raise ValueError(f"encoder-layerdrop is {args.encoder_layerdrop}, must be in [0, 1)")
-    n_layers = args.encoder_layers
-    for index in layers:
-        if not 0 <= index < n_layers:
+    declared = options_of(PkmRobertaConfig)
+    declared["memory_mode"].check("memory-mode", plan.memory_mode)
+    declared["memory_freeze"].check("memory-freeze", plan.freeze)
+    _check_layers(plan)
+    if plan.memory_layers:
+        _check_layerdrop(plan)
+        _check_precision(plan)
+        _check_optimizer(plan)
+        _check_regularisation(plan)
+    if plan.n_shards != 1:
+        _check_shards(plan)
+    if plan.init_from is not None:
+        _check_init_from(plan)
+
+
+def _check_layers(plan: Plan) -> None:
+    if not 0 <= plan.encoder_layerdrop < 1:
+        raise ValueError(f"encoder-layerdrop is {plan.encoder_layerdrop}, must be in [0, 1)")
+    for index in plan.memory_layers:
+        if not 0 <= index < plan.n_layers:
             raise ValueError(
-                f"memory-layers names layer {index}, must be in 0..{n_layers - 1}: "
-                f"the encoder has {n_layers} layers, counted from 0"
+                f"memory-layers names layer {index}, must be in 0..{plan.n_layers - 1}: "
+                f"the encoder has {plan.n_layers} layers, counted from 0"
             )
-        if layers.count(index) > 1:
+        if plan.memory_layers.count(index) > 1:
             raise ValueError(f"memory-layers names layer {index} twice, each may be named once")
-    if layers:
-        _check_layerdrop(args, config)
-        _check_precision(args)
-        _check_optimizer(args)
-        _check_regularisation(args, mode)
-    return layers, mode, config
 
 
-def _check_layerdrop(args: Any, config: MemoryConfig) -> None:
+def _check_layerdrop(plan: Plan) -> None:
     several = distributed_utils.get_data_parallel_world_size() > 1
-    is_frozen = str(safe_getattr(args, "memory_freeze")) == "all"
-    takes_statistics = config.query_norm == "batch" and not is_frozen
-    if several and takes_statistics and args.encoder_layerdrop > 0:
+    takes_statistics = plan.memory.query_norm == "batch" and plan.freeze != "all"
+    if several and takes_statistics and plan.encoder_layerdrop > 0:
         raise ValueError(
-            f"--encoder-layerdrop {args.encoder_layerdrop} does not work with --memory-query-norm "
+            f"--encoder-layerdrop {plan.encoder_layerdrop} does not work with --memory-query-norm "
             "batch on several workers: they drop different layers and would wait for each "
             "other's statistics for ever; use --memory-query-norm layer"
         )
 
 
-def _check_precision(args: Any) -> None:
+def _check_precision(plan: Plan) -> None:
     for half in ("fp16", "bf16"):
-        if safe_getattr(args, f"memory_efficient_{half}") and not safe_getattr(args, half):
+        if getattr(plan.run, f"memory_efficient_{half}") and not getattr(plan.run, half):
             raise ValueError(
                 f"common.memory_efficient_{half} alone has no effect in fairseq-hydra-train: set "
                 f"common.{half}=true, too"
             )
     # what fairseq-train makes of --bf16
-    if safe_getattr(args, "bf16") and safe_getattr(args, "tpu") and not find_spec("torch_xla"):
+    if plan.run.bf16 and plan.run.tpu and not find_spec("torch_xla"):
         raise ValueError(
             "--bf16 and --memory-efficient-bf16 of fairseq-train are for TPUs (torch_xla is not "
             "installed): use fairseq-hydra-train with common.bf16=true"
         )
 
 
-def _check_optimizer(args: Any) -> None:
-    for option, value, reason in NOT_WITH_PKM_ADAM if optimizer_name(args) == "pkm_adam" else ():
-        if str(safe_getattr(args, option)) == value:
-            flag = flag_of(option) + (f" {value}" if value != "True" else "")
-            raise ValueError(f"{flag} does not work with --optimizer pkm_adam: {reason}")
-    if "pkm_adam" in _grouped_optimizer_names(args):
+def _check_optimizer(plan: Plan) -> None:
+    if plan.run.optimizer == "pkm_adam":
+        for (option, value), reason in NOT_WITH_PKM_ADAM.items():
+            if getattr(plan.run, option) == value:
+                flag = flag_of(option) + ("" if value is True else f" {value}")
+                raise ValueError(f"{flag} does not work with --optimizer pkm_adam: {reason}")
+    if "pkm_adam" in plan.grouped_optimizers:
         raise ValueError(
             "optimizer composite does not work with pkm_adam in a group: use pkm_adam alone, "
             "which gives values a learning rate of their own"
         )
 
 
-def _check_regularisation(args: Any, mode: str) -> None:
+def _check_regularisation(plan: Plan) -> None:
     for option, default in (("ffn_reg_scale_factor", 0.0), ("ffn_blocks_to_remove", -1)):
-        if mode == "replace" and safe_getattr(args, option, default) != default:
+        if plan.memory_mode == "replace" and getattr(plan, option) != default:
             raise ValueError(
                 f"{flag_of(option)} does not work with --memory-mode replace: there is no FFN"
+            )
+
+
+def _check_shards(plan: Plan) -> None:
+    n_shards, optimizer = plan.n_shards, plan.run.optimizer
+    if not plan.memory_layers:
+        raise ValueError(f"memory-shards is {n_shards}, must be 1: no layer has a memory")
+    if optimizer != "pkm_adam":
+        raise ValueError(
+            f"memory-shards is {n_shards}, which --optimizer {optimizer} cannot train: fairseq "
+            "would average the columns of different workers; use --optimizer pkm_adam"
+        )
+    if plan.freeze in ("values", "all"):
+        raise ValueError(
+            f"--memory-freeze {plan.freeze} does not work with --memory-shards {n_shards}: the "
+            "optimizer, which puts whole tables together to save them, does not get frozen ones"
+        )
+    for option, reason in NOT_WITH_SHARDS.items():
+        if getattr(plan, option, None) or getattr(plan.run, option, None):
+            raise ValueError(
+                f"{flag_of(option)} does not work with --memory-shards {n_shards}: {reason}"
+            )
+
+
+def _check_init_from(plan: Plan) -> None:
+    for option in ("restore_file", "finetune_from_model"):
+        file = getattr(plan.run, option)
+        if file not in (None, "checkpoint_last.pt"):
+            raise ValueError(
+                f"--init-from {plan.init_from} and {flag_of(option)} {file} exclude each other"
             )
 
 
 def flag_of(option: str) -> str:
     """An option's flag on the command line."""
     return "--" + option.replace("_", "-")
-
-
-def optimizer_name(args: Any) -> Optional[str]:
-    """The name of the run's optimizer."""
-    optimizer = safe_getattr(args, "optimizer")  # a config that has a name, or the name
-    return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
-
-
-def _grouped_optimizer_names(args: Any) -> List[Optional[str]]:
-    """The optimizers of fairseq's composite, which hydra alone can configure."""
-    optimizer = safe_getattr(args, "optimizer")
-    groups = (safe_getattr(optimizer, "groups") or {}) if OmegaConf.is_dict(optimizer) else {}
-    return [safe_getattr(group.optimizer, "_name") for group in groups.values()]

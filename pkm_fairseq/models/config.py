@@ -1,11 +1,11 @@
-"""Options of ``pkm_roberta``: those of fairseq's RoBERTa, and the memory's.
+"""Options of ``pkm_roberta``: those of fairseq's RoBERTa, the memory's, and the run's it must know.
 
-fairseq reads this dataclass for its flags and for hydra. A field that an architecture may set
+fairseq reads the dataclass for its flags and for hydra. A field that an architecture may set
 defaults to None, "ask the architecture"; a concrete default would win over it under hydra.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any, List, Optional
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, List, Optional, Tuple
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -13,159 +13,198 @@ from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 from omegaconf import II
 
 from ..memory import MemoryConfig
-from ..memory.config import QUERY_NORMS, VALUE_DTYPES, VALUES_INITS
-from ..memory.memory import FREEZABLE
+from ..memory.config import FREEZABLE
+from ..memory.option import BERGES, KIM, LAMPLE, OUR_CHOICE, Option, field_of, option, options_of
+from .architectures import SIZES
 from .encoder_layer import MEMORY_MODES
 
 ACTIVATION_FNS = ChoiceEnum(utils.get_available_activation_fns())
 
 
-def option(help: str, default: Any = None) -> Any:
-    """A dataclass field with a help text."""
+def repeated(help: str, default: Any = None) -> Any:
+    """A field for an option of fairseq's own RoBERTa."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class PkmRobertaConfig(FairseqDataclass):
-    """Options of ``pkm_roberta``."""
+class RobertaOptions(FairseqDataclass):
+    """The options of fairseq's ``roberta``, which knows no dataclass; all must be repeated here."""
 
-    # fairseq's RoBERTa
-    encoder_layers: Optional[int] = option("num encoder layers")
-    encoder_embed_dim: Optional[int] = option("encoder embedding dimension")
-    encoder_ffn_embed_dim: Optional[int] = option("encoder embedding dimension for FFN")
-    encoder_attention_heads: Optional[int] = option("num encoder attention heads")
-    activation_fn: Optional[ACTIVATION_FNS] = option("activation function to use")
-    pooler_activation_fn: Optional[ACTIVATION_FNS] = option(
+    encoder_layers: Optional[int] = repeated("num encoder layers")
+    encoder_embed_dim: Optional[int] = repeated("encoder embedding dimension")
+    encoder_ffn_embed_dim: Optional[int] = repeated("encoder embedding dimension for FFN")
+    encoder_attention_heads: Optional[int] = repeated("num encoder attention heads")
+    activation_fn: Optional[ACTIVATION_FNS] = repeated("activation function to use")
+    pooler_activation_fn: Optional[ACTIVATION_FNS] = repeated(
         "activation function to use for pooler layer"
     )
-    encoder_normalize_before: Optional[bool] = option("apply layernorm before each encoder block")
-    layernorm_embedding: Optional[bool] = option("add layernorm to embedding (default: yes)")
-    dropout: Optional[float] = option("dropout probability")
-    attention_dropout: Optional[float] = option("dropout probability for attention weights")
-    activation_dropout: Optional[float] = option("dropout probability after activation in FFN")
-    pooler_dropout: Optional[float] = option("dropout probability in the masked_lm pooler layers")
-    max_positions: Optional[int] = option("number of positional embeddings to learn")
-    load_checkpoint_heads: bool = option(
+    encoder_normalize_before: Optional[bool] = repeated("apply layernorm before each encoder block")
+    layernorm_embedding: Optional[bool] = repeated("add layernorm to embedding (default: yes)")
+    dropout: Optional[float] = repeated("dropout probability")
+    attention_dropout: Optional[float] = repeated("dropout probability for attention weights")
+    activation_dropout: Optional[float] = repeated("dropout probability after activation in FFN")
+    pooler_dropout: Optional[float] = repeated("dropout probability in the masked_lm pooler layers")
+    max_positions: Optional[int] = repeated("number of positional embeddings to learn")
+    load_checkpoint_heads: bool = repeated(
         "(re-)register and load heads when loading checkpoints", False
     )
-    untie_weights_roberta: bool = option(
+    untie_weights_roberta: bool = repeated(
         "untie weights between embeddings and classifiers in RoBERTa", False
     )
-    encoder_layerdrop: float = option("LayerDrop probability for encoder", 0.0)
-    encoder_layers_to_keep: Optional[str] = option(
+    encoder_layerdrop: float = repeated("LayerDrop probability for encoder", 0.0)
+    encoder_layers_to_keep: Optional[str] = repeated(
         "which layers to *keep* when pruning as a comma-separated list; these and memory layers "
         "are counted in the whole encoder"
     )
-    checkpoint_activations: bool = option(
+    checkpoint_activations: bool = repeated(
         "keep only the inputs of layers, and run each layer again in backward (as fairseq's "
         "transformer, default: off)",
         False,
     )
-    offload_activations: bool = option(
+    offload_activations: bool = repeated(
         "keep those inputs on the CPU (as fairseq's transformer, default: off); sets "
         "--checkpoint-activations",
         False,
     )
-    quant_noise_pq: float = option("iterative PQ quantization noise at training time", 0.0)
-    quant_noise_pq_block_size: int = option("block size of quantization noise", 8)
-    quant_noise_scalar: float = option(
+    quant_noise_pq: float = repeated("iterative PQ quantization noise at training time", 0.0)
+    quant_noise_pq_block_size: int = repeated("block size of quantization noise", 8)
+    quant_noise_scalar: float = repeated(
         "scalar quantization noise and scalar quantization at training time", 0.0
     )
-    spectral_norm_classification_head: bool = option(
+    spectral_norm_classification_head: bool = repeated(
         "apply spectral normalization on the classification head", False
     )
-    min_params_to_wrap: int = option(
+    min_params_to_wrap: int = repeated(
         "minimum number of params for a layer to be wrapped with FSDP()",
         DEFAULT_MIN_PARAMS_TO_WRAP,
     )
-    mha_reg_scale_factor: float = option("regularization of attention heads (AdaPruning)", 0.0)
-    ffn_reg_scale_factor: float = option("regularization of FFN units (AdaPruning)", 0.0)
-    mha_heads_to_keep: int = option("attention heads to keep per layer, -1: all", -1)
-    ffn_blocks_to_remove: int = option("FFN units to remove per layer, -1: none", -1)
+    mha_reg_scale_factor: float = repeated("regularization of attention heads (AdaPruning)", 0.0)
+    ffn_reg_scale_factor: float = repeated("regularization of FFN units (AdaPruning)", 0.0)
+    mha_heads_to_keep: int = repeated("attention heads to keep per layer, -1: all", -1)
+    ffn_blocks_to_remove: int = repeated("FFN units to remove per layer, -1: none", -1)
 
-    # the memory; each name is "memory_" + a field of MemoryConfig, but for layers, mode, freeze
-    memory_layers: Optional[List[int]] = option(
-        "encoder layers with a memory, 0-based, as in 3,7; [] for none (default of the base size: "
-        "3,7, the paper's 4th and 8th block as recalled, unverified)"
+
+def default_by_size(name: str, declared: Option) -> str:
+    """The default of an option of the model in words, and that of the sizes that differ."""
+    texts = {size: declared.default_in_words(own.get(name)) for size, own in SIZES.items()}
+    others = [f"{size}: {text}" for size, text in texts.items() if text != texts["base"]]
+    return "; ".join([texts["base"], *others])
+
+
+def _memory_flags() -> List[Tuple[str, Any, Any]]:
+    """A field for each setting of a memory, ``memory_`` in front of its name."""
+    found = []
+    for setting in fields(MemoryConfig):
+        name, declared = f"memory_{setting.name}", setting.metadata["option"]
+        is_switch = setting.type is bool  # off unless given: no architecture sets it
+        kind: Any = bool if is_switch else Optional[setting.type]
+        default = declared.default if is_switch else None
+        found.append((name, kind, field_of(declared, default, default_by_size(name, declared))))
+    return found
+
+
+def of_run(node: str, default: Any = None) -> Any:
+    """A field that fairseq's configuration has at ``node``, with its value where nobody says so."""
+    return field(default=default, metadata={"node": node})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a model must know of the rest of its run.
+
+    Attributes:
+        optimizer: its name; in fairseq's options, under hydra, a config that has one.
+    """
+
+    optimizer: Any = of_run("optimizer")
+    fp16: bool = of_run("common.fp16", False)
+    bf16: bool = of_run("common.bf16", False)
+    memory_efficient_fp16: bool = of_run("common.memory_efficient_fp16", False)
+    memory_efficient_bf16: bool = of_run("common.memory_efficient_bf16", False)
+    tpu: bool = of_run("common.tpu", False)
+    ddp_backend: Any = of_run("distributed_training.ddp_backend")
+    zero_sharding: Any = of_run("distributed_training.zero_sharding")
+    save_dir: str = of_run("checkpoint.save_dir", "checkpoints")
+    restore_file: str = of_run("checkpoint.restore_file", "checkpoint_last.pt")
+    finetune_from_model: Optional[str] = of_run("checkpoint.finetune_from_model")
+    checkpoint_suffix: str = of_run("checkpoint.checkpoint_suffix", "")
+    no_save_optimizer_state: bool = of_run("checkpoint.no_save_optimizer_state", False)
+    store_ema: bool = of_run("ema.store_ema", False)
+    use_bmuf: bool = of_run("optimization.use_bmuf", False)
+
+
+def _run_nodes() -> List[Tuple[str, Any, Any]]:
+    # no help text, no flag
+    return [(f.name, f.type, field(default=II(f.metadata["node"]))) for f in fields(RunOptions)]
+
+
+_IN_THIS_MODULE = {"__module__": __name__}  # where pickle looks for a class
+MemoryFlags = make_dataclass(
+    "MemoryFlags", _memory_flags(), bases=(FairseqDataclass,), namespace=_IN_THIS_MODULE
+)
+RunNodes = make_dataclass(
+    "RunNodes", _run_nodes(), bases=(FairseqDataclass,), namespace=_IN_THIS_MODULE
+)
+
+_LAYERS = Option(
+    None,
+    "encoder layers with a memory, 0-based, as in 3,7; [] for none",
+    "of base the paper's 4th and 8th block as recalled, unverified; else our choice",
+)
+
+
+@dataclass
+class PkmRobertaConfig(RunNodes, MemoryFlags, RobertaOptions):  # type: ignore[misc,valid-type]
+    """Options of ``pkm_roberta``."""
+
+    memory_layers: Optional[List[int]] = field_of(
+        _LAYERS, None, default_by_size("memory_layers", _LAYERS)
     )
-    memory_mode: Optional[ChoiceEnum(MEMORY_MODES)] = option(  # type: ignore[valid-type]
-        "replace: the memory stands in place of the FFN (Lample et al. 2019; default of "
-        "pkm_roberta*); residual: beside it (Kim & Jung 2020; default of resm_roberta*)"
+    memory_mode: Optional[str] = option(
+        None,
+        "where the memory stands",
+        f"{LAMPLE}; {KIM}",
+        choices=MEMORY_MODES,
+        default_text="replace; of resm_roberta*: residual",
     )
-    memory_n_keys: Optional[int] = option(
-        "sub-keys per half; the memory has this number squared of slots "
-        "(default of base and large: 512; Lample et al. 2019)"
-    )
-    memory_heads: Optional[int] = option("queries per token (default: 4; Lample et al. 2019)")
-    memory_knn: Optional[int] = option(
-        "slots each head reads, 2 to n_keys (default of base and large: 32; Lample et al. 2019)"
-    )
-    memory_k_dim: Optional[int] = option(
-        "width of a query, even (default of base and large: 256; published code of "
-        "Lample et al. 2019)"
-    )
-    memory_v_dim: Optional[int] = option(
-        "width of a value (default: encoder width, Lample et al. 2019); another one adds an "
-        "output projection, our choice"
-    )
-    memory_query_norm: Optional[ChoiceEnum(QUERY_NORMS)] = option(  # type: ignore[valid-type]
-        "normalisation of the query (default: batch, recommended by Lample et al. 2019; "
-        "layer and none: our choice)"
-    )
-    memory_values_init: Optional[ChoiceEnum(VALUES_INITS)] = option(  # type: ignore[valid-type]
-        "normal: N(0, v_dim^-1/2) (default; published code of Lample et al. 2019); zero: a "
-        "residual memory then starts as the plain model (our choice)"
-    )
-    memory_value_dtype: Optional[ChoiceEnum(VALUE_DTYPES)] = option(  # type: ignore[valid-type]
-        "what values are stored in (default: float32); bfloat16 halves the table, and rounds "
-        "small updates away (our choice)"
-    )
-    memory_input_dropout: Optional[float] = option(
-        "dropout on the input of the query network (default: 0; our choice)"
-    )
-    memory_query_dropout: Optional[float] = option("dropout on the query (default: 0; our choice)")
-    memory_read_dropout: Optional[float] = option(
-        "dropout on what was read (default: 0; our choice)"
-    )
-    memory_key_dropout: Optional[float] = option(
-        "share of the sub-keys that a training step searches without (default: 0; structured "
-        "dropout on keys: future work of Kim & Jung 2020 by a secondary source, the form is our "
-        "choice)"
-    )
-    memory_freeze: Optional[ChoiceEnum(FREEZABLE)] = option(  # type: ignore[valid-type]
-        "do not train the memory's values, its sub-keys (keys), or all of it (default: train all; "
-        "our choice)"
-    )
-    memory_share_values: bool = option(
-        "one value table for all memory layers (Memory Layers at Scale, 2024)", False
+    memory_freeze: Optional[str] = option(
+        None,
+        "part of the memory that is not trained",
+        OUR_CHOICE,
+        choices=FREEZABLE,
     )
     memory_shards: int = option(
-        "split values and their moments by columns over so many data-parallel workers, a divisor "
-        "of their number, with --optimizer pkm_adam (default: 1, every worker has whole tables; "
-        "Memory Layers at Scale, 2024)",
         1,
+        "split values and their moments by columns over so many data-parallel workers, a divisor "
+        "of their number, with --optimizer pkm_adam; 1: every worker has whole tables",
+        BERGES,
     )
     init_from: Optional[str] = option(
+        None,
         "start a fresh run from the parameters of this checkpoint, pretrained without memory or "
-        "one of ours (INIT; Kim & Jung 2020); ignored when the run resumes"
+        "one of ours (INIT); ignored when the run resumes",
+        KIM,
     )
 
-    # no help text, no flag: what the model must know of the rest of the run
-    optimizer: Any = II("optimizer")
-    fp16: bool = II("common.fp16")
-    bf16: bool = II("common.bf16")
-    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
-    memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
-    tpu: bool = II("common.tpu")
-    ddp_backend: Any = II("distributed_training.ddp_backend")
-    zero_sharding: Any = II("distributed_training.zero_sharding")
-    save_dir: str = II("checkpoint.save_dir")
-    restore_file: str = II("checkpoint.restore_file")
-    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
-    checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
-    no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
-    store_ema: bool = II("ema.store_ema")
-    use_bmuf: bool = II("optimization.use_bmuf")
+
+class ParserWithChoices:
+    """A parser of fairseq's that also gets the choices of our options, as they are now.
+
+    fairseq takes choices from Enums only, which could not be extended any more.
+    """
+
+    def __init__(self, parser: Any, config: type) -> None:
+        self._parser = parser
+        self._options = {
+            "--" + name.replace("_", "-"): declared for name, declared in options_of(config).items()
+        }
+
+    def add_argument(self, *names: str, **settings: Any) -> Any:
+        """Add a flag, as :meth:`argparse.ArgumentParser.add_argument`."""
+        declared = self._options.get(names[0])
+        if declared is not None and declared.allowed():
+            settings["choices"] = tuple(declared.allowed())
+        return self._parser.add_argument(*names, **settings)
 
 
 def memory_config(args: Any) -> MemoryConfig:
@@ -174,7 +213,4 @@ def memory_config(args: Any) -> MemoryConfig:
     Raises:
         ValueError: a setting is impossible.
     """
-    settings = {f.name: getattr(args, f"memory_{f.name}") for f in fields(MemoryConfig)}
-    for choice in ("query_norm", "values_init", "value_dtype"):
-        settings[choice] = str(settings[choice])  # hydra hands over an Enum
-    return MemoryConfig(**settings)
+    return MemoryConfig(**{f.name: getattr(args, f"memory_{f.name}") for f in fields(MemoryConfig)})

@@ -10,48 +10,28 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import nn
 
-from ..memory import (
-    ColumnShards,
-    MemoryConfig,
-    ProductKeyMemory,
-    RunState,
-    ValueTable,
-    build_values,
-)
+from ..memory import ColumnShards, ProductKeyMemory, RunState, ValueTable, build_values
 from .encoder_layer import MemoryEncoderLayer
+from .plan import Plan
 
 
 class MemoryTransformerEncoder(TransformerEncoder):
-    """fairseq's transformer encoder; the layers in ``memory_layers`` get a memory.
+    """fairseq's transformer encoder; the plan's ``memory_layers`` get a memory.
 
     Args:
         args: fairseq's model options.
         dictionary: the input dictionary.
         embed_tokens: the input embedding.
-        memory_layers: indices, 0-based, of the layers with a memory.
-        memory_mode: "replace" or "residual".
-        memory_config: settings of every memory.
-        shards: workers that value tables are split over; None for no split.
+        plan: which layers get a memory, and of what kind.
 
     Attributes:
         run: the state of the run, for all memories.
     """
 
-    def __init__(
-        self,
-        args: Any,
-        dictionary: Any,
-        embed_tokens: nn.Embedding,
-        memory_layers: List[int],
-        memory_mode: str,
-        memory_config: MemoryConfig,
-        shards: Optional[ColumnShards] = None,
-    ) -> None:
+    def __init__(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding, plan: Plan) -> None:
         # set before super().__init__, which builds the layers one by one without their index
-        self._memory_layers = memory_layers
-        self._memory_mode = memory_mode
-        self._memory_config = memory_config
-        self._shards = shards
+        self._plan = plan
+        self._shards = None if plan.n_shards == 1 else ColumnShards(plan.n_shards)
         self.run = RunState(data_parallel_group)
         self._n_built = 0
         self._shared_values: List[ValueTable] = []  # a list: not registered here a second time
@@ -60,29 +40,29 @@ class MemoryTransformerEncoder(TransformerEncoder):
     def build_encoder_layer(self, args: Any) -> nn.Module:
         """Build the next layer: fairseq's own, or one with a memory."""
         index, self._n_built = self._n_built, self._n_built + 1
-        if index not in self._memory_layers:
+        if index not in self._plan.memory_layers:
             return super().build_encoder_layer(args)
         cfg = TransformerConfig.from_namespace(args)
         width = cfg.encoder.embed_dim
         memory = ProductKeyMemory(
             width,
-            self._memory_config,
+            self._plan.memory,
             self._table_to_share(width),
             self._shards,
             self.run,
             keeps_dtype=True,  # in fairseq's half precision, see docs/design.md
         )
-        layer = MemoryEncoderLayer(cfg, memory, self._memory_mode)
+        layer = MemoryEncoderLayer(cfg, memory, self._plan.memory_mode)
         if cfg.checkpoint_activations:  # wrapped as fairseq wraps its own layer
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
         least = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         return fsdp_wrap(layer, min_num_params=least)
 
     def _table_to_share(self, width: int) -> Optional[ValueTable]:
-        if not self._memory_config.share_values:
+        if not self._plan.memory.share_values:
             return None
         if not self._shared_values:
-            table = build_values(width, self._memory_config, self._shards, keeps_dtype=True)
+            table = build_values(width, self._plan.memory, self._shards, keeps_dtype=True)
             self._shared_values.append(table)
         return self._shared_values[0]
 
@@ -90,16 +70,8 @@ class MemoryTransformerEncoder(TransformerEncoder):
 class MemoryRobertaEncoder(RobertaEncoder):
     """fairseq's RoBERTa encoder around a :class:`MemoryTransformerEncoder`."""
 
-    def __init__(
-        self,
-        args: Any,
-        dictionary: Any,
-        memory_layers: List[int],
-        memory_mode: str,
-        memory_config: MemoryConfig,
-        shards: Optional[ColumnShards] = None,
-    ) -> None:
-        self._memory = (memory_layers, memory_mode, memory_config, shards)
+    def __init__(self, args: Any, dictionary: Any, plan: Plan) -> None:
+        self._plan = plan
         super().__init__(args, dictionary)
 
     def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding) -> nn.Module:
@@ -108,7 +80,7 @@ class MemoryRobertaEncoder(RobertaEncoder):
         ``init_bert_params`` draws every Linear from N(0, 0.02), the memory's query and output
         projection included; sub-keys and values keep the memory's own initialisation.
         """
-        encoder = MemoryTransformerEncoder(args, dictionary, embed_tokens, *self._memory)
+        encoder = MemoryTransformerEncoder(args, dictionary, embed_tokens, self._plan)
         encoder.apply(init_bert_params)
         return encoder
 

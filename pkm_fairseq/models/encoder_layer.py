@@ -8,7 +8,10 @@ from torch import Tensor
 
 from ..memory import ProductKeyMemory, ReadTimes
 
-MEMORY_MODES = ("replace", "residual")
+MEMORY_MODES = {
+    "replace": "in place of the FFN; PKM, Lample et al. 2019",
+    "residual": "beside it; ResM, Kim & Jung 2020",
+}
 
 
 class MemoryEncoderLayer(TransformerEncoderLayerBase):

@@ -8,13 +8,12 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 from fairseq.data import Dictionary
 from fairseq.models.roberta import RobertaModel
-from fairseq.utils import safe_getattr
-from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from ..memory import ValueTable
 from .check_options import flag_of
 from .checkpoints import MEMORY_PARAMETER, check_dictionary, options_of, read_checkpoint
+from .plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -23,33 +22,22 @@ FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memo
 MAX_NAMED = 8
 
 
-def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None:
-    """Load ``args.init_from`` into the model if this is a fresh run.
-
-    The option is cleared, so that the checkpoints of this run do not ask for the file again.
+def apply_init_from(model: nn.Module, plan: Plan, args: Any, dictionary: Dictionary) -> None:
+    """Load ``plan.init_from`` into the model if this is a fresh run.
 
     Args:
         model: the model just built.
-        args: fairseq's model options.
+        plan: what it was built from.
+        args: fairseq's model options, which are compared with the checkpoint's.
         dictionary: the dictionary of the task.
 
     Raises:
-        ValueError: the file is missing, is no checkpoint, does not fit, or the run is told to
-            start from another file as well.
+        ValueError: the file is missing, is no checkpoint, or does not fit.
     """
-    path = take_option(args, "init_from", None)
+    path = plan.init_from
     if path is None:
         return
-    if args.restore_file != "checkpoint_last.pt":
-        raise ValueError(
-            f"--init-from {path} and --restore-file {args.restore_file} exclude each other"
-        )
-    if safe_getattr(args, "finetune_from_model"):
-        raise ValueError(
-            f"--init-from {path} and --finetune-from-model {args.finetune_from_model} "
-            "exclude each other"
-        )
-    last = os.path.join(args.save_dir, f"checkpoint_last{args.checkpoint_suffix or ''}.pt")
+    last = os.path.join(plan.run.save_dir, f"checkpoint_last{plan.run.checkpoint_suffix}.pt")
     if os.path.exists(last):
         logger.info(f"--init-from {path} ignored: the run resumes from {last}")
         return
@@ -57,23 +45,6 @@ def apply_init_from(model: nn.Module, args: Any, dictionary: Dictionary) -> None
     dictionary_note = check_dictionary(checkpoint, dictionary, f"--init-from {path}")
     check_options(checkpoint, args, path)
     load_parameters(model, checkpoint["model"], path, dictionary_note)
-
-
-def take_option(args: Any, name: str, unset: Any) -> Any:
-    """Take a model option that is of this run only, so that its checkpoints do not hold it.
-
-    Args:
-        args: fairseq's model options.
-        name: the option.
-        unset: its value for everyone who asks later.
-    """
-    value = safe_getattr(args, name, unset)
-    setattr(args, name, unset)
-    root = args._get_parent() if OmegaConf.is_config(args) else None
-    if root is not None and root.get("model") is not None and name in root.model:
-        with open_dict(root):  # args is a copy when the model is named by its bare name
-            root.model[name] = unset
-    return value
 
 
 def load_parameters(

@@ -6,9 +6,8 @@ pruned run cannot be resumed; and only here are memory layers known.
 
 import logging
 import re
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
-from fairseq.utils import safe_getattr
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -16,31 +15,18 @@ logger = logging.getLogger(__name__)
 LAYER = re.compile(r"^((?:encoder|decoder)\.sentence_encoder\.layers\.)(\d+)\.")
 
 
-def take_layers_to_keep(args: Any) -> Optional[List[int]]:
-    """Make the options those of the pruned model, whose layers are counted anew.
+def layers_to_keep(said: Optional[str], n_layers: int) -> Optional[List[int]]:
+    """The layers that ``--encoder-layers-to-keep`` names, ascending; None for no pruning.
 
-    The options name layers of the whole encoder, memory layers included; afterwards
-    ``encoder_layers`` and ``memory_layers`` are those of the pruned one, and
-    ``encoder_layers_to_keep`` is cleared, so that this run's checkpoints are not pruned again.
-
-    Returns:
-        The layers to keep, ascending; None if there is nothing to prune.
+    Args:
+        said: the option.
+        n_layers: of the whole encoder.
 
     Raises:
         ValueError: a layer does not exist, or is named twice.
     """
-    said, args.encoder_layers_to_keep = safe_getattr(args, "encoder_layers_to_keep"), None
     if not said:
         return None
-    kept = sorted(_layers(said, args.encoder_layers))
-    for layer in sorted(set(args.memory_layers) - set(kept)):
-        logger.warning(f"memory layer {layer} is not among --encoder-layers-to-keep {said}")
-    args.memory_layers = [kept.index(layer) for layer in args.memory_layers if layer in kept]
-    args.encoder_layers = len(kept)
-    return kept
-
-
-def _layers(said: str, n_layers: int) -> List[int]:
     names = [name.strip() for name in str(said).split(",")]
     for name in names:
         if not name.isdecimal() or int(name) >= n_layers:
@@ -50,10 +36,19 @@ def _layers(said: str, n_layers: int) -> List[int]:
             )
         if names.count(name) > 1:
             raise ValueError(f"encoder-layers-to-keep names layer {name} twice: {said}")
-    return [int(name) for name in names]
+    return sorted(map(int, names))
 
 
-def prune_state(state: Dict[str, Tensor], kept: List[int]) -> Dict[str, Tensor]:
+def kept_memory_layers(memory_layers: List[int], kept: List[int]) -> List[int]:
+    """Memory layers of the whole encoder, counted among the layers that are kept."""
+    for layer in sorted(set(memory_layers) - set(kept)):
+        logger.warning(
+            f"memory layer {layer} is not among --encoder-layers-to-keep {','.join(map(str, kept))}"
+        )
+    return [kept.index(layer) for layer in memory_layers if layer in kept]
+
+
+def prune_state(state: Dict[str, Tensor], kept: Sequence[int]) -> Dict[str, Tensor]:
     """The state of the layers that are kept, counted anew; the rest of the model as it is.
 
     Args:

@@ -2,18 +2,17 @@
 
 import os
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
 from fairseq.models.roberta import RobertaHubInterface, RobertaModel
-from fairseq.models.roberta import base_architecture as roberta_base_architecture
-from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 
-from ..memory import MemoryConfig, MemoryUsage, RunState, ValueTable
+from ..memory import MemoryUsage, RunState, ValueTable
 from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
-from .check_options import check_memory_options, optimizer_name
+from .architectures import base_architecture, large_architecture, residual, tiny_architecture
+from .check_options import check_plan
 from .checkpoints import (
     compare_dictionary,
     data_folder,
@@ -21,12 +20,12 @@ from .checkpoints import (
     load_dictionary,
     read_checkpoint,
 )
-from .config import PkmRobertaConfig
+from .config import ParserWithChoices, PkmRobertaConfig
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MemoryEncoderLayer
 from .init_from import apply_init_from, complete_state
-from .prune import prune_state, take_layers_to_keep
-from .sharding import take_shards
+from .plan import Plan, complete_options, read_plan, write_back
+from .prune import prune_state
 
 
 @register_model("pkm_roberta", dataclass=PkmRobertaConfig)
@@ -36,10 +35,13 @@ class PkmRobertaModel(RobertaModel):
     Without memory layers it computes bit for bit what fairseq's ``roberta`` computes.
     """
 
-    _layers_to_keep: Optional[List[int]] = None
+    _layers_to_keep: Optional[Tuple[int, ...]] = None
 
-    # RobertaModel.add_args knows nothing of the dataclass
-    add_args = classmethod(BaseFairseqModel.add_args.__func__)
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Add the flags of the dataclass, of which RobertaModel's method knows nothing."""
+        with_choices = ParserWithChoices(parser, getattr(cls, "__dataclass"))
+        BaseFairseqModel.add_args.__func__(cls, with_choices)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "PkmRobertaModel":
@@ -50,21 +52,15 @@ class PkmRobertaModel(RobertaModel):
         """
         try:
             with _writable(args):
-                base_architecture(args)
-                if safe_getattr(args, "max_positions") is None:
-                    args.max_positions = task.max_positions()
-                if safe_getattr(args, "offload_activations"):
-                    args.checkpoint_activations = True  # as fairseq's transformer
-                kept = take_layers_to_keep(args)
-                layers, mode, config = check_memory_options(args)
-                shards = take_shards(args, optimizer_name(args))
-                memory = (layers, mode, config, shards)
-                encoder = MemoryRobertaEncoder(args, task.source_dictionary, *memory)
-                model = cls(args, encoder)
-            model._layers_to_keep = kept
-            model._freeze_memory(safe_getattr(args, "memory_freeze"))
-            model._keep_factored_gradients_out_of_ddp(args)
-            apply_init_from(model, args, task.source_dictionary)
+                complete_options(args, task)
+                plan = read_plan(args)
+                check_plan(plan)
+                write_back(plan, args)
+                model = cls(args, MemoryRobertaEncoder(args, task.source_dictionary, plan))
+            model._layers_to_keep = plan.kept_layers
+            model._freeze_memory(plan.freeze)
+            model._keep_factored_gradients_out_of_ddp(plan)
+            apply_init_from(model, plan, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
             raise ValueError(f"pkm_roberta: {error}") from None
         return model
@@ -119,17 +115,17 @@ class PkmRobertaModel(RobertaModel):
             )
         return hub.eval()
 
-    def _freeze_memory(self, part: Any) -> None:
-        if part is not None:  # hydra hands over an Enum
+    def _freeze_memory(self, part: Optional[str]) -> None:
+        if part is not None:
             for layer in self.memory_layers().values():
-                layer.memory.freeze(str(part))
+                layer.memory.freeze(part)
 
-    def _keep_factored_gradients_out_of_ddp(self, args: Any) -> None:
+    def _keep_factored_gradients_out_of_ddp(self, plan: Plan) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
 
         It would hand ``pkm_adam`` dense gradients of zeros. The attribute is DDP's own.
         """
-        if optimizer_name(args) == "pkm_adam":
+        if plan.run.optimizer == "pkm_adam":
             self._ddp_params_and_buffers_to_ignore = [
                 f"{name}.weight"
                 for name, module in self.named_modules(remove_duplicate=False)
@@ -226,51 +222,10 @@ def _writable(args: Any) -> Iterator[None]:
         yield
 
 
-@register_model_architecture("pkm_roberta", "pkm_roberta_base")
-def base_architecture(args: Any) -> None:
-    """RoBERTa-base, memories in place of the FFN in layers 3 and 7; sizes: Lample et al. 2019."""
-    args.memory_layers = safe_getattr(args, "memory_layers", [3, 7])
-    args.memory_mode = safe_getattr(args, "memory_mode", "replace")
-    for name, default in vars(MemoryConfig()).items():
-        setattr(args, f"memory_{name}", safe_getattr(args, f"memory_{name}", default))
-    args.encoder_layerdrop = safe_getattr(args, "encoder_layerdrop", 0.0)
-    roberta_base_architecture(args)
-
-
-@register_model_architecture("pkm_roberta", "pkm_roberta_large")
-def large_architecture(args: Any) -> None:
-    """RoBERTa-large with memories at the same relative depth as the base size (our choice)."""
-    args.encoder_layers = safe_getattr(args, "encoder_layers", 24)
-    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 1024)
-    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 4096)
-    args.encoder_attention_heads = safe_getattr(args, "encoder_attention_heads", 16)
-    args.memory_layers = safe_getattr(args, "memory_layers", [7, 15])
-    base_architecture(args)
-
-
-@register_model_architecture("pkm_roberta", "pkm_roberta_tiny")
-def tiny_architecture(args: Any) -> None:
-    """Small enough to learn on a laptop's CPU within minutes (our choice)."""
-    args.encoder_layers = safe_getattr(args, "encoder_layers", 3)
-    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 128)
-    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 512)
-    args.encoder_attention_heads = safe_getattr(args, "encoder_attention_heads", 4)
-    args.memory_layers = safe_getattr(args, "memory_layers", [1])
-    args.memory_n_keys = safe_getattr(args, "memory_n_keys", 64)
-    args.memory_knn = safe_getattr(args, "memory_knn", 16)
-    args.memory_k_dim = safe_getattr(args, "memory_k_dim", 64)
-    base_architecture(args)
-
-
-def _register_residual(size: str, architecture: Any) -> None:
-    def residual(args: Any) -> None:
-        args.memory_mode = safe_getattr(args, "memory_mode", "residual")
-        architecture(args)
-
-    residual.__doc__ = f"As pkm_roberta_{size}, the memory beside the FFN (Kim & Jung 2020)."
-    register_model_architecture("pkm_roberta", f"resm_roberta_{size}")(residual)
-
-
-_register_residual("tiny", tiny_architecture)
-_register_residual("base", base_architecture)
-_register_residual("large", large_architecture)
+for _size, _architecture in (
+    ("tiny", tiny_architecture),
+    ("base", base_architecture),
+    ("large", large_architecture),
+):
+    register_model_architecture("pkm_roberta", f"pkm_roberta_{_size}")(_architecture)
+    register_model_architecture("pkm_roberta", f"resm_roberta_{_size}")(residual(_architecture))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..memory.adam import MemoryAdam
 from ..memory.gradient import average, gradient_is_finite, is_table, squared_norm
+from ..memory.option import KIM, LAMPLE, OUR_CHOICE, at_least, check_options, option
 from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
 logger = logging.getLogger(__name__)
@@ -39,19 +40,18 @@ class PkmAdamConfig(FairseqDataclass):
     weight_decay: float = field(
         default=0.0, metadata={"help": "weight decay of everything but the memories' values"}
     )
-    memory_value_lr: float = field(
-        default=1e-3,
-        metadata={
-            "help": "learning rate of the memories' values, constant: --lr and its schedule do "
-            "not touch it (default 1e-3: Lample et al. 2019; Kim & Jung 2020 by a secondary source)"
-        },
+    memory_value_lr: float = option(
+        1e-3,
+        "learning rate of the memories' values, constant: --lr and its schedule do not touch it",
+        f"{LAMPLE}; {KIM} by a secondary source",
+        test=at_least(0),
     )
-    memory_value_clip_norm: float = field(
-        default=0.0,
-        metadata={
-            "help": "clip the gradient of all memories' values to this norm, apart from "
-            "--clip-norm, which is for the rest (default: no clipping; our choice)"
-        },
+    memory_value_clip_norm: float = option(
+        0.0,
+        "clip the gradient of all memories' values to this norm, apart from --clip-norm, which is "
+        "for the rest; 0: no clipping",
+        OUR_CHOICE,
+        test=at_least(0),
     )
     lr: List[float] = II("optimization.lr")
 
@@ -85,11 +85,7 @@ class PkmAdam(FairseqAdam):
                 "pkm_adam found no value table among the parameters: --memory-value-lr has no "
                 "effect and it is fairseq's adam"
             )
-        if cfg.memory_value_clip_norm < 0:
-            raise ValueError(
-                f"pkm_adam: memory-value-clip-norm is {cfg.memory_value_clip_norm}, "
-                "must be at least 0"
-            )
+        check_options(PkmAdamConfig, cfg)
         groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
         if self._values:
             lr = cfg.memory_value_lr

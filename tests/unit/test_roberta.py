@@ -15,8 +15,8 @@ from torch import nn
 
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage
 from pkm_fairseq.models import roberta
-from pkm_fairseq.models.check_options import check_memory_options
 from pkm_fairseq.models.config import memory_config
+from pkm_fairseq.models.plan import read_plan
 from pkm_fairseq.tasks.common import MemoryTrainStep
 from tests.helpers import LAYERS, WIDTH, batch, build, model_args, small_dictionary, small_task
 
@@ -128,12 +128,12 @@ def test_sizes_are_those_of_fairseqs_roberta_and_memories_those_of_the_papers(si
     ARCH_CONFIG_REGISTRY[f"roberta_{size}"](theirs)
     assert {name: getattr(ours, name) for name in vars(theirs)} == vars(theirs)
     assert memory_config(ours) == MemoryConfig()
-    assert check_memory_options(_with_run(ours))[0] == ours.memory_layers
+    assert list(read_plan(_with_run(ours)).memory_layers) == ours.memory_layers
 
 
 def test_the_bare_architecture_is_the_base_size_with_layers_3_and_7(monkeypatch):
-    def capture(args, dictionary, *memory):
-        raise BuiltError(args, memory)
+    def capture(args, dictionary, plan):
+        raise BuiltError(args, plan)
 
     # fairseq completes the options of a bare model name only when the model is built
     monkeypatch.setattr(roberta, "MemoryRobertaEncoder", capture)
@@ -144,9 +144,11 @@ def test_the_bare_architecture_is_the_base_size_with_layers_3_and_7(monkeypatch)
         with pytest.raises(BuiltError) as stop:
             ARCH_MODEL_REGISTRY[arch].build_model(args, small_task())
         built.append(stop.value.args)
-    (bare, memory), (base, base_memory) = built
+    (bare, plan), (base, base_plan) = built
     assert vars(bare) == vars(base)
-    assert memory == base_memory == ([3, 7], "replace", MemoryConfig(), None)
+    assert plan == base_plan
+    assert (plan.memory_layers, plan.memory_mode, plan.n_shards) == ((3, 7), "replace", 1)
+    assert plan.memory == MemoryConfig()
     assert (bare.encoder_layers, bare.encoder_embed_dim) == (12, 768)
 
 

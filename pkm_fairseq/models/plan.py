@@ -1,0 +1,129 @@
+"""What model to build: fairseq's options, read once."""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, Dict, Optional, Tuple
+
+from fairseq.utils import safe_getattr
+from omegaconf import OmegaConf, open_dict
+
+from ..memory import MemoryConfig
+from .architectures import base_architecture
+from .config import RunOptions, memory_config
+from .prune import kept_memory_layers, layers_to_keep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model to be built, and what it must know of its run.
+
+    Attributes:
+        memory_layers: indices of the layers with a memory, counted from 0 in the model as it is
+            built, that is, without the layers that ``--encoder-layers-to-keep`` leaves out.
+        memory_mode: "replace" or "residual".
+        memory: settings of every memory.
+        freeze: the part of the memory that is not trained; None for none.
+        n_shards: workers that each value table is split over.
+        init_from: the checkpoint that a fresh run starts from; None for none.
+        n_layers: layers of the encoder as it is built.
+        kept_layers: which layers of the whole encoder these are; None for all.
+        encoder_layerdrop: probability with which a training step leaves a layer out.
+        ffn_reg_scale_factor: of AdaPruning; 0 for none.
+        ffn_blocks_to_remove: of AdaPruning; -1 for none.
+        grouped_optimizers: the optimizers of fairseq's ``composite``.
+        run: what the model must know of the rest of the run.
+    """
+
+    memory_layers: Tuple[int, ...]
+    memory_mode: str
+    memory: MemoryConfig
+    freeze: Optional[str]
+    n_shards: int
+    init_from: Optional[str]
+    n_layers: int
+    kept_layers: Optional[Tuple[int, ...]]
+    encoder_layerdrop: float
+    ffn_reg_scale_factor: float
+    ffn_blocks_to_remove: int
+    grouped_optimizers: Tuple[str, ...]
+    run: RunOptions
+
+
+def complete_options(args: Any, task: Any) -> None:
+    """Fill in what neither the user nor an architecture has said."""
+    base_architecture(args)
+    if safe_getattr(args, "max_positions") is None:
+        args.max_positions = task.max_positions()
+    if safe_getattr(args, "offload_activations"):
+        args.checkpoint_activations = True  # as fairseq's transformer
+
+
+def read_plan(args: Any) -> Plan:
+    """Read fairseq's options, completed by :func:`complete_options`.
+
+    Raises:
+        ValueError: an option cannot be read.
+    """
+    memory_layers = [int(index) for index in args.memory_layers]
+    kept = layers_to_keep(safe_getattr(args, "encoder_layers_to_keep"), args.encoder_layers)
+    if kept is not None:
+        memory_layers = kept_memory_layers(memory_layers, kept)
+    return Plan(
+        memory_layers=tuple(memory_layers),
+        memory_mode=args.memory_mode,
+        memory=memory_config(args),
+        freeze=safe_getattr(args, "memory_freeze"),
+        n_shards=safe_getattr(args, "memory_shards", 1),
+        init_from=safe_getattr(args, "init_from"),
+        n_layers=args.encoder_layers if kept is None else len(kept),
+        kept_layers=None if kept is None else tuple(kept),
+        encoder_layerdrop=args.encoder_layerdrop,
+        ffn_reg_scale_factor=safe_getattr(args, "ffn_reg_scale_factor", 0.0),
+        ffn_blocks_to_remove=safe_getattr(args, "ffn_blocks_to_remove", -1),
+        grouped_optimizers=_grouped_optimizers(safe_getattr(args, "optimizer")),
+        run=_run_options(args),
+    )
+
+
+def write_back(plan: Plan, args: Any) -> None:
+    """Make the options those of the model that was built; the run's checkpoints will hold them.
+
+    What is of this run only is cleared: nobody who loads its checkpoints is asked for the file
+    that it started from, or for as many workers, and its layers are not pruned again.
+
+    Args:
+        plan: what was read.
+        args: fairseq's model options.
+    """
+    changed: Dict[str, Any] = {"init_from": None, "memory_shards": 1}
+    if plan.kept_layers is not None:
+        changed["encoder_layers_to_keep"] = None
+        changed["encoder_layers"] = plan.n_layers
+        changed["memory_layers"] = list(plan.memory_layers)
+    for name, value in changed.items():
+        setattr(args, name, value)
+    root = args._get_parent() if OmegaConf.is_config(args) else None
+    if root is None or root.get("model") is None:
+        return
+    with open_dict(root):  # args is a copy when the model is named by its bare name
+        root.model.update({name: v for name, v in changed.items() if name in root.model})
+
+
+def _run_options(args: Any) -> RunOptions:
+    found: Dict[str, Any] = {}
+    for option in fields(RunOptions):
+        value = safe_getattr(args, option.name)
+        value = option.default if value is None else value
+        found[option.name] = str(value) if isinstance(value, Enum) else value
+    return RunOptions(**{**found, "optimizer": _name_of(found["optimizer"])})
+
+
+def _name_of(optimizer: Any) -> Optional[str]:
+    """The name of an optimizer, given by its name or as a config that has one."""
+    return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
+
+
+def _grouped_optimizers(optimizer: Any) -> Tuple[str, ...]:
+    """The optimizers of fairseq's composite, which hydra alone can configure."""
+    groups = (safe_getattr(optimizer, "groups") or {}) if OmegaConf.is_dict(optimizer) else {}
+    return tuple(str(safe_getattr(group.optimizer, "_name")) for group in groups.values())
