@@ -26,7 +26,8 @@ VALUES_INITS = {
 }
 VALUE_DTYPES = {
     "float32": "",
-    "bfloat16": "half the table, read in half the time, but small updates are rounded away",
+    "bfloat16": "half the table, read in half the time, but small updates are rounded away; "
+    "computed in float32 all the same",
 }
 FREEZABLE = {"values": "", "keys": "its sub-keys", "all": ""}  # parts of a memory
 
@@ -51,7 +52,7 @@ class MemoryConfig:
     """Everything that shapes a :class:`~pkm_fairseq.memory.ProductKeyMemory`.
 
     Args:
-        each field below, by its name.
+        the fields below, whose declarations say what they mean and where defaults are from.
 
     Raises:
         ValueError: a value is impossible; the message names it and what is allowed.
@@ -93,7 +94,7 @@ class MemoryConfig:
     )
     value_dtype: str = option(
         "float32",
-        "what values are stored in, in mixed precision too; sums are in float32 anyway",
+        "what values are stored in, in mixed precision too",
         OUR_CHOICE,
         choices=VALUE_DTYPES,
     )
