@@ -1,7 +1,6 @@
 """What model to build: fairseq's options, read once."""
 
 from dataclasses import dataclass, fields
-from enum import Enum
 from typing import Any, Dict, Optional, Tuple
 
 from fairseq.utils import safe_getattr
@@ -113,8 +112,7 @@ def _run_options(args: Any) -> RunOptions:
     found: Dict[str, Any] = {}
     for option in fields(RunOptions):
         value = safe_getattr(args, option.name)
-        value = option.default if value is None else value
-        found[option.name] = str(value) if isinstance(value, Enum) else value
+        found[option.name] = option.default if value is None else value
     return RunOptions(**{**found, "optimizer": _name_of(found["optimizer"])})
 
 
