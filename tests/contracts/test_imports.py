@@ -22,6 +22,7 @@ ALLOWED = {
     "criterions": {"memory", "models", "compat", "plugin"},
     "tasks": {"memory", "models", "compat", "plugin"},
     "optim": {"memory", "models", "compat", "plugin"},
+    "settings": {"memory", "models", "criterions", "optim"},
     "data": {"memory"},
     "demo": {"memory", "data", "models", "analysis"},
     "analysis": {"memory", "models", "__version__"},
@@ -35,6 +36,7 @@ FORBIDDEN = {
     "errors": {"fairseq", "faiss", "omegaconf", "hydra", "torch"},
     "validation": {"fairseq", "omegaconf", "hydra"},
     **{part: {"faiss"} for part in ("compat", "models", "criterions", "tasks", "optim", "plugin")},
+    "settings": {"faiss"},
     **{part: {"faiss"} for part in ("data", "demo", "benchmark", "analysis", "glue")},
     "faults": {"faiss"},
 }
