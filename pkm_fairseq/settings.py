@@ -11,7 +11,7 @@ from typing import Dict, List
 
 from .criterions.sentence_prediction import PkmSentencePredictionConfig
 from .memory import MemoryConfig
-from .memory.option import OUR_CHOICE, Option, options_of
+from .memory.option import OUR_CHOICE, Option, declared_in, flag_of
 from .models.config import PkmRobertaConfig, default_by_size
 from .optim.pkm_adam import PkmAdamConfig
 
@@ -23,13 +23,13 @@ FIRST += ["memory_query_norm", "memory_value_dtype", "memory_value_lr", "memory_
 
 def declared_options() -> Dict[str, Dict[str, Option]]:
     """All options of ours, by what they belong to and by the name of their field."""
-    model = options_of(PkmRobertaConfig)
-    memory = {f"memory_{name}" for name in options_of(MemoryConfig)}
+    model = declared_in(PkmRobertaConfig)
+    memory = {f"memory_{name}" for name in declared_in(MemoryConfig)}
     return {
         "model": {name: declared for name, declared in model.items() if name not in memory},
         "memory": {name: declared for name, declared in model.items() if name in memory},
-        "optimizer": options_of(PkmAdamConfig),
-        "criteria": options_of(PkmSentencePredictionConfig),
+        "optimizer": declared_in(PkmAdamConfig),
+        "criteria": declared_in(PkmSentencePredictionConfig),
     }
 
 
@@ -51,9 +51,8 @@ def tables() -> Dict[str, str]:
 def _table(options: Dict[str, Option], marks: Dict[str, str]) -> str:
     rows = [["flag", "default", "meaning", "source of the default"], ["---"] * 4]
     for name, option in options.items():
-        flag = "--" + name.replace("_", "-")
         default, source = default_by_size(name, option), marks[option.source]
-        rows.append([f"`{flag}`", default, option.meaning("`"), source])
+        rows.append([f"`{flag_of(name)}`", default, option.meaning("`"), source])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 

@@ -8,9 +8,9 @@ from .option import (
     LAMPLE,
     LAMPLE_CODE,
     OUR_CHOICE,
+    declared_in,
     integer,
     option,
-    options_of,
     share,
     switch,
 )
@@ -118,7 +118,7 @@ class MemoryConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, declared in options_of(self).items():
+        for name, declared in declared_in(self).items():
             declared.check(name, getattr(self, name))
         if self.knn > self.n_keys:
             raise ValueError(f"knn is {self.knn}, must be at most n_keys, which is {self.n_keys}")

@@ -112,9 +112,14 @@ def field_of(declared: Option, default: Any, default_in_words: Optional[str] = N
     return field(default=default, metadata=metadata)
 
 
-def options_of(config: Any) -> Dict[str, Option]:
+def declared_in(config: Any) -> Dict[str, Option]:
     """The options that a dataclass, or an instance of one, declares, by field."""
     return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
+
+
+def flag_of(name: str) -> str:
+    """The flag of an option on the command line, by the name of its field."""
+    return "--" + name.replace("_", "-")
 
 
 def check_options(config: type, values: Any) -> None:
@@ -127,8 +132,9 @@ def check_options(config: type, values: Any) -> None:
     Raises:
         ValueError: a value is impossible.
     """
-    for name, declared in options_of(config).items():
-        declared.check(name.replace("_", "-"), getattr(values, name, declared.default))
+    for name, declared in declared_in(config).items():
+        value = getattr(values, name, declared.default)
+        declared.check(flag_of(name).removeprefix("--"), value)
 
 
 def integer(least: int) -> Check:

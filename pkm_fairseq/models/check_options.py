@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from fairseq.distributed import utils as distributed_utils
 
-from ..memory.option import options_of
+from ..memory.option import declared_in, flag_of
 from .config import PkmRobertaConfig
 from .plan import Plan
 
@@ -33,7 +33,7 @@ def check_plan(plan: Plan) -> None:
     Raises:
         ValueError: an option is impossible.
     """
-    declared = options_of(PkmRobertaConfig)
+    declared = declared_in(PkmRobertaConfig)
     declared["memory_mode"].check("memory-mode", plan.memory_mode)
     declared["memory_freeze"].check("memory-freeze", plan.freeze)
     _check_layers(plan)
@@ -136,8 +136,3 @@ def _check_init_from(plan: Plan) -> None:
             raise ValueError(
                 f"--init-from {plan.init_from} and {flag_of(option)} {file} exclude each other"
             )
-
-
-def flag_of(option: str) -> str:
-    """An option's flag on the command line."""
-    return "--" + option.replace("_", "-")

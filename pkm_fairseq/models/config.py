@@ -14,7 +14,17 @@ from omegaconf import II
 
 from ..memory import MemoryConfig
 from ..memory.config import FREEZABLE
-from ..memory.option import BERGES, KIM, LAMPLE, OUR_CHOICE, Option, field_of, option, options_of
+from ..memory.option import (
+    BERGES,
+    KIM,
+    LAMPLE,
+    OUR_CHOICE,
+    Option,
+    declared_in,
+    field_of,
+    flag_of,
+    option,
+)
 from .architectures import SIZES
 from .encoder_layer import MEMORY_MODES
 
@@ -195,9 +205,7 @@ class ParserWithChoices:
 
     def __init__(self, parser: Any, config: type) -> None:
         self._parser = parser
-        self._options = {
-            "--" + name.replace("_", "-"): declared for name, declared in options_of(config).items()
-        }
+        self._options = {flag_of(name): option for name, option in declared_in(config).items()}
 
     def add_argument(self, *names: str, **settings: Any) -> Any:
         """Add a flag, as :meth:`argparse.ArgumentParser.add_argument`."""

@@ -11,7 +11,7 @@ from fairseq.models.roberta import RobertaModel
 from torch import Tensor, nn
 
 from ..memory import ValueTable
-from .check_options import flag_of
+from ..memory.option import flag_of
 from .checkpoints import MEMORY_PARAMETER, check_dictionary, options_of, read_checkpoint
 from .plan import Plan
 

@@ -118,7 +118,8 @@ def _run_options(args: Any) -> RunOptions:
 
 def _name_of(optimizer: Any) -> Optional[str]:
     """The name of an optimizer, given by its name or as a config that has one."""
-    return safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
+    name = safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
+    return name if isinstance(name, str) else None
 
 
 def _grouped_optimizers(optimizer: Any) -> Tuple[str, ...]:

@@ -18,7 +18,7 @@ from pkm_fairseq.criterions.sentence_prediction import (
     PkmSentencePredictionConfig,
 )
 from pkm_fairseq.memory import MemoryConfig
-from pkm_fairseq.memory.option import options_of
+from pkm_fairseq.memory.option import declared_in, flag_of
 from pkm_fairseq.models.config import PkmRobertaConfig
 from pkm_fairseq.optim.pkm_adam import PkmAdam, PkmAdamConfig
 from tests.contracts.test_names import FLAGS, our_flags
@@ -57,10 +57,6 @@ BAD = {
     "memory_usage_tokens": (-5, ["memory-usage-tokens is -5", "at least 0"]),
     "glue_metrics": ("bleu", ["--glue-metrics names bleu", "accuracy, f1, mcc"]),
 }
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def sized_defaults(name):
@@ -113,7 +109,7 @@ def test_both_drivers_have_the_declared_default(name):
     (config,) = [
         config
         for config in (PkmRobertaConfig, PkmAdamConfig, PkmSentencePredictionConfig)
-        if name in options_of(config)
+        if name in declared_in(config)
     ]
     hydras = OmegaConf.structured(config)[name]
     if name in MODEL and name not in ("memory_shards", "memory_share_values"):
@@ -132,7 +128,7 @@ def test_tables_are_those_of_the_declarations(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert settings.renewed(text) == text
     rows = re.findall(r"^\| `--([a-z-]+)` \| (.*?) \| (.*) \| (.*?) \|$", text, re.MULTILINE)
-    rows = {flag: row for flag, *row in rows if flag_of(flag) in FLAGS}
+    rows = {flag: row for flag, *row in rows if f"--{flag}" in FLAGS}
     expected = settings.FIRST if file == "README.md" else OPTIONS
     assert list(rows) == [name.replace("_", "-") for name in expected]
     for name in expected:
@@ -195,5 +191,5 @@ def test_a_default_is_not_refused(name):
 
 def test_every_declared_field_of_a_memory_is_a_flag():
     assert {f"memory_{f.name}" for f in fields(MemoryConfig)} == set(PARTS["memory"])
-    assert set(options_of(MemoryConfig)) == {f.name for f in fields(MemoryConfig)}
-    assert not options_of(SentencePredictionConfig)
+    assert set(declared_in(MemoryConfig)) == {f.name for f in fields(MemoryConfig)}
+    assert not declared_in(SentencePredictionConfig)

@@ -10,9 +10,9 @@ from pkm_fairseq.memory.option import (
     Option,
     at_least,
     check_options,
+    declared_in,
     integer,
     option,
-    options_of,
     share,
     switch,
 )
@@ -31,7 +31,7 @@ class Settings:
 
 
 def test_a_field_carries_its_declaration_and_a_help_text_made_from_it():
-    kind, size = options_of(Settings).values()
+    kind, size = declared_in(Settings).values()
     assert (kind.default, Settings().my_kind) == ("a", "a")
     assert (size.source, Settings().my_size) == ("a paper, 2020", 3)
     helps = {f.name: f.metadata.get("help") for f in fields(Settings)}
@@ -43,7 +43,7 @@ def test_a_field_carries_its_declaration_and_a_help_text_made_from_it():
 
 
 def test_a_choice_that_is_registered_later_is_allowed_described_and_parsed(monkeypatch):
-    kind = options_of(Settings)["my_kind"]
+    kind = declared_in(Settings)["my_kind"]
     with pytest.raises(ValueError, match=r"my-kind is 'b', must be one of a$"):
         check_options(Settings, Settings(my_kind="b"))
     monkeypatch.setitem(KINDS, "b", "")
