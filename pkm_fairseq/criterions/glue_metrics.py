@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
+from fairseq.criterions import FairseqCriterion
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from fairseq.utils import safe_getattr
@@ -72,7 +73,7 @@ def _of_varying(metric: Metric, targets: np.ndarray, predictions: np.ndarray) ->
     return metric(targets, predictions)
 
 
-class GlueMetrics:
+class GlueMetrics(FairseqCriterion):
     """Mixin for a sentence-prediction criterion: logs the metrics that ``glue_metrics`` names.
 
     Each validation batch's logging output carries its rows (id, prediction, target) of all
@@ -85,7 +86,9 @@ class GlueMetrics:
         names = safe_getattr(cfg, "glue_metrics") or ""
         self._glue_metrics = _checked(names, cfg.regression_target, task)
 
-    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple:
+    def forward(
+        self, model: Any, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
         """Compute the parent's loss; in validation also keep what was predicted."""
         if model.training or not self._glue_metrics:
             return super().forward(model, sample, reduce)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
@@ -27,6 +28,8 @@ from ..memory.option import OUR_CHOICE, at_least, check_options, option
 logger = logging.getLogger(__name__)
 
 TRAINING = "train"
+
+Loss = Tuple[torch.Tensor, Any, Dict[str, Any]]  # loss, sample size, logging output
 PREFIX = "memory"  # of the keys of a count's report
 REPORTS = "memory_reports"  # fairseq may sum logging outputs over workers: this says by how much
 
@@ -52,7 +55,7 @@ class UsageConfig(FairseqDataclass):
     no_save: bool = II("checkpoint.no_save")
 
 
-class UsageReports:
+class UsageReports(FairseqCriterion):
     """Mixin for a criterion: counts memory usage, in validation and now and then in training.
 
     A count is of a fixed number of tokens. What it says so far is in the logging outputs as
@@ -90,7 +93,7 @@ class UsageReports:
             self._first_ids.clear()
         return super().train(mode)
 
-    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple:
+    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Loss:
         """Compute the parent's loss, and count memory usage."""
         host = with_memories(model)
         if host is None:
@@ -105,7 +108,7 @@ class UsageReports:
 
     def _training_step(
         self, model: Any, host: HasMemories, sample: Dict[str, Any], reduce: bool
-    ) -> Tuple:
+    ) -> Loss:
         updates = host.run.updates
         assert updates is not None
         if not self._is_training:
@@ -131,7 +134,8 @@ class UsageReports:
             try:
                 self._log = UsageLog(self._folder / FILE, header_of(model), updates)
                 if is_fresh:
-                    save_initial_values(values, self._folder)
+                    whole = {layer: table for layer, table in values.items() if table is not None}
+                    save_initial_values(whole, self._folder)
             except (ValueError, OSError) as error:
                 problem = str(error)
         if distributed_utils.get_data_parallel_world_size() > 1:
@@ -157,7 +161,7 @@ class UsageReports:
 
     def _validation_step(
         self, model: Any, host: HasMemories, sample: Dict[str, Any], reduce: bool
-    ) -> Tuple:
+    ) -> Loss:
         subset = sample.get("split", "")
         if subset not in self._validation:
             merge_read_times(host)

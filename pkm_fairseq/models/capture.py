@@ -119,7 +119,7 @@ def pack(lines: Iterable[Tensor], length: int, bos: int) -> Iterator[Tensor]:
     room = length - 1
     packed: List[Tensor] = []
     for line in lines:
-        for piece in line.split(room):
+        for piece in torch.split(line, room):
             if sum(map(len, packed)) + len(piece) > room:
                 yield torch.cat([torch.tensor([bos]), *packed])
                 packed = []

@@ -44,8 +44,10 @@ class RobertaOptions(FairseqDataclass):
     encoder_embed_dim: Optional[int] = repeated("encoder embedding dimension")
     encoder_ffn_embed_dim: Optional[int] = repeated("encoder embedding dimension for FFN")
     encoder_attention_heads: Optional[int] = repeated("num encoder attention heads")
-    activation_fn: Optional[ACTIVATION_FNS] = repeated("activation function to use")
-    pooler_activation_fn: Optional[ACTIVATION_FNS] = repeated(
+    activation_fn: Optional[ACTIVATION_FNS] = repeated(  # type: ignore[valid-type]
+        "activation function to use"
+    )
+    pooler_activation_fn: Optional[ACTIVATION_FNS] = repeated(  # type: ignore[valid-type]
         "activation function to use for pooler layer"
     )
     encoder_normalize_before: Optional[bool] = repeated("apply layernorm before each encoder block")

@@ -1,6 +1,6 @@
 """A transformer encoder layer with a product-key memory."""
 
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
@@ -27,6 +27,9 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
     Attributes:
         reads: when each slot was last read in training by fairseq; observes the memory.
     """
+
+    fc1: Any  # None where the memory stands in place of the FFN
+    fc2: Any
 
     def __init__(self, cfg: TransformerConfig, memory: ProductKeyMemory, mode: str) -> None:
         super().__init__(cfg)

@@ -96,9 +96,13 @@ def own_columns(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]
     tables = {
         f"{name}.weight": table
         for name, table in model.named_modules(remove_duplicate=False)
-        if isinstance(table, ValueTable) and table.shards is not None
+        if isinstance(table, ValueTable)
     }
-    own = {n: t.shards.own_columns(state[n], t.v_dim) for n, t in tables.items() if n in state}
+    own = {
+        name: table.shards.own_columns(state[name], table.v_dim)
+        for name, table in tables.items()
+        if name in state and table.shards is not None
+    }
     return {**state, **own}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..memory.gradient import is_table
 
 
-class _ValuesApart:
+class _ValuesApart(optim.FairseqOptimizer):
     """A half-precision wrapper that treats values as training in full precision does.
 
     fairseq's wrappers put off all factors of the gradient (loss scale, sample size, number of
@@ -25,6 +25,7 @@ class _ValuesApart:
     """
 
     _of_values: str  # the attribute with the optimizer that is wrapped
+    _multiply_factor: Any
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
         """Clip as the optimizer that is wrapped does, and adapt the loss scale.

@@ -152,8 +152,9 @@ class PkmAdam(FairseqAdam):
         params = [p for group in self._dense_groups() for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         if grads:
-            on_device = isinstance(factor, Tensor)
-            torch._foreach_mul_(grads, factor.to(grads[0].device) if on_device else factor)
+            if isinstance(factor, Tensor):
+                factor = factor.to(grads[0].device)
+            torch._foreach_mul_(grads, factor)
 
     def clear_values(self) -> None:
         """Forget the gradient of values only."""

@@ -5,6 +5,7 @@ import os
 from typing import Any, Dict, List
 
 from fairseq.data import BaseWrapperDataset
+from fairseq.tasks import FairseqTask
 
 from ..memory.hosts import merge_read_times, with_memories
 from ..models.checkpoints import dictionary_sha256
@@ -26,7 +27,7 @@ class NamedSplitDataset(BaseWrapperDataset):
         return {**batch, "split": self.split} if batch else batch
 
 
-class MemoryTrainStep:
+class MemoryTrainStep(FairseqTask):
     """Mixin for a task: memories know what is data, and what other workers have read.
 
     fairseq gives a worker that has run out of batches a dummy batch, whose loss counts nothing.
@@ -44,20 +45,20 @@ class MemoryTrainStep:
         **kwargs: Any,
     ) -> Any:
         """Do forward and backward; ``ignore_grad`` says that this is a dummy batch."""
-        step = super().train_step  # type: ignore[misc]
+        step = super().train_step
         host = with_memories(model)
         with contextlib.nullcontext() if host is None else host.run.dummy_batch(ignore_grad):
             return step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """Finish an update; what is saved after it tells when any worker has read a slot."""
-        super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
+        super().optimizer_step(optimizer, model, update_num)
         host = with_memories(model)
         if host is not None:
             merge_read_times(host)
 
 
-class TellsEndOfValidation:
+class TellsEndOfValidation(FairseqTask):
     """Mixin for a task: lets its criterion finish its counts before a checkpoint is saved.
 
     Else a kill after the save would lose them: the training goes on behind that validation.
