@@ -51,7 +51,7 @@ def main() -> None:
 
 def numbers(counts: Dict[str, Any]) -> str:
     """The numbers of a layer or a head in one line."""
-    left_out = ("layer", "heads")
+    left_out = ("layer", "heads", "curve", "extrapolation")
     return ", ".join(f"{key} {value:.4g}" for key, value in counts.items() if key not in left_out)
 
 

@@ -34,9 +34,10 @@ TEXT_OPTIONS = (
         "dictionary of --text (default: dict.txt in the folder of the training data)",
     ),
 )
-WIDTH = 180  # of tables, where there is no terminal
+WIDTH = 200  # of tables, where there is no terminal
 NUMBERS = (
-    ("--tokens", "to read (default: as many as let uniform routing reach 95 %% of the slots)"),
+    ("--draws", "per slot to count, tokens x heads / slots (default: 100)"),
+    ("--tokens", "to read, in place of --draws"),
     ("--hot", "hottest slots per layer to show (default: 20)"),
     ("--probe", "tokens by which checkpoints are compared (default: 1000)"),
 )
@@ -68,6 +69,12 @@ def parse() -> argparse.Namespace:
     source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
     for options, metavar, help_text in TEXT_OPTIONS:
         parser.add_argument(*options, metavar=metavar, help=help_text)
+    parser.add_argument(
+        "--unmasked",
+        action="store_true",
+        help="read the text as it is; without it, tokens are masked as in the training of a masked "
+        "language model, which its log counts",
+    )
     for option, help_text in NUMBERS:
         parser.add_argument(option, type=int, metavar="N", help=help_text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..memory.observe.usage import uniform_ceiling
+from ..memory.observe.usage import DRAWS
 from .checkpoints import (
     Opened,
     count_tokens,
     first_tokens,
+    mask,
     named_files,
     open_checkpoint,
     read_text,
 )
 from .curves import Log, last_counts, read_log
 from .drift import drift_of_models
-from .examine import default_tokens, examine
+from .examine import examine, tokens_for
 
 Begin = Callable[[str, int], Callable[[int], None]]  # a step's name and size -> its advance
 
@@ -43,7 +44,8 @@ def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analy
 
     Args:
         args: ``checkpoint`` and ``log``, lists of ``[NAME=]FILE``; ``data`` or ``text`` and what
-            belongs to it; ``tokens`` (None: by the size of the memories), ``hot``, ``probe``.
+            belongs to it; ``draws`` per slot or ``tokens`` (None for both: 100 draws),
+            ``unmasked``, ``hot``, ``probe``.
         begin: called with the name of each step and its number of tokens; returns what is called
             with finished tokens.
         warn: called with each warning, one line.
@@ -99,27 +101,46 @@ def _checkpoints(
         sequences = _text_for(args, opened, note)
         advance = begin(name, 2 * count_tokens(sequences))
         examined = examine(opened, sequences, args.hot, advance)
-        reports.append(examined.report)
+        is_masked = opened.masking is not None and not args.unmasked
+        reports.append({**examined.report, "masked": is_masked})
         masses.append(examined.mass)
         previous = opened
+    _note_unequal_draws(reports, note)
     return reports, masses, drifts
+
+
+def _note_unequal_draws(reports: Sequence[Dict[str, Any]], note: Callable[[str], None]) -> None:
+    """Say so if checkpoints that stand side by side were counted over different draws."""
+    draws = {
+        f"{report['name']}, layer {layer['layer']}": layer["draws_per_slot"]
+        for report in reports
+        for layer in report["layers"]
+    }
+    if draws and min(draws.values()) < 0.99 * max(draws.values()):
+        counted = "; ".join(f"{name}: {number:.3g}" for name, number in draws.items())
+        note(
+            f"counts are of different draws per slot ({counted}): compare usages on the curve, at "
+            f"{min(draws.values()):.3g} draws per slot or fewer"
+        )
 
 
 def _text_for(args: Namespace, opened: Opened, note: Callable[[str], None]) -> List[Tensor]:
     """The tokens to read; says so if there are fewer than wanted."""
-    wanted = args.tokens or default_tokens(opened)
+    wanted = args.tokens or tokens_for(opened, args.draws or DRAWS)
     source = args.data or args.text
     length = opened.model.max_positions()
     sequences = first_tokens(read_text(args, opened.dictionary, length), wanted)
+    if not args.unmasked:
+        sequences = mask(opened, sequences)
     n_tokens = count_tokens(sequences)
     if not n_tokens:
         raise ValueError(f"{source} holds no token")
     if n_tokens < wanted:
         for config, layers in _configs(opened).items():
-            ceiling = uniform_ceiling(n_tokens * config.heads, config.n_slots)
+            draws = [n * config.heads / config.n_slots for n in (n_tokens, wanted)]
             note(
-                f"{opened.name}: {source} has only {n_tokens:,} of the {wanted:,} tokens wanted; "
-                f"with these, uniform routing would reach a top-1 usage of {100 * ceiling:.1f} % "
+                f"{opened.name}: {source} has only {n_tokens:,} of the {wanted:,} tokens wanted: "
+                f"{draws[0]:.3g} draws per slot in place of {draws[1]:.3g} "
                 f"in layer {', '.join(map(str, layers))}"
             )
     return sequences
@@ -159,7 +180,9 @@ def check_options(args: Namespace) -> None:
         )
     if has_text and not source:
         raise ValueError("--checkpoint needs a text to read: --data or --text")
-    for option, minimum in (("tokens", 1), ("hot", 1), ("probe", 1)):
+    if args.draws and args.tokens:
+        raise ValueError("--draws and --tokens both say how much to read: give one of them")
+    for option, minimum in (("draws", 1), ("tokens", 1), ("hot", 1), ("probe", 1)):
         value = getattr(args, option)
         if value is not None and value < minimum:
             raise ValueError(f"--{option} is {value}, must be at least {minimum}")
@@ -173,6 +196,8 @@ def _check_effects(args: Namespace, has_text: bool) -> None:
     needs: Sequence[Tuple[str, Any, bool, str]] = (
         ("--data", args.data, has_text, "--checkpoint"),
         ("--text", args.text, has_text, "--checkpoint"),
+        ("--unmasked", args.unmasked or None, has_text, "--checkpoint"),
+        ("--draws", args.draws, has_text, "--checkpoint"),
         ("--tokens", args.tokens, has_text, "--checkpoint"),
         ("--hot", args.hot, has_text, "--checkpoint"),
         ("--probe", args.probe, len(args.checkpoint) > 1, "two or more checkpoints"),

@@ -4,12 +4,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, ListDataset, MaskTokensDataset
 from torch import Tensor
 
 from ..models.capture import data_lines, dictionary_of, load_model, pack, text_lines
-from ..models.checkpoints import has_memory, read_checkpoint
+from ..models.checkpoints import has_memory, options_of, read_checkpoint, task_name
 from ..models.roberta import PkmRobertaModel
+
+MASKING = ("seed", "mask_prob", "leave_unmasked_prob", "random_token_prob")
+MASKING += ("freq_weighted_replacement", "mask_multiple_length", "mask_stdev")
 
 
 class Opened(NamedTuple):
@@ -22,6 +25,7 @@ class Opened(NamedTuple):
         dictionary: that of its training.
         updates: finished updates; None if the checkpoint does not say.
         has_read_times: whether it knows when its slots were last read in training.
+        masking: the options of fairseq's masking in its training; None if that masks nothing.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Opened(NamedTuple):
     dictionary: Dictionary
     updates: Optional[int]
     has_read_times: bool
+    masking: Optional[Dict[str, Any]] = None
 
 
 def named_files(arguments: Sequence[str]) -> List[Tuple[str, Path]]:
@@ -79,7 +84,34 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
     dictionary = dictionary_of(args, checkpoint)
     has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])
     model = load_model(checkpoint, dictionary, str(file))
-    return Opened(name, file, model, dictionary, updates_of(checkpoint), has_read_times)
+    masking = masking_of(checkpoint)
+    return Opened(name, file, model, dictionary, updates_of(checkpoint), has_read_times, masking)
+
+
+def masking_of(checkpoint: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """The options by which the task of a checkpoint masks tokens; None if it masks nothing.
+
+    Whole words are not among them: they are masked token by token.
+    """
+    options = options_of(checkpoint, "task")
+    if "masked_lm" not in str(task_name(checkpoint)) or options.get("skip_masking"):
+        return None
+    return {name: options[name] for name in MASKING if name in options}
+
+
+def mask(opened: Opened, sequences: Sequence[Tensor]) -> List[Tensor]:
+    """The sequences with tokens masked as the training of a checkpoint masks them.
+
+    Sequences that hold ``<mask>`` already are left as they are.
+    """
+    if opened.masking is None:
+        return list(sequences)
+    mask_idx = opened.dictionary.index("<mask>")
+    masked = MaskTokensDataset(
+        ListDataset(sequences), opened.dictionary, opened.dictionary.pad(), mask_idx,
+        **opened.masking,
+    )  # fmt: skip
+    return [x if (x == mask_idx).any() else masked[i] for i, x in enumerate(sequences)]
 
 
 def updates_of(checkpoint: Dict[str, Any]) -> Optional[int]:

@@ -68,6 +68,12 @@ METRICS = (
     Metric("Dead slots", ("dead_slots",), "slots", "Slots that received no weight in the count."),
     Metric("Weight of the first choice", ("top1_weight",), "mean weight",
            "Near 1 a head reads one slot, at 1/knn it reads all its slots alike."),
+    Metric("Slots with weight", ("holds_10",), "slots",
+           "Share of slots that hold at least 10 % of the weight that uniform routing would give "
+           "each.", None, True),
+    Metric("Neighbours in effect", ("effective_neighbours",), "neighbours",
+           "exp of the entropy of a look-up: near knn a head weighs all its slots alike, and its "
+           "first choice is hardly one."),
     Metric("Entropy of a look-up", ("entropy",), "nats",
            "Mean entropy of a head's weights, at most log knn."),
     Metric("Sub-keys used, first half", ("subkey1_usage",), "sub-keys used",
@@ -200,12 +206,28 @@ def draw_curves(logs: Sequence[Log]) -> List[Chart]:
             charts.append(
                 chart(
                     metric.title,
-                    metric.meaning,
+                    metric.meaning + _draws(known, metric),
                     alt,
                     lambda axes, m=metric, k=known: _draw(axes, m, k, logs),
                 )
             )
     return charts
+
+
+def _draws(known: List[Tuple[Log, str, str]], metric: Metric) -> str:
+    """The draws per slot of the last counts, without which a count says nothing."""
+    if metric.path[0] == "staleness":
+        return ""
+    found: Dict[str, List[str]] = {}
+    for log, split, layer in known:
+        records = [record for record in log.records if record["split"] == split]
+        counted = _layer(records[-1], layer)
+        assert counted is not None
+        draws = counted["tokens"] * len(counted["heads"]) / counted["n_slots"]
+        found.setdefault(f"{draws:.3g}", []).append(f"{log.name} {split}")
+    said = "; ".join(f"{draws}: {', '.join(dict.fromkeys(x))}" for draws, x in found.items())
+    unequal = " Counts of different draws cannot be compared." if len(found) > 1 else ""
+    return f" Draws per slot of the last counts: {said}.{unequal}"
 
 
 def last_counts(log: Log) -> List[Dict[str, Any]]:

@@ -9,7 +9,7 @@ from ..memory import MemoryUsage
 from ..memory.hosts import observing
 from ..memory.observe.readers import SlotReaders
 from ..memory.observe.staleness import summarise
-from ..memory.observe.usage import tokens_for_ceiling
+from ..memory.observe.usage import tokens_for_draws
 from ..models.capture import batches
 from ..models.roberta import PkmRobertaModel
 from .checkpoints import Opened, count_tokens
@@ -30,10 +30,10 @@ class Examined(NamedTuple):
     mass: Dict[int, Tensor]
 
 
-def default_tokens(opened: Opened) -> int:
-    """Tokens with which uniform routing reaches 95 % of the slots of every memory."""
+def tokens_for(opened: Opened, draws: int) -> int:
+    """Tokens that make so many draws per slot of every memory."""
     configs = [layer.memory.config for layer in opened.model.memory_layers().values()]
-    return max(tokens_for_ceiling(config.n_slots, config.heads) for config in configs)
+    return max(tokens_for_draws(config.n_slots, config.heads, draws) for config in configs)
 
 
 def examine(

@@ -39,6 +39,7 @@ def page(analysis: Analysis) -> str:
         curves=_curves(analysis),
         usage=(("checkpoint", "layer", "head", *tables.USAGE_COLUMNS),
                tables.usage_rows(checkpoints)),
+        curve=(("checkpoint", "layer", *tables.CURVE_COLUMNS), tables.curve_rows(checkpoints)),
         staleness=(("checkpoint", "layer", *tables.STALENESS_COLUMNS),
                    tables.staleness_rows(checkpoints)),
         drifts=(("checkpoints", "layer", "head", *tables.DRIFT_COLUMNS),

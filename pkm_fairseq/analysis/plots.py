@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from .draws import draw_curves_of_draws
 from .svg import draw
 
 # Okabe and Ito, which colour-blind people can tell apart; black last
@@ -112,6 +113,32 @@ def heads_chart(layer: Dict[str, Any], title: str) -> Chart:
     )
 
 
+def draws_chart(layer: int, counts: Dict[str, Dict[str, Any]]) -> Chart:
+    """Usage of a layer over draws per slot, of one or more checkpoints.
+
+    Args:
+        layer: its index.
+        counts: the layer's part of the report of each checkpoint, by name.
+    """
+    drawn = [
+        (plain(name), COLOURS[i % len(COLOURS)], counted)
+        for i, (name, counted) in enumerate(counts.items())
+    ]
+    said = "; ".join(
+        f"{name}: top-1 {100 * point['top1_usage']:.1f} % at {point['draws_per_slot']:.3g}"
+        for name, counted in counts.items()
+        for point in counted["curve"]
+    )
+    return chart(
+        f"Layer {layer}: usage over draws per slot",
+        "Share of slots that so many draws (tokens x heads per slot) hit, expected over all "
+        "choices of them; on the right what ever more draws would hit, estimated (Chao 1984), with "
+        "its standard error. Compare usages at equal draws only.",
+        f"Usage of layer {layer} over draws per slot. {said}.",
+        lambda axes: draw_curves_of_draws(axes, drawn),
+    )
+
+
 def heat_chart(mass: Tensor, title: str) -> Chart:
     """The weight of the slots on the grid of their two sub-keys.
 
@@ -192,4 +219,7 @@ def charts_of_checkpoints(
         here = zip(reports, masses, strict=True)
         curves = {report["name"]: mass[layer] for report, mass in here if layer in mass}
         drawn.append(mass_chart(layer, curves))
+        counts = {report["name"]: counted for report in reports for counted in report["layers"]
+                  if counted["layer"] == layer}  # fmt: skip
+        drawn.append(draws_chart(layer, counts))
     return dict(sorted(charts.items()))

@@ -1,11 +1,13 @@
 """Tables of memory usage for the terminal."""
 
+import math
 from typing import Any, Dict, List, Optional, Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..memory.observe.usage import HOLDS
 from .curves import Log, last_counts, shapes_of
 
 DASH = "-"
@@ -21,9 +23,10 @@ def usage_table(reports: Sequence[Dict[str, Any]]) -> Table:
     return table
 
 
-USAGE_COLUMNS = ("top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL", "Gini")
-USAGE_COLUMNS += ("50/90/99 % in", "top-1 weight", "entropy", "sub-keys")
+USAGE_COLUMNS = ("draws/slot", "top-1 (uniform)", "top-k", "dead", "KL", "Gini", "50/90/99 % in")
+USAGE_COLUMNS += ("≥ 1/10/100 %", "top-1 weight", "neighbours", "sub-keys")
 LAST_HEAD = "all"
+CURVE_POINTS = (1, 3, 10, 30, 100, 300)  # draws per slot
 
 
 def usage_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
@@ -42,26 +45,63 @@ def usage_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
 
 
 def _memory_rows(name: str, layer: str, summary: Dict[str, Any]) -> List[List[str]]:
-    heads = [[name, layer, str(i), *usage_cells(h)] for i, h in enumerate(summary["heads"])]
+    n_heads = len(summary["heads"])
+    counts = [{**head, "draws_per_slot": draws_of(summary) / n_heads} for head in summary["heads"]]
+    heads = [[name, layer, str(i), *usage_cells(head)] for i, head in enumerate(counts)]
     return [*heads, [name, layer, LAST_HEAD, *usage_cells(summary)]]
+
+
+def draws_of(summary: Dict[str, Any]) -> float:
+    """Draws per slot of a count of a memory; logs of older versions give its tokens only."""
+    return summary["tokens"] * len(summary["heads"]) / summary["n_slots"]
 
 
 def usage_cells(counts: Dict[str, Any]) -> List[str]:
     """Numbers of a memory or of one head, for :data:`USAGE_COLUMNS`."""
-    usage = [
-        f"{percent(counts[f'{kind}_usage'])} ({percent(counts[f'{kind}_ceiling'])})"
-        for kind in ("top1", "topk")
-    ]
+    held = [counts.get(f"holds_{p}") for p in HOLDS]  # not in logs of older versions
     return [
-        *usage,
+        f"{counts['draws_per_slot']:.3g}",
+        f"{percent(counts['top1_usage'])} ({100 * counts['top1_ceiling']:.1f})",
+        percent(counts["topk_usage"]),
         f"{counts['dead_slots']:,}",
         f"{counts['kl_weighted']:.2f}",
         f"{counts['gini']:.2f}",
         " / ".join(f"{counts[f'slots_{share}']:,}" for share in (50, 90, 99)),
+        DASH if None in held else " / ".join(f"{100 * share:.0f}" for share in held) + " %",
         f"{counts['top1_weight']:.2f}",
-        f"{counts['entropy']:.2f}",
-        f"{percent(counts['subkey1_usage'])} / {percent(counts['subkey2_usage'])}",
+        f"{math.exp(counts['entropy']):.1f}",
+        f"{100 * counts['subkey1_usage']:.0f} / {100 * counts['subkey2_usage']:.0f} %",
     ]
+
+
+CURVE_COLUMNS = ("usage", *(f"{x:,}" for x in CURVE_POINTS), "uniform at the last", "ever more")
+
+
+def curve_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """Rows of checkpoint, layer and :data:`CURVE_COLUMNS`: usage at fewer draws per slot."""
+    return [
+        [report["name"], name, *cells]
+        for report in reports
+        for name, counted in (
+            *((str(layer["layer"]), layer) for layer in report["layers"]),
+            ("shared", report["shared"]),
+        )
+        if counted
+        for cells in _curve_cells(counted)
+    ]
+
+
+def _curve_cells(counted: Dict[str, Any]) -> List[List[str]]:
+    rows = []
+    for kind in ("top1", "topk"):
+        at = {point["draws_per_slot"]: point[f"{kind}_usage"] for point in counted["curve"]}
+        known = [x for x in CURVE_POINTS if x in at]
+        uniform = percent(-math.expm1(-known[-1])) if known and kind == "top1" else DASH
+        ever = counted["extrapolation"][kind]
+        shares = [percent(at[x]) if x in at else DASH for x in CURVE_POINTS]
+        more = f"{percent(ever['usage'])} ± {100 * ever['error']:.1f}"
+        rows.append([kind.replace("top", "top-"), *shares, uniform, more])
+    return rows
 
 
 STALENESS_COLUMNS = ("updates", "never read", "median", "p90", "p99", "outdated > 100", "> 1,000")
@@ -114,7 +154,7 @@ def _value_cells(layer: Dict[str, Any]) -> List[str]:
     return [moved, " / ".join(quantiles), percent(layer["values_unmoved"])]
 
 
-LOG_COLUMNS = ("split", "update", "top-1 usage (ceiling)", "top-k usage (ceiling)", "dead", "KL")
+LOG_COLUMNS = ("split", "update", "draws/slot", "top-1 (uniform)", "top-k", "dead", "KL")
 LOG_COLUMNS += ("Gini", "top-1 weight", "staleness p50 / p90", "values moved p50")
 
 
@@ -131,12 +171,12 @@ def log_rows(logs: Sequence[Log]) -> List[List[str]]:
 
 
 def _log_cells(layer: Dict[str, Any]) -> List[str]:
-    top1, topk, dead, kl, gini, _, weight, *_ = usage_cells(layer)
+    *counted, _, _, weight, _, _ = usage_cells({**layer, "draws_per_slot": draws_of(layer)})
     staleness: Dict[str, Any] = layer.get("staleness") or {}
     read: Optional[Dict[str, Any]] = staleness.get("read")
     moved: Optional[Dict[str, Any]] = staleness.get("moved")
     since = f"{read['p50']:,.0f} / {read['p90']:,.0f}" if read else DASH
-    return [top1, topk, dead, kl, gini, weight, since, number(moved["p50"]) if moved else DASH]
+    return [*counted, weight, since, number(moved["p50"]) if moved else DASH]
 
 
 def slot_table(reports: Sequence[Dict[str, Any]], hottest: int = 5) -> Table:
@@ -171,6 +211,8 @@ def tables(report: Dict[str, Any], logs: Sequence[Log]) -> List[Table]:
         read = ", ".join(f"{about['tokens']:,} by {about['name']}" for about in checkpoints)
         found[0].caption = escape(f"tokens of {report['text']}{split}: {read}")
     for title, first, columns, rows in (
+        ("usage at so many draws per slot", ("checkpoint", "layer"), CURVE_COLUMNS,
+         curve_rows(checkpoints)),
         ("staleness of slots, in updates", ("checkpoint", "layer"), STALENESS_COLUMNS,
          staleness_rows(checkpoints)),
         ("drift between checkpoints", ("checkpoints", "layer", "head"), DRIFT_COLUMNS,

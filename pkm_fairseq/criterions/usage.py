@@ -23,6 +23,7 @@ from ..memory.observe.log import (
     save_initial_values,
     whole_values,
 )
+from ..memory.observe.usage import DRAWS
 from ..memory.option import OUR_CHOICE, at_least, check_options, option
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,16 @@ class UsageConfig(FairseqDataclass):
         OUR_CHOICE,
         test=at_least(0),
     )
+    memory_usage_draws: int = option(
+        DRAWS,
+        "draws per slot (tokens x heads / slots) in one count of memory usage; a count of training "
+        "batches ends when the next is due",
+        OUR_CHOICE,
+        test=at_least(1),
+    )
     memory_usage_tokens: int = option(
         0,
-        "tokens in one count of memory usage; 0: as many as let uniform routing reach 95 percent "
-        "of the slots",
+        "tokens in one count of memory usage, in place of draws; 0: not given",
         OUR_CHOICE,
         test=at_least(0),
     )
@@ -58,9 +65,11 @@ class UsageConfig(FairseqDataclass):
 class UsageReports(FairseqCriterion):
     """Mixin for a criterion: counts memory usage, in validation and now and then in training.
 
-    A count is of a fixed number of tokens. What it says so far is in the logging outputs as
-    ``memory<layer>_<key>``, plain numbers over all workers; a whole count becomes a line of
-    ``memory_usage.jsonl`` beside the checkpoints. fairseq-validate writes no such line.
+    A count is of a fixed number of draws per slot, or of tokens. A validation subset, or the
+    updates between two counts in training, may hold fewer: each count says how many it has. What
+    it says so far is in the logging outputs as ``memory<layer>_<key>``, plain numbers over all
+    workers; a finished count becomes a line of ``memory_usage.jsonl`` beside the checkpoints.
+    fairseq-validate writes no such line.
 
     With the tasks of this plugin each validation subset is counted on its own; with stock tasks,
     whose batches do not name their subset, all subsets of one validation are counted together.
@@ -74,6 +83,7 @@ class UsageReports(FairseqCriterion):
         # configurations in checkpoints of older versions have none of these
         self._interval = getattr(cfg, "memory_usage_interval", 0)
         self._tokens = getattr(cfg, "memory_usage_tokens", 0)
+        self._draws = getattr(cfg, "memory_usage_draws", DRAWS)
         check_options(UsageConfig, cfg)
         self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
         self._log: Optional[UsageLog] = None
@@ -113,15 +123,19 @@ class UsageReports(FairseqCriterion):
         assert updates is not None
         if not self._is_training:
             self._begin_training(host, updates)
-        if self._interval and self._window is None and updates >= self._next_window:
-            self._window = Count(host, TRAINING, self._tokens)
+        if self._interval and updates >= self._next_window:
+            if self._window is not None:  # it holds fewer draws than wanted, and says how many
+                self._close_window(host, updates, sample["target"].device)
+            self._window = Count(host, TRAINING, self._tokens, self._draws)
             self._next_window = (updates // self._interval + 1) * self._interval
         if self._window is None:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
         else:
             with observing(host, self._window.usage):
                 loss, sample_size, logging_output = super().forward(model, sample, reduce)
-            self._close_window(host, updates, loss.device)
+            self._window.check(loss.device)
+            if self._window.is_full:
+                self._close_window(host, updates + 1, loss.device)
         logging_output.update(self._report)  # in all from then on, or fairseq would log None
         return loss, sample_size, logging_output
 
@@ -146,16 +160,15 @@ class UsageReports(FairseqCriterion):
         atexit.register(self._finish_at_exit)  # after the last one no training follows
 
     def _close_window(self, model: HasMemories, updates: int, device: torch.device) -> None:
-        """Report the count of training batches if it is complete."""
+        """Report the count of training batches up to and with this update."""
         assert self._window is not None
-        self._window.check(device)
-        if self._window.is_full:
-            merge_read_times(model)
-            self._window.updates = updates + 1
-            self._window.add_up(device)
+        merge_read_times(model)
+        self._window.updates = updates
+        self._window.add_up(device)
+        if self._window.total:
             self._write(self._window)
             self._report = _to_log(self._window)
-            self._window = None
+        self._window = None
 
     # --- validation ---------------------------------------------------------------------------
 
@@ -165,7 +178,7 @@ class UsageReports(FairseqCriterion):
         subset = sample.get("split", "")
         if subset not in self._validation:
             merge_read_times(host)
-            self._validation[subset] = Count(host, subset, self._tokens)
+            self._validation[subset] = Count(host, subset, self._tokens, self._draws)
         count = self._validation[subset]
         if count.is_full:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
@@ -186,11 +199,12 @@ class UsageReports(FairseqCriterion):
         for subset, count in self._validation.items():
             if count.total and not count.is_full:
                 self._write(count)
-                said = next(iter(count.total.values())).summary(per_head=False)
+                said = next(iter(count.total.values()))
+                wanted = count.budget * said.heads / said.n_slots
                 logger.warning(
-                    f"memory usage: {subset or 'the validation set'} has {said['tokens']} tokens, "
-                    f"fewer than the {count.budget} to count; the top-1 ceiling is "
-                    f"{100 * said['top1_ceiling']:.1f} %"
+                    f"memory usage: {subset or 'the validation set'} has {said.tokens} tokens, "
+                    f"fewer than the {count.budget} to count: {said.draws_per_slot:.3g} draws per "
+                    f"slot in place of {wanted:.3g}; compare its usage at equal draws only"
                 )
         self._validation.clear()
         self._said.clear()

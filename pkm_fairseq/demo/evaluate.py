@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..memory.hosts import new_usage, observing, with_memories
+from ..memory.observe.usage import DRAWS
 from ..models.checkpoints import (
     compare_dictionary,
     load_dictionary,
@@ -93,7 +94,10 @@ def scored(target: Tensor, task: MaskedLMTask) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> Result:
-    """Perplexity on the masked tokens, and memory usage over all tokens, of held-out text.
+    """Perplexity on the masked tokens of held-out text, and memory usage over its tokens.
+
+    Usage is counted over the first tokens, as many as make 100 draws per slot, or over all if the
+    text has fewer.
 
     Raises:
         ValueError: a sequence is too long for the model.
@@ -101,7 +105,7 @@ def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> R
     host = with_memories(model)
     if host is None:
         return Result(_perplexity(model, batches, task), [], {})
-    usage = new_usage(host)
+    usage = new_usage(host, DRAWS)
     with observing(host, usage):
         ppl = _perplexity(model, batches, task)
     memory = [{"layer": layer, **counts.summary()} for layer, counts in sorted(usage.items())]

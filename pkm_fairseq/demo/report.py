@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from ..analysis.draws import below, draw_curves_of_draws
 from ..analysis.svg import draw
 from ..memory.files import write_file
 from .logs import read_log
@@ -16,6 +17,7 @@ from .presets import ARMS, TITLES, Preset, arm_flags
 from .train import HALF, INIT_FLAGS, LOG
 
 COLOURS = {"plain": "#5b6770", "resm_init": "#0072b2", "pkm": "#d55e00"}  # Okabe and Ito
+USAGES = ("_top1_usage", "_topk_usage")  # of the slots; those of sub-keys are in the log only
 
 
 def write_report(
@@ -35,6 +37,11 @@ def write_report(
     logs = {arm: out / "arms" / arm / LOG for arm in ARMS}
     offsets = {"plain": 0, "resm_init": preset.half, "pkm": 0}
     arms = [{key: arm[key] for key in arm if key != "slot_mass"} for arm in evaluation["arms"]]
+    counts = [
+        (f"{TITLES[arm['arm']]}, layer {layer['layer']}", COLOURS[arm["arm"]], layer)
+        for arm in arms
+        for layer in arm["memory"]
+    ]
     report = {**evaluation, "arms": arms, "corpus": corpus, "settings": preset.settings()}
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
@@ -42,10 +49,12 @@ def write_report(
     html = page.render(
         **report,
         titles=TITLES,
+        usage_draws=_draws_of_log(logs),
         colours=COLOURS,
         charts={
             "learning": draw(lambda axes: learning_curves(axes, logs, offsets)),
             "usage": draw(lambda axes: usage_curves(axes, logs, offsets)),
+            "draws": draw(lambda axes: draw_curves_of_draws(axes, counts)),
             "mass": draw(lambda axes: mass_curves(axes, evaluation["arms"])),
         },
         flags={arm: shlex.join(arm_flags(arm, preset)) for arm in ARMS},
@@ -54,6 +63,18 @@ def write_report(
     write_file(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_file(out / "report.html", html)
     return report
+
+
+def _draws_of_log(logs: Dict[str, Path]) -> str:
+    """The draws per slot that the validations of a training counted."""
+    said = {
+        f"{line[key]:.3g}"
+        for arm in ARMS
+        for line in read_log(logs[arm], "valid")
+        for key in line
+        if key.endswith("_draws_per_slot")
+    }
+    return " or ".join(sorted(said)) or "an unknown number of"
 
 
 def learning_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> None:
@@ -82,7 +103,8 @@ def usage_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> 
     """Top-1 and top-k usage over updates, on the validation set."""
     for arm, log in logs.items():
         lines = read_log(log, "valid")
-        for name in sorted(key for line in lines[:1] for key in line if key.endswith("_usage")):
+        keys = {key for line in lines[:1] for key in line if key.endswith(USAGES)}
+        for name in sorted(keys):
             layer, kind, _ = name.removeprefix("memory").split("_")
             axes.plot(
                 [line["num_updates"] + offsets[arm] for line in lines],
@@ -93,7 +115,7 @@ def usage_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> 
             )
     axes.set(xlabel="updates", ylabel="slots used", ylim=(0, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend()
+    below(axes)
 
 
 def mass_curves(axes: Axes, arms: List[Dict[str, Any]]) -> None:

@@ -25,8 +25,8 @@ def print_report(report: Dict[str, Any]) -> None:
 
 def _table(report: Dict[str, Any]) -> Table:
     table = Table("arm", title=f"held-out text, {report['masked_tokens']:,} masked tokens")
-    columns = ("parameters", "updates", "perplexity", "top-1 usage (ceiling)")
-    for column in (*columns, "top-k usage (ceiling)", "KL, nats", "words/s"):
+    columns = ("parameters", "updates", "perplexity", "draws/slot", "top-1 usage (uniform)")
+    for column in (*columns, "top-k usage (uniform)", "KL, nats", "words/s"):
         table.add_column(column, justify="right")
     for arm in report["arms"]:
         table.add_row(
@@ -34,6 +34,7 @@ def _table(report: Dict[str, Any]) -> Table:
             f"{arm['parameters']:,}",
             f"{arm['updates']:,}",
             f"{arm['ppl']:.2f}",
+            ", ".join(f"{layer['draws_per_slot']:.3g}" for layer in arm["memory"]) or "-",
             _usage(arm["memory"], "top1"),
             _usage(arm["memory"], "topk"),
             ", ".join(f"{layer['kl_weighted']:.2f}" for layer in arm["memory"]) or "-",

@@ -14,7 +14,7 @@ from ..models.roberta import PkmRobertaModel
 
 BATCH_SIZE = 16
 USAGE = ("tokens", "top1_usage", "top1_ceiling", "topk_usage", "topk_ceiling", "kl_weighted")
-USAGE += ("gini", "dead_slots")
+USAGE += ("gini", "dead_slots", "draws_per_slot")
 
 
 def measure_memory(before: Path, after: Path, task: Any, n_tokens: int) -> Dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Protocol
 from .lookup import Observer
 from .memory import ProductKeyMemory
 from .observe.staleness import ReadTimes, merge_over_workers
-from .observe.usage import MemoryUsage
+from .observe.usage import MemoryUsage, tokens_for_draws
 from .run import RunState
 
 
@@ -64,10 +64,19 @@ def merge_read_times(model: HasMemories) -> None:
     merge_over_workers([layer.reads for _, layer in layers], model.run.group())
 
 
-def new_usage(model: HasMemories) -> Dict[int, MemoryUsage]:
-    """Counters at zero, one for each memory layer, by layer index."""
-    configs = {index: layer.memory.config for index, layer in model.memory_layers().items()}
-    return {index: MemoryUsage(c.n_slots, c.heads) for index, c in configs.items()}
+def new_usage(model: HasMemories, draws: Optional[int] = None) -> Dict[int, MemoryUsage]:
+    """Counters at zero, one for each memory layer, by layer index.
+
+    Args:
+        model: whose memories are to be counted.
+        draws: count so many draws per slot and then no more; None counts all.
+    """
+    usage = {}
+    for index, layer in model.memory_layers().items():
+        shape = layer.memory.config.n_slots, layer.memory.config.heads
+        tokens = None if draws is None else tokens_for_draws(*shape, draws)
+        usage[index] = MemoryUsage(*shape, max_tokens=tokens)
+    return usage
 
 
 @contextmanager

@@ -43,6 +43,7 @@ FLAGS = {
     "--memory-shards",
     "--memory-share-values",
     "--memory-usage-interval",
+    "--memory-usage-draws",
     "--memory-usage-tokens",
     "--memory-value-clip-norm",
     "--memory-value-dtype",
@@ -57,6 +58,11 @@ ARCHS = {
 COMMAND = ["data", "--task=pkm_masked_lm", "--criterion=pkm_masked_lm", "--optimizer=pkm_adam"]
 SUMMARY = {
     "n_slots",
+    "draws_per_slot",
+    "holds_1",
+    "holds_10",
+    "holds_100",
+    "effective_neighbours",
     "tokens",
     "top1_usage",
     "topk_usage",
@@ -229,7 +235,9 @@ def test_usage_summary_has_these_keys():
     usage = MemoryUsage(4, 1)
     usage.update(torch.tensor([[[0, 1]]]), torch.tensor([[[0.5, 0.5]]]))
     summary = usage.summary()
-    assert set(summary) == SUMMARY | {"heads"}
+    assert set(summary) == SUMMARY | {"heads", "curve", "extrapolation"}
+    assert set(summary.pop("extrapolation")) == {"top1", "topk"}
+    assert set(summary.pop("curve")[0]) == {"draws_per_slot", "top1_usage", "topk_usage"}
     (head,) = summary.pop("heads")
     assert set(head) == SUMMARY - {"n_slots", "tokens"}
     for said in (summary, head):

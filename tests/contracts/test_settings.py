@@ -54,6 +54,7 @@ BAD = {
     "memory_value_lr": (-1e-3, ["memory-value-lr is -0.001", "at least 0"]),
     "memory_value_clip_norm": (-1.0, ["memory-value-clip-norm is -1.0", "at least 0"]),
     "memory_usage_interval": (-1, ["memory-usage-interval is -1", "at least 0"]),
+    "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
     "memory_usage_tokens": (-5, ["memory-usage-tokens is -5", "at least 0"]),
     "glue_metrics": ("bleu", ["--glue-metrics names bleu", "accuracy, f1, mcc"]),
 }

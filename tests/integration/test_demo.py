@@ -95,7 +95,7 @@ def test_the_search_of_both_memories_is_validated(finished: "tuple[Path, Run]") 
 
 def test_the_page_needs_no_network(finished: "tuple[Path, Run]") -> None:
     page = (finished[0] / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", page)
     assert not re.search(r"@import|<script|<link", page)
 

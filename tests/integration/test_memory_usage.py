@@ -177,9 +177,9 @@ def test_a_short_text_is_said_and_read_to_its_end(
     options = ["--checkpoint", trained / "checkpoint_last.pt", "--text", text, "--json", file]
     done = run_well(sys.executable, SCRIPT, *options, "--dict", evil_data / "dict.txt")
     (line,) = (line for line in done.output.splitlines() if line.startswith("warning:"))
-    # 256 slots, 2 heads: 384 tokens for 95 %; <s>, 5 words and 2 ends of lines are 8
-    assert "has only 8 of the 384 tokens wanted" in line
-    assert "top-1 usage of 6.1 %" in line  # 1 - exp(-16 / 256)
+    # 256 slots, 2 heads: 12,800 tokens are 100 draws; <s>, 5 words and 2 ends of lines are 8
+    assert "has only 8 of the 12,800 tokens wanted" in line
+    assert "0.0625 draws per slot in place of 100" in line
     assert json.loads(file.read_text())["checkpoints"][0]["layers"][0]["tokens"] == 8
 
 

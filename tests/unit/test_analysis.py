@@ -436,19 +436,32 @@ def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
     def refuse(*_: Any) -> None:
         raise ValueError("memories are in layers [0] before, [1] after")
 
-    monkeypatch.setattr(analyse, "open_checkpoint", lambda name, *_: SimpleNamespace(name=name))
+    def opened(name: str, *_: Any) -> SimpleNamespace:
+        return SimpleNamespace(name=name, masking=None)
+
+    monkeypatch.setattr(analyse, "open_checkpoint", opened)
     monkeypatch.setattr(analyse, "_drift", refuse)
     monkeypatch.setattr(analyse, "_text_for", lambda *_: [])
     monkeypatch.setattr(
-        analyse, "examine", lambda opened, *_: examine.Examined({"name": opened.name}, {})
+        analyse,
+        "examine",
+        lambda opened, *_: examine.Examined(
+            {"name": opened.name, "layers": [{"layer": 1, "draws_per_slot": draws[opened.name]}]},
+            {},
+        ),
     )
+    draws = {"a": 100, "b": 23.4}
     args = Namespace(checkpoint=["a=x", "b=y"], log=[], data="d", text=None, split="valid", hot=1)
+    args.unmasked = True
     warnings: List[str] = []
     found = analyse.analyse(args, lambda *_: lambda n: None, warnings.append).report
     assert [checkpoint["name"] for checkpoint in found["checkpoints"]] == ["a", "b"]
     assert found["drift"] == []
     assert found["notes"] == warnings
-    assert warnings == ["no drift from a to b: memories are in layers [0] before, [1] after"]
+    drift, unequal = warnings
+    assert drift == "no drift from a to b: memories are in layers [0] before, [1] after"
+    assert "a, layer 1: 100; b, layer 1: 23.4" in unequal
+    assert "at 23.4 draws per slot or fewer" in unequal
 
 
 def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
@@ -477,6 +490,10 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
         ({}, "nothing to look at"),
         ({"checkpoint": ["a"]}, "needs a text"),
         ({"checkpoint": ["a"], "data": "d", "tokens": 0}, "--tokens is 0, must be at least 1"),
+        ({"checkpoint": ["a"], "data": "d", "draws": 0}, "--draws is 0, must be at least 1"),
+        ({"checkpoint": ["a"], "data": "d", "draws": 3, "tokens": 5}, "give one of them"),
+        ({"log": ["a"], "draws": 7}, "--draws has no effect without --checkpoint"),
+        ({"log": ["a"], "unmasked": True}, "--unmasked has no effect without --checkpoint"),
         ({"checkpoint": ["a"], "data": "d", "hot": 0}, "--hot is 0"),
         ({"checkpoint": ["a"], "data": "d", "probe": 5}, "--probe has no effect without two"),
         ({"checkpoint": ["a", "b"], "data": "d", "probe": -1}, "--probe is -1"),
@@ -488,7 +505,7 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
 )
 def test_options_that_are_impossible_or_without_effect(given: Dict[str, Any], match: str) -> None:
     names = ("data", "text", "split", "sentencepiece_model", "dict", "tokens", "hot", "probe")
-    args = Namespace(checkpoint=[], log=[], **dict.fromkeys(names))
+    args = Namespace(checkpoint=[], log=[], unmasked=False, **dict.fromkeys((*names, "draws")))
     vars(args).update(given)
     with pytest.raises(ValueError, match=match):
         analyse.check_options(args)

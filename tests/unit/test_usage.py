@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import MemoryUsage
-from pkm_fairseq.memory.observe.usage import COUNTERS, tokens_for_ceiling, uniform_ceiling
+from pkm_fairseq.memory.observe.usage import COUNTERS, tokens_for_draws, uniform_ceiling
 
 
 def summary_of(slots, weights, n_slots):
@@ -182,6 +182,8 @@ def test_merged_halves_are_the_whole():
     for name in COUNTERS:
         assert torch.allclose(getattr(left, name).double(), getattr(whole, name).double()), name
     merged, expected = left.summary(), whole.summary()
+    assert merged.pop("curve") == expected.pop("curve")
+    assert merged.pop("extrapolation") == expected.pop("extrapolation")
     for ours, theirs in zip(merged.pop("heads"), expected.pop("heads"), strict=True):
         assert ours == pytest.approx(theirs)
     assert merged == pytest.approx(expected)
@@ -340,14 +342,72 @@ def test_no_budget_is_never_full():
     assert not usage.is_full
 
 
-@pytest.mark.parametrize(("n_slots", "heads"), [(262_144, 4), (65_536, 4), (4_096, 4), (25, 2)])
-def test_budget_for_a_ceiling_is_the_smallest_that_reaches_it(n_slots, heads):
-    tokens = tokens_for_ceiling(n_slots, heads)
-    assert uniform_ceiling(tokens * heads, n_slots) >= 0.95
-    assert uniform_ceiling((tokens - 1) * heads, n_slots) < 0.95
+@pytest.mark.parametrize(("n_slots", "heads"), [(262_144, 4), (4_096, 4), (25, 2), (25, 3)])
+@pytest.mark.parametrize("draws", [1, 3, 100])
+def test_tokens_for_draws_are_the_fewest_that_make_them(n_slots, heads, draws):
+    tokens = tokens_for_draws(n_slots, heads, draws)
+    assert tokens * heads >= draws * n_slots > (tokens - 1) * heads
 
 
-@pytest.mark.parametrize("ceiling", [0, 1, 1.5, -0.1])
-def test_a_ceiling_out_of_range_is_an_error(ceiling):
-    with pytest.raises(ValueError, match=str(ceiling)):
-        tokens_for_ceiling(25, 2, ceiling)
+def test_less_than_one_draw_is_an_error():
+    with pytest.raises(ValueError, match="draws are 0"):
+        tokens_for_draws(25, 2, 0)
+
+
+# --- draws, thresholds, neighbours ------------------------------------------------------------
+
+
+def test_draws_per_slot_of_a_memory_and_of_a_head():
+    usage = MemoryUsage(30, 2)
+    usage.update(*random_lookup(60))
+    summary = usage.summary()
+    assert summary["draws_per_slot"] == usage.draws_per_slot == 4
+    assert [head["draws_per_slot"] for head in summary["heads"]] == [2, 2]
+
+
+def test_the_curve_ends_in_what_was_counted_and_has_round_draws_before():
+    usage = MemoryUsage(30, 2)
+    usage.update(*random_lookup(160))
+    summary = usage.summary()
+    assert [point["draws_per_slot"] for point in summary["curve"]] == [1, 3, 10, 160 * 2 / 30]
+    last = summary["curve"][-1]
+    assert last["top1_usage"] == pytest.approx(summary["top1_usage"], abs=1e-12)
+    assert last["topk_usage"] == pytest.approx(summary["topk_usage"], abs=1e-12)
+
+
+def test_the_curve_of_merged_counts_is_that_of_the_whole():
+    slots, weights = random_lookup(160)
+    whole, parts = MemoryUsage(30, 2), MemoryUsage(30, 2)
+    whole.update(slots, weights)
+    for at in range(0, 160, 40):
+        part = MemoryUsage(30, 2)
+        part.update(slots[at : at + 40], weights[at : at + 40])
+        parts.merge(part)
+    assert parts.curve() == whole.curve()
+    assert parts.extrapolation() == whole.extrapolation()
+
+
+def test_a_slot_read_with_no_weight_is_in_no_top_k_usage_of_the_curve():
+    usage = MemoryUsage(4, 1)
+    usage.update(torch.tensor([[[0, 1]]] * 4), torch.tensor([[[1.0, 0.0]]] * 4))
+    assert [point["topk_usage"] for point in usage.curve()] == [0.25]
+
+
+def test_shares_of_slots_that_hold_a_share_of_the_uniform_weight():
+    # 4 slots, weights 1.5, 0.49, 0.01, 0 of 2: uniform is 0.5
+    summary = summary_of([[[0, 1]], [[0, 2]]], [[[0.51, 0.49]], [[0.99, 0.01]]], n_slots=4)
+    assert (summary["holds_1"], summary["holds_10"], summary["holds_100"]) == (0.75, 0.5, 0.25)
+
+
+def test_equal_slots_all_hold_the_uniform_share():
+    slots = torch.arange(30).view(15, 1, 2)
+    usage = MemoryUsage(30, 1)
+    usage.update(slots, torch.full((15, 1, 2), 0.5))
+    assert usage.summary()["holds_100"] == 1
+
+
+def test_flat_look_ups_have_as_many_neighbours_as_knn_and_sharp_ones_have_one():
+    flat = summary_of([[[0, 1, 2, 3]]], [[[0.25] * 4]], n_slots=9)
+    sharp = summary_of([[[0, 1, 2, 3]]], [[[1.0, 0, 0, 0]]], n_slots=9)
+    assert flat["effective_neighbours"] == pytest.approx(4)
+    assert sharp["effective_neighbours"] == 1

@@ -17,7 +17,7 @@ from pkm_fairseq.memory.observe.log import (
     save_initial_values,
     whole_values,
 )
-from pkm_fairseq.memory.observe.usage import tokens_for_ceiling
+from pkm_fairseq.memory.observe.usage import tokens_for_draws
 from pkm_fairseq.tasks.common import TellsEndOfValidation
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 
@@ -197,12 +197,47 @@ def test_the_first_tokens_are_counted_and_no_more(tmp_path):
     assert logs[1]["memory0_gini"] == logs[2]["memory0_gini"] == expected["gini"]
 
 
-def test_without_an_option_uniform_routing_would_reach_95_per_cent(tmp_path):
-    criterion, model = criterion_of(tmp_path, memory_usage_tokens=0), model_of()
-    budget = tokens_for_ceiling(25, 2)
-    logs = validate(criterion, model, *[sample_of(seed=seed) for seed in range(4)])
-    assert logs[-1]["memory0_tokens"] == budget < 60
-    assert logs[-1]["memory0_top1_ceiling"] >= 0.95
+@pytest.mark.parametrize(("options", "draws"), [({}, 100), ({"memory_usage_draws": 3}, 3)])
+def test_a_count_is_of_so_many_draws_per_slot(tmp_path, options, draws):
+    options = {"memory_usage_tokens": 0, **options}
+    criterion, model = criterion_of(tmp_path, **options), model_of()
+    update(criterion, model, 0)
+    lengths = [7] * 40
+    logs = validate(criterion, model, *[sample_of(lengths, seed=seed) for seed in range(6)])
+    assert logs[-1]["memory0_tokens"] == tokens_for_draws(25, 2, draws) < 6 * 40 * 7
+    assert logs[-1]["memory0_draws_per_slot"] == pytest.approx(draws, rel=0.02)
+    (line,) = read_usage_log(tmp_path / FILE)[1]
+    rounded = [point["draws_per_slot"] for point in line["layers"][0]["curve"]]
+    assert rounded[:2] == [1, 3] and rounded[-1] == logs[-1]["memory0_draws_per_slot"]
+
+
+def test_a_training_count_ends_when_the_next_is_due_with_the_draws_it_has(tmp_path):
+    options = {"memory_usage_tokens": 0, "memory_usage_interval": 3}
+    criterion, model = criterion_of(tmp_path, **options), model_of()
+    logs = [update(criterion, model, finished, seed=finished) for finished in range(7)]
+    lines = read_usage_log(tmp_path / FILE)[1]
+    assert [(line["update"], line["split"]) for line in lines] == [(3, "train"), (6, "train")]
+    for line, finished in zip(lines, (0, 3), strict=True):
+        again = model_of().train()
+        with again.record_memory_usage() as exact:
+            for step in range(finished, finished + 3):
+                again(**sample_of(seed=step)["net_input"])
+        for said in line["layers"]:
+            assert said["tokens"] == 45  # of 1250 wanted
+            assert said["draws_per_slot"] == 45 * 2 / 25
+            if not finished:  # later, statistics of the query have moved on
+                assert said["top1_usage"] == exact[said["layer"]].summary()["top1_usage"]
+    assert logs[3]["memory0_draws_per_slot"] == 45 * 2 / 25
+    assert "memory0_draws_per_slot" not in logs[2]
+
+
+def test_a_training_count_holds_all_batches_of_its_updates(tmp_path):
+    options = {"memory_usage_tokens": 0, "memory_usage_interval": 1}
+    criterion, model = criterion_of(tmp_path, **options), model_of()
+    for finished in (0, 0, 1):  # the first update accumulates two batches
+        update(criterion, model, finished)
+    (line,) = read_usage_log(tmp_path / FILE)[1]
+    assert (line["update"], line["layers"][0]["tokens"]) == (1, 30)
 
 
 def test_a_validation_set_that_is_too_small_is_counted_whole_and_said(tmp_path, caplog):
@@ -216,7 +251,7 @@ def test_a_validation_set_that_is_too_small_is_counted_whole_and_said(tmp_path, 
     (said,) = [r.getMessage() for r in caplog.records if "fewer" in r.getMessage()]
     assert "30 tokens" in said
     assert "100" in said
-    assert "90.9 %" in said  # 1 - exp(-60 / 25)
+    assert "2.4 draws per slot in place of 8" in said  # 60 / 25, 200 / 25
 
 
 def test_a_task_of_the_plugin_has_it_counted_before_the_checkpoint_is_saved(tmp_path):

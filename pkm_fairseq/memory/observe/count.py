@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..hosts import HasMemories, new_usage
 from .staleness import movement, summarise
-from .usage import MemoryUsage, tokens_for_ceiling
+from .usage import DRAWS, MemoryUsage, tokens_for_draws
 
 REPORTED = (
     "tokens",
+    "draws_per_slot",
     "top1_usage",
     "topk_usage",
     "top1_ceiling",
@@ -22,6 +23,10 @@ REPORTED = (
     "dead_slots",
     "top1_weight",
     "entropy",
+    "effective_neighbours",
+    "holds_1",
+    "holds_10",
+    "holds_100",
     "subkey1_usage",
     "subkey2_usage",
 )
@@ -34,7 +39,8 @@ class Count:
     Args:
         model: whose memories are counted; its run says who the workers are.
         split: what the tokens are of.
-        tokens: how many to count; 0 means as many as let uniform routing reach 95 % of the slots.
+        tokens: how many to count; 0 means as many as make ``draws``.
+        draws: first choices per slot to count.
 
     Attributes:
         usage: this worker's counters, by layer.
@@ -42,12 +48,12 @@ class Count:
         updates: updates of the training, that under way included; None outside a training.
     """
 
-    def __init__(self, model: HasMemories, split: str, tokens: int) -> None:
+    def __init__(self, model: HasMemories, split: str, tokens: int = 0, draws: int = DRAWS) -> None:
         self.split = split
         self.group = model.run.group()
         self.layers = model.memory_layers()
         memory = next(iter(self.layers.values())).memory  # all have the same settings
-        self.budget = tokens or tokens_for_ceiling(memory.config.n_slots, memory.config.heads)
+        self.budget = tokens or tokens_for_draws(memory.config.n_slots, memory.config.heads, draws)
         self.usage: Dict[int, MemoryUsage] = new_usage(model)
         world = 1 if self.group is None else dist.get_world_size(self.group)
         for usage in self.usage.values():

@@ -1,13 +1,16 @@
 """How much of a memory is used: counters that merge, and what they say."""
 
 import math
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from ..lookup import Observation
+from .richness import extrapolated, rarefied, round_draws
 
+DRAWS = 100  # per slot, in one count; our choice
+HOLDS = (1, 10, 100)  # per cent of the uniform share of weight
 TIE = 1e-10  # a share that is missed by less is met but for rounding
 
 COUNTERS = ("top1_count", "read_count", "read_mass", "top1_weight", "entropy")
@@ -45,6 +48,11 @@ class MemoryUsage:
         self.read_mass = torch.zeros(heads, n_slots, dtype=torch.float64)
         self.top1_weight = torch.zeros(heads, dtype=torch.float64)
         self.entropy = torch.zeros(heads, dtype=torch.float64)
+
+    @property
+    def draws_per_slot(self) -> float:
+        """First choices counted, per slot of the memory: tokens x heads / n_slots."""
+        return self.tokens * self.heads / self.n_slots
 
     @property
     def is_full(self) -> bool:
@@ -122,22 +130,28 @@ class MemoryUsage:
         """What the counts say, of the memory as a whole and of each head.
 
         Args:
-            per_head: False leaves out ``heads``.
+            per_head: False leaves out ``heads``, ``curve`` and ``extrapolation``.
 
         Returns:
-            ``n_slots``, ``tokens``; ``top1_usage`` and ``topk_usage``: share of slots that were
+            ``n_slots``, ``tokens``; ``draws_per_slot``: tokens x heads / n_slots, without which
+            a usage says nothing; ``top1_usage`` and ``topk_usage``: share of slots that were
             a first choice, and that received weight (Kim & Jung 2020, by a
             secondary source; Lample et al. 2019);
             ``top1_ceiling`` and ``topk_ceiling``: the usage that uniform random routing of as
             many tokens is expected to reach; ``dead_slots``: slots that received no weight;
-            ``kl_weighted`` and ``kl_unweighted``: divergence of the weight, and of the read
+            ``holds_1``, ``holds_10``, ``holds_100``: share of slots that received at least that
+            percentage of the weight that uniform routing would give each; ``kl_weighted`` and
+            ``kl_unweighted``: divergence of the weight, and of the read
             counts, from uniform, in nats (Lample et al. 2019); ``gini`` of the weight;
             ``slots_50``, ``slots_90``, ``slots_99``: fewest slots that hold that percentage
             of the weight; ``top1_weight``: mean weight of a first choice; ``entropy``: mean
             entropy of the weights of one head's look-up, in nats, at most log knn;
+            ``effective_neighbours``: exp of the entropy, at most knn: where it is near knn, all
+            neighbours weigh alike and the first choice is hardly one;
             ``subkey1_usage`` and ``subkey2_usage``: share of the heads' sub-keys of each half
-            that received weight, where n_slots is a square; ``heads``: for each head all of this
-            but ``n_slots`` and ``tokens``.
+            that received weight, where n_slots is a square; ``curve`` and ``extrapolation``, see
+            :meth:`curve` and :meth:`extrapolation`; ``heads``: for each head all of this
+            but ``n_slots``, ``tokens``, ``curve`` and ``extrapolation``.
 
         Raises:
             ValueError: no token was counted.
@@ -147,7 +161,44 @@ class MemoryUsage:
         whole = {"n_slots": self.n_slots, "tokens": self.tokens, **self._describe(slice(None))}
         if not per_head:
             return whole
-        return {**whole, "heads": [self._describe(slice(h, h + 1)) for h in range(self.heads)]}
+        heads = [self._describe(slice(h, h + 1)) for h in range(self.heads)]
+        more = {"curve": self.curve(), "extrapolation": self.extrapolation()}
+        return {**whole, **more, "heads": heads}
+
+    def curve(self) -> List[Dict[str, float]]:
+        """The usage that fewer draws would have shown: 1, 3, 10, ... per slot, and all.
+
+        A draw is a query, one head's look-up for one token. Its first choice is the draw of the
+        top-1 usage. For the top-k usage a query is drawn with all its ``knn`` reads, so both
+        usages stand at the same number of draws.
+
+        Returns:
+            Ascending, each ``draws_per_slot``, ``top1_usage`` and ``topk_usage``.
+        """
+        queries = self.tokens * self.heads
+        points = round_draws(self.draws_per_slot)
+        if not points or points[-1] != self.draws_per_slot:
+            points.append(self.draws_per_slot)
+        draws = [min(queries, round(x * self.n_slots)) for x in points]
+        shares = (rarefied(counts, queries, draws) for counts in self._hits())
+        return [
+            {"draws_per_slot": x, "top1_usage": top1, "topk_usage": topk}
+            for x, top1, topk in zip(points, *shares, strict=True)
+        ]
+
+    def extrapolation(self) -> Dict[str, Dict[str, float]]:
+        """The usage that ever more draws would reach, ``top1`` and ``topk``.
+
+        Each is ``usage``, ``error`` and ``coverage`` of
+        :func:`pkm_fairseq.memory.observe.richness.extrapolated`.
+        """
+        queries, (top1, topk) = self.tokens * self.heads, self._hits()
+        return {"top1": extrapolated(top1, queries), "topk": extrapolated(topk, queries)}
+
+    def _hits(self) -> Tuple[Tensor, Tensor]:
+        """In how many queries each slot was the first choice, and received weight: (n_slots,)."""
+        reads = self.read_count.sum(0)
+        return self.top1_count.sum(0), reads.masked_fill(self.read_mass.sum(0) == 0, 0)
 
     def _describe(self, heads: slice) -> Dict[str, Union[int, float]]:
         """What the counts of some heads, taken together, say."""
@@ -157,7 +208,9 @@ class MemoryUsage:
         used = int((mass > 0).sum())
         queries = self.tokens * len(self.entropy[heads])
         ascending = mass.sort().values
+        entropy = float(self.entropy[heads].sum()) / queries
         return {
+            "draws_per_slot": queries / self.n_slots,
             "top1_usage": int((top1 > 0).sum()) / self.n_slots,
             "topk_usage": used / self.n_slots,
             "top1_ceiling": uniform_ceiling(queries, self.n_slots),
@@ -167,8 +220,10 @@ class MemoryUsage:
             "kl_unweighted": kl_from_uniform(reads),
             "gini": gini(ascending),
             **slots_that_hold(ascending),
+            **slots_that_get(mass),
             "top1_weight": float(self.top1_weight[heads].sum()) / queries,
-            "entropy": float(self.entropy[heads].sum()) / queries,
+            "entropy": entropy,
+            "effective_neighbours": math.exp(entropy),
             **self._subkey_usage(heads),
         }
 
@@ -220,20 +275,32 @@ def uniform_ceiling(queries: int, n_slots: int) -> float:
     return -math.expm1(-queries / n_slots)
 
 
-def tokens_for_ceiling(n_slots: int, heads: int, ceiling: float = 0.95) -> int:
-    """Fewest tokens with which uniform routing is expected to reach this top-1 usage.
+def tokens_for_draws(n_slots: int, heads: int, draws: int = DRAWS) -> int:
+    """Fewest tokens that make so many draws per slot.
 
     Args:
         n_slots: slots of the memory.
         heads: heads of the memory, each of which has one first choice per token.
-        ceiling: share of slots, in (0, 1).
+        draws: per slot, at least 1.
 
     Raises:
-        ValueError: the ceiling is out of range.
+        ValueError: the draws are out of range.
     """
-    if not 0 < ceiling < 1:
-        raise ValueError(f"ceiling is {ceiling}, must be between 0 and 1")
-    return math.ceil(-math.log1p(-ceiling) * n_slots / heads)
+    if draws < 1:
+        raise ValueError(f"draws are {draws} per slot, must be at least 1")
+    return -(-draws * n_slots // heads)
+
+
+def slots_that_get(mass: Tensor) -> Dict[str, float]:
+    """Share of slots that hold at least 1, 10 and 100 % of the uniform share, as ``holds_1`` ...
+
+    Rounding of the sums is allowed for, as in :func:`slots_that_hold`.
+
+    Args:
+        mass: (n_slots,), weight that each slot received.
+    """
+    shares = mass / mass.mean() * (1 + TIE)
+    return {f"holds_{p}": float((shares >= p / 100).double().mean()) for p in HOLDS}
 
 
 def slots_that_hold(ascending: Tensor) -> Dict[str, int]:
