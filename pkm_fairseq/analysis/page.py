@@ -10,7 +10,7 @@ from ..memory.files import write_file
 from . import tables
 from .curves import draw_curves, logs_of_checkpoints
 from .plots import COLOURS, Chart, charts_of_checkpoints
-from .report import Analysis
+from .analyse import Analysis
 
 
 def write_charts(analysis: Analysis, folder: Path) -> None:
