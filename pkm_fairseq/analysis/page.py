@@ -8,9 +8,9 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..memory.files import write_file
 from . import tables
+from .analyse import Analysis
 from .curves import draw_curves, logs_of_checkpoints
 from .plots import COLOURS, Chart, charts_of_checkpoints
-from .analyse import Analysis
 
 
 def write_charts(analysis: Analysis, folder: Path) -> None:
