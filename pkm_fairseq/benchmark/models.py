@@ -219,8 +219,7 @@ def build(model: Model, seed: int, save_dir: str) -> Run:
     task = TASK_REGISTRY[cfg.task._name](cfg.task, dictionary)  # not setup_task: it reads files
     built = task.build_model(cfg.model)
     if not model.counts:
-        for layer in built.memory_layers().values():
-            layer.memory.observers.remove(layer.reads)  # as outside a training
+        built.set_num_updates = lambda updates: None  # as outside a training
     trainer = Trainer(cfg, task, built, task.build_criterion(cfg.criterion))
     generator = torch.Generator().manual_seed(seed)  # the same batches for every model
     samples = [sample(dictionary, generator) for _ in range(BATCHES)]
