@@ -652,7 +652,7 @@ def test_the_uncounted_model_counts_no_read_and_the_other_does(name, counts, tmp
     run = models.build(models.SMALL_MODELS[name], seed=1, save_dir=str(tmp_path))
     calls = MemoryUsage.update, ReadTimes.record
     ticks = iter(range(100))
-    with counting.stopwatch(run.trainer.criterion, lambda: next(ticks)) as laps:
+    with counting.stopwatch(lambda: next(ticks)) as laps:
         run.train_step(0)()
     assert laps == ([1, 1, 1] if counts else [])  # two in the layer, one after it
     assert calls == (MemoryUsage.update, ReadTimes.record)
