@@ -13,7 +13,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
-POSITIVE_CLASS = 1
+from ..models.labels import label_names
+
 DIGITS = 2  # of the per cent that are logged
 ROWS = "glue_rows"
 MARK = "glue_metric_"
@@ -22,9 +23,7 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 CLASS_METRICS: Dict[str, Metric] = {
     "accuracy": accuracy_score,
-    "f1": lambda targets, predictions: f1_score(
-        targets == POSITIVE_CLASS, predictions == POSITIVE_CLASS, zero_division=0
-    ),
+    "f1": lambda targets, predictions: f1_score(targets, predictions, zero_division=0),
     "mcc": lambda targets, predictions: _of_varying(matthews_corrcoef, targets, predictions),
 }
 SCORE_METRICS: Dict[str, Metric] = {
@@ -33,15 +32,16 @@ SCORE_METRICS: Dict[str, Metric] = {
 }
 
 
-def score(metric: str, predictions: Any, targets: Any) -> float:
+def score(metric: str, predictions: Any, targets: Any, positive: Any = 1) -> float:
     """One of GLUE's metrics, in per cent.
 
     A correlation (mcc, pearson, spearman) with something constant is 0.
 
     Args:
-        metric: accuracy, f1 (of class 1), mcc (Matthews), pearson or spearman.
-        predictions: class ids, or scores as :func:`clip_scores` leaves them, (N,).
+        metric: accuracy, f1, mcc (Matthews), pearson or spearman.
+        predictions: labels (names or numbers), or scores as :func:`clip_scores` leaves them, (N,).
         targets: the true ones, (N,).
+        positive: the label that f1 is of.
 
     Raises:
         ValueError: the metric is unknown, or the lengths differ or are 0.
@@ -54,6 +54,8 @@ def score(metric: str, predictions: Any, targets: Any) -> float:
         raise ValueError(
             f"{len(predictions)} predictions for {len(targets)} targets: must be as many, and some"
         )
+    if metric == "f1":
+        predictions, targets = predictions == positive, targets == positive
     return 100 * float(known[metric](targets, predictions))
 
 
@@ -68,7 +70,7 @@ def clip_scores(scores: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 def _of_varying(metric: Metric, targets: np.ndarray, predictions: np.ndarray) -> float:
     """A correlation; 0 if one side is constant, where it is not defined."""
-    if np.ptp(targets) == 0 or np.ptp(predictions) == 0:
+    if (targets == targets[0]).all() or (predictions == predictions[0]).all():
         return 0.0
     return metric(targets, predictions)
 
@@ -78,13 +80,17 @@ class GlueMetrics(FairseqCriterion):
 
     Each validation batch's logging output carries its rows (id, prediction, target) of all
     workers. They are collected by a meter of fairseq's own, and the metrics derived from all of
-    them, each row once: workers that ran out of batches see rows again.
+    them, each row once: workers that ran out of batches see rows again. Where f1 is chosen, the
+    rows hold whether a label is the positive one, which no other metric of two classes minds.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
         super().__init__(cfg, task)
         names = safe_getattr(cfg, "glue_metrics") or ""
         self._glue_metrics = _checked(names, cfg.regression_target, task)
+        self._positive = None  # the class of the label that f1 is of
+        if "f1" in self._glue_metrics:
+            self._positive = _class_of(safe_getattr(cfg, "glue_positive_label", "1"), task)
 
     def forward(
         self, model: Any, sample: Dict[str, Any], reduce: bool = True
@@ -95,6 +101,8 @@ class GlueMetrics(FairseqCriterion):
         with _outputs_of(model.classification_heads[self.classification_head_name]) as outputs:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
         predictions, targets = self._predicted(outputs[-1]), sample["target"].view(-1)
+        if self._positive is not None:
+            predictions, targets = predictions == self._positive, targets == self._positive
         rows = torch.stack([x.double() for x in (sample["id"], predictions, targets)], dim=1)
         logging_output[ROWS] = rows_of_workers(rows).cpu()  # (rows of all workers, 3)
         # fairseq may sum logging outputs over workers: this says by how much
@@ -126,6 +134,17 @@ def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
     if "f1" in chosen and task.cfg.num_classes != 2:
         raise ValueError(f"--glue-metrics f1 needs --num-classes 2, not {task.cfg.num_classes}")
     return chosen
+
+
+def _class_of(label: str, task: Any) -> int:
+    """The class of a label, which need not be its own number: dictionaries sort by frequency."""
+    dictionary = task.label_dictionary
+    if label not in dictionary:
+        raise SystemExit(
+            f"--glue-metrics f1 is of label {label!r}, but the label dictionary has "
+            f"{', '.join(label_names(dictionary))}: name one with --glue-positive-label"
+        )
+    return int(dictionary.index(label)) - dictionary.nspecial
 
 
 @contextmanager

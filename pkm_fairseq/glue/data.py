@@ -1,6 +1,7 @@
 """Prepared tasks, as ``prepare_glue.py`` leaves them."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -40,6 +41,11 @@ class PreparedTask:
     def is_regression(self) -> bool:
         """Whether a score is predicted, and not a class."""
         return not self.labels
+
+    @property
+    def positive(self) -> str:
+        """The label that F1 is of: the second."""
+        return self.labels[1]
 
 
 def prepared_tasks(data: Path, names: Optional[Sequence[str]] = None) -> List[PreparedTask]:
@@ -82,14 +88,16 @@ def majority_baseline(task: PreparedTask) -> Dict[str, float]:
 
     Of a regression that is any constant: its correlations are 0.
     """
-    scores = {}
+    scores: Dict[str, float] = {}
+    trained = Counter([] if task.is_regression else _labels(task, "train"))
     for split in task.dev_splits:
         if task.is_regression:
             scores |= {dev_name(metric, split): 0.0 for metric in task.metrics}
             continue
-        targets = _classes(task, split)
-        answers = np.full_like(targets, np.bincount(_classes(task, "train")).argmax())
-        scores |= {dev_name(m, split): score(m, answers, targets) for m in task.metrics}
+        targets = _labels(task, split)
+        answers = np.full_like(targets, max(task.labels, key=trained.__getitem__))
+        for metric in task.metrics:
+            scores[dev_name(metric, split)] = score(metric, answers, targets, task.positive)
     return scores
 
 
@@ -116,8 +124,8 @@ def _read(folder: Path) -> PreparedTask:
         raise ValueError(f"{file} is not as prepare_glue.py writes it: prepare it again") from None
 
 
-def _classes(task: PreparedTask, split: str) -> np.ndarray:
-    """Class ids of a split, (N,)."""
+def _labels(task: PreparedTask, split: str) -> np.ndarray:
+    """The labels of a split, by name, (N,)."""
     dictionary = Dictionary.load(str(task.folder / "label" / "dict.txt"))
     labels = data_utils.load_indexed_dataset(str(task.folder / "label" / split), dictionary)
-    return np.array([int(label[0]) for label in labels]) - dictionary.nspecial
+    return np.array([dictionary[int(label[0])] for label in labels])

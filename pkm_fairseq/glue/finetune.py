@@ -152,6 +152,7 @@ def _fixed_flags(arm: Arm, task: PreparedTask) -> List[str]:
         "task": "pkm_sentence_prediction",
         "criterion": "pkm_sentence_prediction",
         "glue-metrics": ",".join(task.metrics),
+        **_positive_label(task),
         "num-classes": 1 if task.is_regression else len(task.labels),
         "init-token": 0,  # <s> a </s></s> b </s>, as RoBERTa
         "separator-token": 2,
@@ -169,6 +170,12 @@ def _fixed_flags(arm: Arm, task: PreparedTask) -> List[str]:
     flags += ["--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", *arm.flags]
     flags += ["--regression-target"] if task.is_regression else []
     return flags if torch.cuda.is_available() else [*flags, "--cpu", "--num-workers", "0"]
+
+
+def _positive_label(task: PreparedTask) -> Dict[str, str]:
+    """The label that F1 is of, where it is not the option's default."""
+    is_asked = "f1" in task.metrics and task.positive != "1"
+    return {"glue-positive-label": task.positive} if is_asked else {}
 
 
 def parse_flags(flags: Sequence[str]) -> Any:

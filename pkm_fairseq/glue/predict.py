@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
-from fairseq.data import data_utils
+from fairseq.data import Dictionary, data_utils
 from torch import Tensor
 
 from ..models.checkpoints import (
@@ -17,6 +17,7 @@ from ..models.checkpoints import (
     load_model_and_task,
     read_checkpoint,
 )
+from ..models.labels import label_names
 from .prepare import progress_bars
 from .read import numbered_lines, split_line
 from .submission import label_text, prediction_file
@@ -43,12 +44,14 @@ class Finetuned:
         task: fairseq's task that it was finetuned on.
         head: the name of its classification head.
         spec: the GLUE task.
+        labels: what the outputs of the head stand for, in their order; empty for regression.
     """
 
     model: Any
     task: Any
     head: str
     spec: TaskSpec
+    labels: Tuple[str, ...]
 
     def example(self, sentences: Sequence[Tensor]) -> Example:
         """Join one or two sentences, (T,) each with its end, as fairseq's sentence_prediction.
@@ -89,10 +92,10 @@ class Finetuned:
             raise ValueError(f"{title}: the model's outputs are not finite numbers")
         return made
 
-    def predictions(self, outputs: Tensor) -> List[Union[int, float]]:
-        """Classes, or scores in the task's own range, not clipped."""
+    def predictions(self, outputs: Tensor) -> List[Union[str, float]]:
+        """Labels, or scores in the task's own range, not clipped."""
         if self.spec.label_range is None:
-            return outputs.argmax(dim=-1).tolist()
+            return [self.labels[best] for best in outputs.argmax(dim=-1).tolist()]
         low, high = self.spec.label_range
         return (low + outputs[:, 0].double() * (high - low)).tolist()
 
@@ -115,11 +118,12 @@ def load_finetuned(checkpoint: Path, data: Path, spec: TaskSpec) -> Finetuned:
     stored = read_checkpoint(str(checkpoint), "checkpoint")
     head = _head(stored["model"], checkpoint, spec)
     _check_task(stored, checkpoint, spec)
+    labels = _labels(stored, checkpoint, data, spec)
     dictionary = load_dictionary(str(data / "input0" / "dict.txt"))
     compare_dictionary(stored, dictionary, str(checkpoint))
     model, _, task = load_model_and_task(str(checkpoint), stored, data=str(data))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Finetuned(model.to(device).eval(), task, head, spec)
+    return Finetuned(model.to(device).eval(), task, head, spec, labels)
 
 
 def _check_prepared(data: Path, spec: TaskSpec) -> None:
@@ -149,11 +153,45 @@ def _head(state: Dict[str, Tensor], checkpoint: Path, spec: TaskSpec) -> str:
 
 def _check_task(stored: Dict[str, Any], checkpoint: Path, spec: TaskSpec) -> None:
     """The folder of the training data is named for the task, if it was prepared for GLUE."""
-    options = (stored.get("cfg") or {}).get("task")
-    data = options.get("data") if isinstance(options, dict) else getattr(options, "data", None)
-    finetuned_on = Path(data or "").name
+    finetuned_on = _training_data(stored).name
     if finetuned_on in TASKS and finetuned_on != spec.name:
         raise ValueError(f"{checkpoint} was finetuned on {finetuned_on}, not on {spec.name}")
+
+
+def _training_data(stored: Dict[str, Any]) -> Path:
+    options = (stored.get("cfg") or {}).get("task")
+    data = options.get("data") if isinstance(options, dict) else getattr(options, "data", None)
+    return Path(data or "")
+
+
+def _labels(
+    stored: Dict[str, Any], checkpoint: Path, data: Path, spec: TaskSpec
+) -> Tuple[str, ...]:
+    """What the outputs of the head stand for, in their order.
+
+    The order is that of the label dictionary of the training data, which fairseq-preprocess sorts
+    by frequency. pkm_sentence_prediction stores it; for other checkpoints it is read from the
+    training data if they are still there, else that of the prepared data is assumed.
+    """
+    if spec.is_regression:
+        return ()
+    labels = (stored.get("task_state") or {}).get("labels")
+    if labels is None:
+        file = _training_data(stored) / "label" / "dict.txt"
+        if not file.is_file():
+            file = data / "label" / "dict.txt"
+            print(
+                f"warning: {checkpoint} does not say in which order it has its labels: assumed is "
+                f"that of {file}",
+                file=sys.stderr,
+            )
+        labels = label_names(Dictionary.load(str(file)))
+    if sorted(labels) != sorted(spec.labels):
+        raise ValueError(
+            f"{checkpoint} was finetuned on labels {', '.join(labels)}, {spec.name} has "
+            f"{', '.join(spec.labels)}"
+        )
+    return tuple(labels)
 
 
 def best_checkpoint(folder: Path, spec: TaskSpec) -> Path:

@@ -15,6 +15,7 @@ MEMORY_PREFIX = "memory_"
 RESERVED = {
     *("data", "user_dir", "save_dir", "seed", "finetune_from_model", "restore_file", "init_from"),
     *("task", "criterion", "arch", "num_classes", "regression_target", "glue_metrics"),
+    *("glue_positive_label",),
     *("valid_subset", "best_checkpoint_metric", "maximize_best_checkpoint_metric", "log_format"),
     *("max_positions", "distributed_world_size", "classification_head_name"),
 }

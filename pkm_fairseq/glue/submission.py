@@ -10,16 +10,16 @@ from .tasks import TASKS, TaskSpec
 DIAGNOSTIC = "AX.tsv"  # its data is not part of any task's folder
 
 
-def label_text(prediction: Union[int, float], spec: TaskSpec) -> str:
-    """A class by its name, or a score clipped to its range, with 3 decimals."""
-    if spec.label_range is None:
-        return spec.labels[int(prediction)]
+def label_text(prediction: Union[str, float], spec: TaskSpec) -> str:
+    """A label as it is, or a score clipped to its range, with 3 decimals."""
+    if isinstance(prediction, str) or spec.label_range is None:
+        return str(prediction)
     low, high = spec.label_range
     return f"{min(max(prediction, low), high):.3f}"
 
 
 def prediction_file(
-    indices: Sequence[str], predictions: Sequence[Union[int, float]], spec: TaskSpec
+    indices: Sequence[str], predictions: Sequence[Union[str, float]], spec: TaskSpec
 ) -> str:
     """The contents of a task's file: a header, then a line for each row."""
     rows = zip(indices, predictions, strict=True)

@@ -57,7 +57,8 @@ class TaskSpec:
         name: also the name of its folder.
         labels: in class order: class i is ``labels[i]``; empty for regression.
         label_range: of a regression, else None.
-        metrics: the official ones; the first selects the checkpoint. F1 is that of class 1.
+        metrics: the official ones; the first selects the checkpoint. F1 is that of the second
+            label.
         files: by split: train, valid, test, and valid1, test1 where there are two.
     """
 

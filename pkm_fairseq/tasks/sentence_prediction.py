@@ -1,4 +1,4 @@
-"""The task ``pkm_sentence_prediction``: fairseq's sentence_prediction, dictionary remembered."""
+"""The task ``pkm_sentence_prediction``: fairseq's, dictionary and labels remembered."""
 
 import os
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 
 from ..compat.processes import forget_previous_training
+from ..models.labels import label_names
 from .common import (
     MemoryTrainStep,
     NamedSplitDataset,
@@ -30,6 +31,8 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
         super().__init__(cfg, data_dictionary, label_dictionary)
         remember_dictionary(self)
+        if not cfg.regression_target:  # what the outputs of the head stand for
+            self.state.merge_state_dict({"labels": label_names(label_dictionary)})
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> "PkmSentencePredictionTask":

@@ -5,12 +5,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, List
 
 import pytest
 import torch
+from fairseq.data import data_utils
+from sklearn.metrics import accuracy_score, f1_score
 
+from pkm_fairseq.glue.predict import load_finetuned
+from pkm_fairseq.glue.tasks import TASKS
 from tests.glue_data import write_glue, write_tokenizer
 
 from .runs import BIN, MEMORY, MODEL, ROOT, TRAIN, Run, load, run, run_well
@@ -21,7 +26,10 @@ EXAMPLE = ROOT / "user_dir_examples" / "glue" / "task_spec_example.yaml"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared tasks in data/, models that learned them in runs/<task>/seed0/."""
+    """Prepared tasks in data/, models that learned them in runs/<task>/seed0/.
+
+    The labels that SST-2 is learned from are binarised by fairseq-preprocess: class 0 is "1".
+    """
     folder = tmp_path_factory.mktemp("glue")
     write_glue(folder / "glue", [*CLASSES, "QNLI", "WNLI"], n_train=200)
     write_tokenizer(folder)
@@ -31,24 +39,55 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--dict", folder / "dict.txt", "--bpe", "sentencepiece"),
         *("--sentencepiece-model", folder / "spm.model"),
     )
-    for name in CLASSES:
-        finetune(folder, name, 120 if name == "SST-2" else 4)
+    for name in ("RTE", "STS-B", "MNLI"):
+        finetune(folder, folder / "data" / name, 4)
+    metrics = ["--glue-metrics", "accuracy,f1", "--validate-interval", "100"]
+    sst = finetune(folder, preprocessed(folder, "SST-2"), 120, *metrics)
+    (folder / "sst.log").write_text(sst.output)
     return folder
 
 
-def finetune(made: Path, name: str, updates: int) -> None:
+def labels_of(file: Path) -> List[str]:
+    """The last column of a file of the miniature SST-2."""
+    return [line.rsplit("\t", 1)[1] for line in file.read_text().splitlines()[1:]]
+
+
+def preprocessed(made: Path, name: str) -> Path:
+    """A prepared task with labels binarised as fairseq's own recipe for GLUE does.
+
+    Every fourth dev label is 1, so that a model that learned the task is not always right.
+    """
+    folder = made / "preprocessed" / name
+    shutil.copytree(made / "data" / name / "input0", folder / "input0")
+    for split in ("train", "dev"):
+        labels = labels_of(made / "glue" / name / f"{split}.tsv")
+        if split == "dev":
+            labels[::4] = ["1"] * len(labels[::4])
+        (made / f"{split}.label").write_text("\n".join(labels) + "\n")
+    run_well(
+        *(BIN / "fairseq-preprocess", "--only-source", "--destdir", folder / "label"),
+        *("--trainpref", made / "train.label", "--validpref", made / "dev.label"),
+    )
+    return folder
+
+
+def finetune(made: Path, data: Path, updates: int, *options: Any) -> Run:
+    name = data.name
     save_dir = made / "runs" / name / "seed0"
     regression = ["--regression-target", "--best-checkpoint-metric", "loss"]
-    run_well(
-        *(BIN / "fairseq-train", made / "data" / name, *TRAIN, *MODEL, *MEMORY),
+    done = run_well(
+        *(BIN / "fairseq-train", data, *TRAIN, *MODEL, *MEMORY),
         *("--task", "pkm_sentence_prediction", "--criterion", "pkm_sentence_prediction"),
         *("--arch", "resm_roberta_tiny", "--num-classes", CLASSES[name], "--save-dir", save_dir),
         *("--init-token", "0", "--separator-token", "2", "--max-positions", "64"),
         *("--shorten-method", "truncate", "--max-update", updates),
+        *("--required-batch-size-multiple", "1"),
         *(regression if CLASSES[name] == 1 else []),
+        *options,
     )
     metric = "pearson" if CLASSES[name] == 1 else "accuracy"
     (save_dir / "result.json").write_text(json.dumps({"dev": {metric: 50.0}}))
+    return done
 
 
 def checkpoint_of(made: Path, name: str) -> Path:
@@ -101,6 +140,45 @@ def test_what_was_learned_is_predicted(made: Path, tmp_path: Path) -> None:
         row[1] == str(int(line.endswith("good"))) for row, line in zip(rows, test, strict=True)
     ]
     assert sum(right) >= 18
+
+
+def test_labels_are_compared_by_name(made: Path) -> None:
+    """fairseq-preprocess made "1", the more frequent label, class 0."""
+    labels = made / "preprocessed/SST-2/label/dict.txt"
+    assert [line.split()[0] for line in labels.read_text().splitlines()[:2]] == ["1", "0"]
+    checkpoint = checkpoint_of(made, "SST-2")
+    assert load(checkpoint)["task_state"]["labels"] == ["1", "0"]
+    finetuned = load_finetuned(checkpoint, made / "data/SST-2", TASKS["SST-2"])
+    dictionary = finetuned.task.source_dictionary
+    inputs = data_utils.load_indexed_dataset(str(made / "data/SST-2/input0/valid"), dictionary)
+    examples = [finetuned.example([row]) for row in inputs]
+    predicted = finetuned.predictions(finetuned.outputs(examples, "valid"))
+    targets = (made / "dev.label").read_text().split()
+    expected = 100 * f1_score(targets, predicted, pos_label="1")
+    assert expected != pytest.approx(100 * f1_score(targets, predicted, pos_label="0"), abs=0.1)
+    logged = Run(0, (made / "sst.log").read_text()).logged("valid")[-1]
+    assert float(logged["valid_f1"]) == pytest.approx(expected, abs=0.01)
+    assert float(logged["valid_accuracy"]) == 100 * accuracy_score(targets, predicted)
+
+
+def test_a_checkpoint_that_does_not_name_its_labels(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its training data do, if they are still there; else an assumption is told."""
+    stored = load(checkpoint_of(made, "SST-2"))
+    del stored["task_state"]["labels"]
+    torch.save(stored, tmp_path / "model.pt")
+    load_sst = partial(load_finetuned, tmp_path / "model.pt", made / "data/SST-2", TASKS["SST-2"])
+    assert load_sst().labels == ("1", "0")
+    assert not capsys.readouterr().err
+    stored["cfg"]["task"]["data"] = str(tmp_path / "gone" / "SST-2")
+    torch.save(stored, tmp_path / "model.pt")
+    assert load_sst().labels == ("0", "1")
+    assert "does not say in which order it has its labels" in capsys.readouterr().err
+    stored["task_state"]["labels"] = ["good", "bad"]
+    torch.save(stored, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="was finetuned on labels good, bad, SST-2 has 0, 1"):
+        load_sst()
 
 
 def from_stdin(made: Path, name: str, text: bytes) -> "subprocess.CompletedProcess[bytes]":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq.data import Dictionary
 
 from pkm_fairseq.glue import finetune as finetune_module
 from pkm_fairseq.glue.data import (
@@ -114,7 +115,7 @@ def test_a_missing_preset_is_refused():
 
 
 def write_task(folder, name, dictionary, n_train=N_TRAIN):
-    """A prepared task with labels 0 and 1, or with scores."""
+    """A prepared task with two labels, or with scores."""
     here = folder / name
     torch.manual_seed(3)
     for split, n_rows in (("train", n_train), ("valid", 9)):
@@ -124,15 +125,15 @@ def write_task(folder, name, dictionary, n_train=N_TRAIN):
             for length in lengths
         ]
         write_split(here / "input0", split, dictionary, sentences)
-        labels = [i % 3 == 0 for i in range(n_rows)]
+        classes = [i % 3 == 0 for i in range(n_rows)]
         if name in SCORED:
             (here / "label").mkdir(exist_ok=True)
             (here / "label" / f"{split}.label").write_text("0.5\n" * n_rows)
         else:
-            words = small_dictionary(0)
-            for label in "01":
+            words = Dictionary()
+            for label in TASKS[name].labels:
                 words.add_symbol(label)
-            ids = [[words.index(str(int(label)))] for label in labels]
+            ids = [[words.index(TASKS[name].labels[i])] for i in classes]
             write_split(here / "label", split, words, ids)
     spec = TASKS[name]
     about = {"name": name, "labels": spec.labels, "metrics": spec.metrics, "key": "k"}

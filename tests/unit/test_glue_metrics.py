@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from pkm_fairseq.criterions import glue_metrics
 from pkm_fairseq.criterions.glue_metrics import clip_scores, rows_of_workers, score
@@ -16,6 +18,7 @@ from pkm_fairseq.criterions.sentence_prediction import PkmSentencePrediction
 from tests.helpers import batch, build, small_dictionary, small_task
 
 DICTIONARY = small_dictionary()
+LABELS = ("0", "1", "2")
 SIZES = (3, 1, 4, 2, 4)  # of the batches of a dev set
 
 
@@ -60,6 +63,19 @@ def test_class_metrics_are_the_naive_ones():
     assert score("f1", predictions, targets) == pytest.approx(100 * naive_f1(predictions, targets))
     others = [1 - x for x in predictions], [1 - x for x in targets]
     assert score("f1", *others) != pytest.approx(score("f1", predictions, targets))  # of class 1
+    assert score("f1", *others, positive=0) == score("f1", predictions, targets)
+
+
+def test_metrics_of_labels_by_name():
+    rng = np.random.default_rng(2)
+    predictions, targets = rng.integers(0, 3, (2, 50))
+    names = np.array(["yes", "0", "maybe so"])
+    for metric in ("accuracy", "mcc"):
+        expected = score(metric, predictions, targets)
+        assert score(metric, names[predictions], names[targets]) == pytest.approx(expected)
+    expected = score("f1", predictions == 0, targets == 0)
+    assert score("f1", names[predictions], names[targets], positive="yes") == expected
+    assert score("mcc", names[[0, 0]], names[[0, 1]]) == 0
 
 
 def test_correlations_are_the_naive_ones_with_ties():
@@ -94,7 +110,15 @@ def test_clipping_moves_scores_into_the_range_of_labels():
 # --- in the criterion -------------------------------------------------------------------------
 
 
-def criterion_of(names, is_regression=False, num_classes=2):
+def label_dictionary(labels=LABELS):
+    """As a task loads it."""
+    dictionary = Dictionary()
+    for label in (*labels, "<mask>"):
+        dictionary.add_symbol(label)
+    return dictionary
+
+
+def criterion_of(names, is_regression=False, num_classes=2, labels=LABELS, positive="1"):
     cfg = Namespace(
         classification_head_name="head",
         regression_target=is_regression,
@@ -102,9 +126,11 @@ def criterion_of(names, is_regression=False, num_classes=2):
         report_acc_and_f1=False,
         report_pearson_and_spearman=False,
         glue_metrics=names,
+        glue_positive_label=positive,
     )
     task = small_task(DICTIONARY)
     task.cfg = SimpleNamespace(num_classes=num_classes)
+    task.label_dictionary = label_dictionary(labels[:num_classes])
     return PkmSentencePrediction.build_criterion(cfg, task).eval()
 
 
@@ -223,6 +249,30 @@ def test_training_and_no_metrics_add_nothing():
     assert "mcc" not in validate(criterion_of(""), model, samples)
     log = criterion_of("mcc")(model.train(), samples[0])[2]
     assert not [key for key in log if key.startswith("glue")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "positive"), [(("1", "0"), "1"), (("0", "1"), "1"), (("no", "yes"), "no")]
+)
+def test_f1_is_that_of_a_label_whatever_its_class(labels, positive):
+    criterion = criterion_of("accuracy,f1,mcc", labels=labels, positive=positive)
+    model, samples = model_of(2), dev_set()
+    logged = validate(criterion, model, samples)
+    predictions, targets = (np.array(labels)[rows] for rows in predicted(model, samples))
+    assert 0 < (predictions == positive).sum() < len(predictions)
+    expected = {
+        "accuracy": accuracy_score(targets, predictions),
+        "f1": f1_score(targets, predictions, pos_label=positive),
+        "mcc": matthews_corrcoef(targets, predictions),
+    }
+    for name, value in expected.items():
+        assert logged[name] == round(100 * value, 2), name
+
+
+def test_a_positive_label_that_is_not_there_ends_with_one_line():
+    with pytest.raises(SystemExit, match=r"label '1', but the label dictionary has bad, good: nam"):
+        criterion_of("f1", labels=("bad", "good"))
+    criterion_of("accuracy,mcc", labels=("bad", "good"))  # which need none
 
 
 @pytest.mark.parametrize(

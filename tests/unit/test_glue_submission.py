@@ -45,9 +45,9 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_classes_are_written_by_the_servers_names(name):
-    classes = range(len(TEXTS[name]))
-    assert [label_text(label, TASKS[name]) for label in classes] == TEXTS[name]
+def test_labels_are_the_servers_names(name):
+    assert sorted(TASKS[name].labels) == sorted(TEXTS[name])
+    assert [label_text(label, TASKS[name]) for label in TEXTS[name]] == TEXTS[name]
 
 
 def test_scores_are_clipped_and_have_three_decimals():
@@ -56,10 +56,10 @@ def test_scores_are_clipped_and_have_three_decimals():
 
 
 def test_a_file_has_a_header_and_the_files_own_indices():
-    text = prediction_file(["7", "3"], [1, 0], TASKS["RTE"])
+    text = prediction_file(["7", "3"], ["not_entailment", "entailment"], TASKS["RTE"])
     assert text == "index\tprediction\n7\tnot_entailment\n3\tentailment\n"
     with pytest.raises(ValueError, match="shorter"):
-        prediction_file(["7", "3"], [1], TASKS["RTE"])
+        prediction_file(["7", "3"], ["entailment"], TASKS["RTE"])
 
 
 def test_a_zip_is_whole_or_not_there_and_the_same_every_time(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def finetuned_on(data, name, **options):
     if n_classes == 1:
         model.classification_heads["head"].out_proj.weight.data *= 0.02
         model.classification_heads["head"].out_proj.bias.data.fill_(0.8)
-    return Finetuned(model.eval(), task, "head", spec)
+    return Finetuned(model.eval(), task, "head", spec, tuple(task.state_dict().get("labels", ())))
 
 
 @pytest.mark.parametrize("options", [{}, {"separator_token": None}, {"init_token": None}])

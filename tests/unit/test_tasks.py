@@ -99,11 +99,12 @@ def test_an_empty_batch_stays_empty():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_checkpoints_hold_the_hash_of_the_dictionary_the_model_sees(name, data):
+def test_checkpoints_hold_the_hash_of_the_dictionary_the_model_sees_and_the_labels(name, data):
     task = setup(name, data)
     assert task.source_dictionary.symbols[-1] == "<mask>"
     expected = dictionary_sha256(task.source_dictionary)
-    assert task.state_dict() == {"dictionary_sha256": expected}
+    labels = {"labels": ["a", "b"]} if name == "pkm_sentence_prediction" else {}
+    assert task.state_dict() == {"dictionary_sha256": expected, **labels}
     assert expected == dictionary_sha256(small_dictionary())
 
 
