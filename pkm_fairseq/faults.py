@@ -2,17 +2,14 @@
 
 import contextlib
 import json
-import os
 import random
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 
@@ -21,6 +18,7 @@ from .demo.train import LAST, updates_of
 from .memory.files import write_file
 from .memory.observe.log import FILE, load_initial_values, read_usage_log
 from .models.checkpoints import read_checkpoint
+from .runs import Children
 
 PACKAGE = Path(__file__).resolve().parent
 MOMENTS = ("starting", "training", "saving")
@@ -98,9 +96,9 @@ class Pace:
 
 
 class Training:
-    """A process of fairseq-train; leaving its context kills it."""
+    """A process of fairseq-train."""
 
-    def __init__(self, choices: Choices, save_dir: Path, log: Path) -> None:
+    def __init__(self, children: Children, choices: Choices, save_dir: Path, log: Path) -> None:
         self.save_dir, self.log = save_dir, log
         self.began = time.time()
         self._updates, self._unread = 0, ""
@@ -108,28 +106,19 @@ class Training:
         command += ["--save-dir", str(save_dir), "--max-update", str(choices.updates)]
         command += ["--save-interval-updates", str(choices.interval), *choices.further]
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        with log.open("wb") as out:
+            self._child = children.start(command, out, environment={"OMP_NUM_THREADS": "1"})
+        self._children = children
         self._tail = log.open(encoding="utf-8", errors="replace")
-
-    def __enter__(self) -> "Training":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.kill()
-        self._tail.close()
 
     def kill(self) -> None:
         """SIGKILL, to the process and all it may have started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        if self._child.status is None:
+            self._child.kill()
+
+    def close(self) -> None:
+        """Read the log no further."""
+        self._tail.close()
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         """Wait for something to happen.
@@ -139,20 +128,21 @@ class Training:
         """
         deadline = time.monotonic() + PATIENCE
         while not happened():
-            if self.process.poll() is not None:
+            if self._child.status is not None:
                 raise ValueError(
-                    f"the training ended with status {self.process.returncode} before its kill, "
+                    f"the training ended with status {self._child.status} before its kill, "
                     f"see {self.log}"
                 )
             if time.monotonic() > deadline:
                 raise ValueError(f"nothing happens for {PATIENCE:.0f} seconds, see {self.log}")
-            time.sleep(POLL)
+            self._children.pause(POLL)
 
     def finish(self) -> None:
         """Wait for the end; ValueError if it is not a good one."""
-        status = self.process.wait()
-        if status:
-            raise ValueError(f"the training ended with status {status}, see {self.log}")
+        while self._child.status is None:
+            self._children.pause(POLL)
+        if self._child.status:
+            raise ValueError(f"the training ended with status {self._child.status}, see {self.log}")
 
     def updates(self) -> int:
         """The last update that was logged, 0 before the first."""
@@ -166,6 +156,17 @@ class Training:
         with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
             return any(part.stat().st_mtime > self.began for part in _parts(self.save_dir))
         return False
+
+
+@contextlib.contextmanager
+def started(choices: Choices, save_dir: Path, log: Path) -> Iterator[Training]:
+    """A training that is ended with this context, if it has not ended before."""
+    with Children() as children:
+        training = Training(children, choices, save_dir, log)
+        try:
+            yield training
+        finally:
+            training.close()
 
 
 def kill_training(choices: Choices, say: Callable[[str], None]) -> Dict[str, Any]:
@@ -204,7 +205,7 @@ def kill_training(choices: Choices, say: Callable[[str], None]) -> Dict[str, Any
             + (", a save was under way" if hit else "")
         )
     say("training to the end")
-    with Training(choices, killed, logs / "end.log") as training:
+    with started(choices, killed, logs / "end.log") as training:
         training.finish()
     _examine(killed, straight, logs / "end.log", losses, resumed, choices.interval)
     result = {
@@ -234,7 +235,7 @@ def _plan(choices: Choices) -> List[Any]:
 
 def _train_in_peace(choices: Choices, save_dir: Path, log: Path) -> Pace:
     began = time.monotonic()
-    with Training(choices, save_dir, log) as training:
+    with started(choices, save_dir, log) as training:
         training.wait_for(lambda: training.updates() > 0)
         start = time.monotonic()
         training.wait_for(lambda: training.updates() == choices.updates)
@@ -249,7 +250,7 @@ def _kill_one(
 ) -> bool:
     """Start a process, kill it at a moment that chance chooses, and say whether that hit a save."""
     chance = random.Random(f"{choices.seed} {log.name}")
-    with Training(choices, save_dir, log) as training:
+    with started(choices, save_dir, log) as training:
         if moment != "starting":
             training.wait_for(lambda: training.updates() >= target)
         if moment == "saving":

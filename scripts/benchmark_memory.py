@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
 
+from _script import take_interrupts
+
 
 def parse(argv: Optional[List[str]]) -> Any:
     """Read the command line."""
@@ -69,6 +71,7 @@ def run(args: Any) -> None:
     from pkm_fairseq.benchmark.run import run as measure
     from pkm_fairseq.benchmark.settings import WHAT, Settings
 
+    take_interrupts()
     settings = Settings(
         args.what or WHAT, args.tokens, args.n_keys, args.pairs, args.threads, args.seed, args.quick
     )

@@ -7,7 +7,6 @@ A second call reuses what exists and still fits; an interrupted one continues.
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from _script import run
 from pkm_fairseq.demo import pipeline
 from pkm_fairseq.demo.presets import PRESETS
 from pkm_fairseq.demo.table import print_report
+from pkm_fairseq.runs import run_to_end
 
 
 def validate_faiss(checkpoint: Path, data: Path, queries: int, report: Path) -> None:
@@ -24,7 +24,7 @@ def validate_faiss(checkpoint: Path, data: Path, queries: int, report: Path) -> 
     command = [sys.executable, str(Path(__file__).with_name("validate_faiss.py"))]
     command += ["--checkpoint", str(checkpoint), "--data", str(data)]
     command += ["--queries", str(queries), "--json", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_to_end(command)
     if done.returncode not in (0, 1):  # exact, not exact
         raise ValueError((done.stderr.strip().splitlines() or ["validate_faiss.py failed"])[-1])
 

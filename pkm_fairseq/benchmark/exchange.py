@@ -92,7 +92,9 @@ def measure(table: Table, tokens: int, workers: int, way: str) -> Dict[str, floa
         loopback device carried, whoever used it meanwhile, headers included.
     """
     with TemporaryDirectory() as folder:
-        spawn(_work, args=(folder, table, tokens, workers, way), nprocs=workers)  # type: ignore[no-untyped-call]
+        spawn(  # daemons end with this process, whatever ends it
+            _work, args=(folder, table, tokens, workers, way), nprocs=workers, daemon=True
+        )
         found: Dict[str, float] = torch.load(Path(folder, "found.pt"), weights_only=True)
         return found
 

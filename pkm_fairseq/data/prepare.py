@@ -2,13 +2,13 @@
 
 import io
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
 import sentencepiece
 
+from ..runs import run_to_end
 from .corpus import split_documents
 
 SPLITS = ("train", "valid", "test")
@@ -85,7 +85,7 @@ def binarise(pieces: Dict[str, Path], out: Path) -> None:
     command += ["--destdir", str(out), "--workers", "1"]
     for split, file in pieces.items():
         command += [f"--{split}pref", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_to_end(command)
     missing = [split for split in pieces if not (out / f"{split}.bin").is_file()]
     if done.returncode or missing:
         lines = done.stderr.strip().splitlines() or [f"no data for {', '.join(missing)}"]

@@ -1,11 +1,7 @@
 """Train the arms with fairseq-train, two processes at a time, one thread each."""
 
-import fcntl
-import os
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List
@@ -13,6 +9,7 @@ from typing import Dict, List
 from ..data.prepare import SPLITS
 from ..memory.files import whole_file
 from ..models.checkpoints import read_checkpoint
+from ..runs import Child, Children
 from .logs import read_log
 from .presets import ARMS, Preset, arm_flags
 from .progress import Progress
@@ -70,22 +67,20 @@ def _run_all(
 ) -> None:
     """Run in the given order, as workers and plain's checkpoint allow; stop all if one fails."""
     half = folder / "plain" / HALF
-    running: Dict[Run, subprocess.Popen] = {}
-    try:
+    running: Dict[Run, Child] = {}
+    with Children() as children:
         while waiting or running:
             for run in [run for run in waiting if not run.needs_half or half.exists()]:
                 if len(running) < WORKERS:
                     waiting.remove(run)
-                    running[run] = _start(run, preset, data, folder)
-            time.sleep(POLL)
-            for run, process in list(running.items()):
-                has_ended = process.poll() is not None
+                    running[run] = _start(children, run, preset, data, folder)
+            children.pause(POLL)
+            for run, child in list(running.items()):
+                status = child.status
                 progress.show(run.arm, read_log(folder / run.arm / LOG, "train_inner"))
-                if has_ended:
+                if status is not None:
                     del running[run]
-                    _check(run, process, folder)
-    finally:
-        stop_all(list(running.values()))
+                    _check(run, status, folder)
 
 
 def _command(run: Run, preset: Preset, data: Path, folder: Path) -> List[str]:
@@ -99,21 +94,11 @@ def _command(run: Run, preset: Preset, data: Path, folder: Path) -> List[str]:
     return command
 
 
-def _start(run: Run, preset: Preset, data: Path, folder: Path) -> subprocess.Popen:
-    save_dir = folder / run.arm
-    with (save_dir / "lock").open("w") as lock, (save_dir / LOG).open("a") as log:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{save_dir} is being trained by another process") from None
-        return subprocess.Popen(
-            _command(run, preset, data, folder),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],  # the lock lives as long as the process
-            start_new_session=True,  # Ctrl-C is for us to pass on
-        )
+def _start(children: Children, run: Run, preset: Preset, data: Path, folder: Path) -> Child:
+    command, save_dir = _command(run, preset, data, folder), folder / run.arm
+    with (save_dir / LOG).open("ab") as log:
+        one_thread = {"OMP_NUM_THREADS": "1"}
+        return children.start(command, log, environment=one_thread, lock=save_dir / "lock")
 
 
 def _is_trained(run: Run, folder: Path) -> bool:
@@ -133,22 +118,11 @@ def updates_of(checkpoint: Path) -> int:
     return history[-1]["num_updates"]
 
 
-def _check(run: Run, process: subprocess.Popen, folder: Path) -> None:
-    if process.returncode or not _is_trained(run, folder):
+def _check(run: Run, status: int, folder: Path) -> None:
+    if status or not _is_trained(run, folder):
         log = folder / run.arm / LOG
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise ValueError(
-            f"training {run.arm} failed with status {process.returncode}, see {log}: "
+            f"training {run.arm} failed with status {status}, see {log}: "
             f"{lines[-1] if lines else 'it printed nothing'}"
         )
-
-
-def stop_all(processes: List[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

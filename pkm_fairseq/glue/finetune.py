@@ -1,13 +1,10 @@
 """Finetune pretrained checkpoints on prepared tasks, by fairseq-train, over several seeds."""
 
-import fcntl
 import io
 import json
 import math
 import os
-import subprocess
 import sys
-import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,10 @@ from fairseq import tasks as fairseq_tasks
 
 from ..demo.logs import read_log
 from ..demo.steps import PACKAGE, begin, finish, is_finished, key_of
-from ..demo.train import LAST, LOG, stop_all, updates_of
+from ..demo.train import LAST, LOG, updates_of
 from ..memory.files import write_file
 from ..memory.observe.log import INITIAL_VALUES
+from ..runs import Child, Children
 from .data import PreparedTask, dev_name
 from .memory import measure_memory
 from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
@@ -226,44 +224,33 @@ def finetune(runs: Sequence[Run], choices: Choices, after_each: Any = lambda: No
         ValueError: a run failed; the others were stopped.
     """
     waiting = [run for run in runs if not run.is_finished]
-    running: Dict[Run, tuple[int, subprocess.Popen]] = {}
-    with FinetuneProgress(len(runs), len(runs) - len(waiting)) as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < choices.workers:
-                    taken = {slot for slot, _ in running.values()}
-                    slot = min(set(range(choices.workers)) - taken)
-                    run = waiting.pop(0)
-                    running[run] = slot, _start(run, slot, choices.workers)
-                time.sleep(POLL)
-                for run, (_, process) in list(running.items()):
-                    has_ended = process.poll() is not None
-                    _show(run, progress)
-                    if has_ended:
-                        del running[run]
-                        result = _finish(run, process.returncode, choices)
-                        after_each()
-                        progress.end(run.name, _told(result["dev"]))
-        finally:
-            stop_all([process for _, process in running.values()])
+    running: Dict[Run, Tuple[int, Child]] = {}
+    n_finished = len(runs) - len(waiting)
+    with Children() as children, FinetuneProgress(len(runs), n_finished) as progress:
+        while waiting or running:
+            while waiting and len(running) < choices.workers:
+                taken = {slot for slot, _ in running.values()}
+                slot = min(set(range(choices.workers)) - taken)
+                run = waiting.pop(0)
+                running[run] = slot, _start(children, run, slot, choices.workers)
+            children.pause(POLL)
+            for run, (_, child) in list(running.items()):
+                status = child.status
+                _show(run, progress)
+                if status is not None:
+                    del running[run]
+                    result = _finish(run, status, choices)
+                    after_each()
+                    progress.end(run.name, _told(result["dev"]))
 
 
-def _start(run: Run, slot: int, workers: int) -> subprocess.Popen:
+def _start(children: Children, run: Run, slot: int, workers: int) -> Child:
     begin(run.folder, run.key)
-    with (run.folder / "lock").open("w") as lock, (run.folder / LOG).open("a") as log:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{run.folder} is being trained by another process") from None
-        command = [str(Path(sys.executable).parent / "fairseq-train"), *run.flags]
-        return subprocess.Popen(
-            [*command, "--seed", str(run.seed), "--save-dir", str(run.folder)],
-            env={**os.environ, **_environment(slot, workers)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],  # the lock lives as long as the process
-            start_new_session=True,  # Ctrl-C is for us to pass on
-        )
+    command = [str(Path(sys.executable).parent / "fairseq-train"), *run.flags]
+    command += ["--seed", str(run.seed), "--save-dir", str(run.folder)]
+    environment = _environment(slot, workers)
+    with (run.folder / LOG).open("ab") as log:
+        return children.start(command, log, environment=environment, lock=run.folder / "lock")
 
 
 def _environment(slot: int, workers: int) -> Dict[str, str]:

@@ -159,7 +159,8 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-freeze": "keys",
     }
     command = [*COMMAND, "--arch", arch]
-    for flag in sorted(FLAGS - {"--glue-metrics", "--glue-positive-label"}):  # of the other criterion
+    others = {"--glue-metrics", "--glue-positive-label"}  # of the other criterion
+    for flag in sorted(FLAGS - others):
         value = values.get(flag, "0.5" if flag.endswith(("dropout", "lr")) else "4")
         command += [flag] if value is None else [flag, value]
     args = options.parse_args_and_arch(options.get_training_parser(), command)

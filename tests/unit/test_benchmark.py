@@ -490,7 +490,7 @@ def test_peak_memory_is_measured_in_another_process():
 
 def test_a_child_that_fails_says_why(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: no more\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(peak, "run_to_end", lambda command: failed)
     with pytest.raises(ValueError, match="of ours could not be measured: MemoryError: no more"):
         peak.in_child("ours", 8, 32, 1)
 

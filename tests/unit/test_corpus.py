@@ -32,13 +32,13 @@ def registry(tmp_path, monkeypatch):
     archive = tmp_path / "pack-1.tar.gz"
     digest = write_archive(archive)
 
-    def pip(command, **kwargs):
+    def pip(command):
         (Path(command[command.index("--dest") + 1]) / archive.name).write_bytes(
             archive.read_bytes()
         )
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(corpus.subprocess, "run", pip)
+    monkeypatch.setattr(corpus, "run_to_end", pip)
     return RegistryCorpus("pack", "1", digest, r"pack-1/texts/\w+\.txt", "two texts")
 
 
@@ -56,7 +56,7 @@ def test_a_wrong_checksum_stops_before_anything_is_written(registry, tmp_path):
 
 def test_a_failure_of_pip_is_told_in_its_last_line(registry, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "much\nERROR: no such version\n")
-    monkeypatch.setattr(corpus.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(corpus, "run_to_end", lambda command: failed)
     with pytest.raises(ValueError, match="could not fetch pack==1: ERROR: no such version"):
         fetch_corpus(registry, tmp_path / "out")
 

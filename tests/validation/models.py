@@ -1,6 +1,7 @@
 """Checkpoints, data and scripts that several tests use."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +17,8 @@ N_TOKENS = 440  # of the text in :func:`write_folder`
 
 def load_script(file: Path) -> Any:
     """A script as a module."""
+    if str(SCRIPTS) not in sys.path:  # what a script finds beside it
+        sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

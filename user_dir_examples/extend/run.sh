@@ -9,11 +9,12 @@ if [ $# -lt 2 ]; then
 fi
 data=$(realpath "$1") out=$(realpath -m "$2") updates=${3:-200}
 cd "$(dirname "$0")/../.."
+source user_dir_examples/processes.sh
 [ -x .venv/bin/fairseq-train ] && PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 interval=$(((updates + 3) / 4)) warmup=$((updates / 10))
 
-fairseq-train "$data" --user-dir user_dir_examples/extend --save-dir "$out/cli" \
+run fairseq-train "$data" --user-dir user_dir_examples/extend --save-dir "$out/cli" \
     --arch my_resm_tiny --criterion my_masked_lm --key-penalty 0.5 \
     --task pkm_masked_lm --tokens-per-sample 64 --batch-size 16 --optimizer pkm_adam \
     --adam-betas '(0.9,0.98)' --adam-eps 1e-6 --clip-norm 1.0 --lr 1e-3 \
@@ -21,11 +22,11 @@ fairseq-train "$data" --user-dir user_dir_examples/extend --save-dir "$out/cli" 
     --max-update "$updates" --seed 1 --num-workers 0 --log-format json --log-interval "$interval"
 
 # the same by hydra, which finds all but the four names of ours in the pretraining example
-fairseq-hydra-train --config-dir user_dir_examples/pretraining/config --config-name resm_tiny \
+run fairseq-hydra-train --config-dir user_dir_examples/pretraining/config --config-name resm_tiny \
     common.user_dir=user_dir_examples/extend task.data="'$data'" hydra.run.dir="'$out/hydra'" \
     model._name=my_resm_tiny criterion._name=my_masked_lm +criterion.key_penalty=0.5 \
     optimization.max_update="$updates" lr_scheduler.warmup_updates="$warmup" \
     common.log_interval="$interval"
 
-fairseq-validate "$data" --user-dir user_dir_examples/extend --path "$out/hydra/checkpoint_last.pt" \
+run fairseq-validate "$data" --user-dir user_dir_examples/extend --path "$out/hydra/checkpoint_last.pt" \
     --task pkm_masked_lm --valid-subset valid --batch-size 16 --log-format json

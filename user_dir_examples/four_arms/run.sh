@@ -9,6 +9,7 @@ data=$(realpath "$1") updates=${3:-3000}
 mkdir -p "$2"
 out=$(realpath "$2")
 cd "$(dirname "$0")/../.."
+source user_dir_examples/processes.sh
 [ -x .venv/bin/fairseq-train ] && PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1
 half=$((updates / 2)) warmup=$((updates / 15))
@@ -41,15 +42,22 @@ pkm=(--arch pkm_roberta_tiny "${memory[@]}")
 resm=(--arch resm_roberta_tiny "${memory[@]}")
 plain=(--arch roberta --criterion masked_lm --optimizer adam)
 
-(
+first_half() {
     train plain "$half" "$updates" "$warmup" "$lr" "${plain[@]}"
     start=$out/plain/checkpoint_half.pt
     [ -e "$start" ] || { cp "$out/plain/checkpoint_last.pt" "$start.part" && mv "$start.part" "$start"; }
     train plain "$updates" "$updates" "$warmup" "$lr" "${plain[@]}"
     train resm_init "$half" "$half" 0 "$half_lr" "${resm[@]}" --init-from "$start"
     train pkm_init "$half" "$half" 0 "$half_lr" "${pkm[@]}" --init-from "$start"
-) &
+}
+second_half() {
+    train resm "$updates" "$updates" "$warmup" "$lr" "${resm[@]}"
+    train pkm "$updates" "$updates" "$warmup" "$lr" "${pkm[@]}"
+}
+first_half &
 first=$!
-train resm "$updates" "$updates" "$warmup" "$lr" "${resm[@]}"
-train pkm "$updates" "$updates" "$warmup" "$lr" "${pkm[@]}"
+second_half &
+second=$!
+wait -n # where one fails, the other one is ended
 wait $first
+wait $second

@@ -15,7 +15,7 @@ sweep=()
 if [ "${1-}" = -m ]; then sweep=(-m) && shift; fi # hydra wants it before all overrides
 bin=$root/.venv/bin
 command -v fairseq-hydra-train >/dev/null && bin=$(dirname "$(command -v fairseq-hydra-train)")
-"$bin/fairseq-hydra-train" --config-dir "$here/config" --config-name "$task" "${sweep[@]}" \
+exec "$bin/fairseq-hydra-train" --config-dir "$here/config" --config-name "$task" "${sweep[@]}" \
     common.user_dir="'$root/pkm_fairseq'" task.data="'$data/$task'" \
     checkpoint.finetune_from_model="'$checkpoint'" \
     hydra.run.dir="'$save_dir'" hydra.sweep.dir="'$save_dir'" "$@"

@@ -16,7 +16,8 @@ if [ "${1-}" = -m ]; then sweep=(-m) && shift; fi # hydra wants it before all ov
 bin=$root/.venv/bin
 command -v fairseq-hydra-train >/dev/null && bin=$(dirname "$(command -v fairseq-hydra-train)")
 # one thread is several times faster than two for a model as small as the tiny ones
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$bin/fairseq-hydra-train" \
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$bin/fairseq-hydra-train" \
     --config-dir "$here/config" --config-name "$config" "${sweep[@]}" \
     common.user_dir="'$root/pkm_fairseq'" task.data="'$data'" \
     hydra.run.dir="'$save_dir'" hydra.sweep.dir="'$save_dir'" "$@"
