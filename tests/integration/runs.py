@@ -10,17 +10,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, TextIO
+from typing import Any, Callable, Dict, List, Optional, TextIO
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+PATIENCE = 1500.0  # seconds; no machine is so busy
 USER_DIR = ROOT / "pkm_fairseq"
-TIMEOUT = 600  # seconds
 
 # a model with two layers whose memory has 16 * 16 slots
 MODEL = [
@@ -71,7 +72,7 @@ class Commands:
         with tempfile.NamedTemporaryFile(mode="r") as output:
             asked = {"argv": argv, "cwd": str(cwd), "output": output.name}
             print(json.dumps(asked), file=process.stdin, flush=True)
-            if not select.select([answers], [], [], TIMEOUT)[0]:
+            if not select.select([answers], [], [], PATIENCE)[0]:
                 process.kill()
                 raise TimeoutError(f"{argv} did not end; it has written:\n{output.read()}")
             return Run(int(answers.readline()), output.read())
@@ -114,7 +115,7 @@ def run(*command: Any, cwd: Optional[Path] = None, env: Optional[Dict[str, str]]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT,
+        timeout=PATIENCE,
         check=False,
     )
     return Run(done.returncode, done.stdout)
@@ -130,6 +131,15 @@ def start(*command: Any, env: Optional[Dict[str, str]] = None) -> "subprocess.Po
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def wait_for(happened: Callable[[], Any], process: "subprocess.Popen[Any]") -> None:
+    """Wait for something that a process does; it must not end before."""
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, "ended before"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
 
 
 def run_well(*command: Any, **kwargs: Any) -> Run:
@@ -160,7 +170,7 @@ def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subpro
 def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
     """Run fairseq-train in two processes that exchange gradients; both must succeed."""
     workers = start_two_workers(data, save_dir, *options)
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
     tails = "\n\n".join(output[-2000:] for output in outputs)
     assert [worker.returncode for worker in workers] == [0, 0], tails
     return [Run(0, output) for output in outputs]

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from .conftest import demo
-from .runs import ROOT, Run, load, run, run_well
+from .runs import PATIENCE, ROOT, Run, load, run, run_well, wait_for
 
 SCRIPTS = ROOT / "scripts"
 N = 60  # updates of the quick preset's half
@@ -118,12 +117,9 @@ def test_an_interrupted_demo_continues_to_the_same_end(
         process = subprocess.Popen(
             list(map(str, demo(out, corpus))), stdout=output, stderr=subprocess.STDOUT
         )
-        deadline = time.monotonic() + 300
-        while not (out / "arms/pkm/checkpoint_last.pt").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        process.terminate()  # as Ctrl-C, which a background job ignores
-        assert process.wait(timeout=60) == 130
+        wait_for((out / "arms/pkm/checkpoint_last.pt").exists, process)
+        process.terminate()  # as Ctrl-C
+        assert process.wait(PATIENCE) == 130
     assert "interrupted; run it again to continue" in (tmp_path / "output").read_text()
     run_well(*demo(out, corpus))
     whole, continued = report_of(finished[0]), report_of(out)

@@ -23,7 +23,7 @@ from .runs import (
 )
 
 VALUES = "encoder.sentence_encoder.layers.1.memory.values.weight"
-WITHIN = 60.0  # seconds in which a worker that is left alone ends, see docs/faults.md
+WITHIN = 600.0  # seconds; gloo itself would wait for 30 minutes
 
 
 def test_killed_trainings_go_on_from_their_last_checkpoint(data_bin: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List
@@ -25,6 +24,7 @@ from .runs import (
     BIN,
     MEMORY,
     MODEL,
+    PATIENCE,
     ROOT,
     USER_DIR,
     Run,
@@ -32,6 +32,7 @@ from .runs import (
     run,
     run_well,
     train,
+    wait_for,
 )
 
 SCRIPT = ROOT / "scripts" / "finetune_glue.py"
@@ -164,7 +165,7 @@ def on_two_workers(*command: Any) -> List[Run]:
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs[0][-3000:]
     return [Run(0, output) for output in outputs]
 
@@ -212,25 +213,22 @@ def children(pid: int) -> List[int]:
     return [int(child) for child in listed.split()]
 
 
-def wait_for(condition: Any, seconds: float = 240.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
-
-
 def test_an_interrupted_finetuning_continues(ready: SimpleNamespace, tmp_path: Path) -> None:
+    """Also as a background job of a shell without job control, for which SIGINT is ignored."""
     options = ["--preset", "small", "--set", "max_epoch=30", "lr=1e-3", "batch_size=4"]
     options += ["--tasks", "RTE", "--seeds", "1,2", "--workers", "1"]
     options += ["--checkpoint", f"plain={ready.plain}", "--out", str(tmp_path)]
     command = [sys.executable, str(SCRIPT), "--data", str(ready.data), *options]
     first, second = (tmp_path / "plain" / "RTE" / f"seed{k}" for k in (1, 2))
     with (tmp_path / "output").open("w") as output:
-        script = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        wait_for((second / "checkpoint_last.pt").exists)
+        script = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )  # fmt: skip
+        wait_for((second / "checkpoint_last.pt").exists, script)
         trainings = children(script.pid)
         script.send_signal(signal.SIGINT)
-        assert script.wait(timeout=60) == 130
+        assert script.wait(PATIENCE) == 130
     assert trainings
     assert not any(map(alive, trainings))
     assert "interrupted; run it again to continue" in (tmp_path / "output").read_text()

@@ -18,7 +18,7 @@ from pkm_fairseq.glue.predict import load_finetuned
 from pkm_fairseq.glue.tasks import TASKS
 from tests.glue_data import write_glue, write_tokenizer
 
-from .runs import BIN, MEMORY, MODEL, ROOT, TRAIN, Run, load, run, run_well
+from .runs import BIN, MEMORY, MODEL, PATIENCE, ROOT, TRAIN, Run, load, run, run_well
 
 CLASSES = {"RTE": 2, "SST-2": 2, "STS-B": 1, "MNLI": 3}
 EXAMPLE = ROOT / "user_dir_examples" / "glue" / "task_spec_example.yaml"
@@ -184,7 +184,9 @@ def test_a_checkpoint_that_does_not_name_its_labels(
 def from_stdin(made: Path, name: str, text: bytes) -> "subprocess.CompletedProcess[bytes]":
     command = [sys.executable, ROOT / "scripts/predict_glue.py", "--data", made / "data"]
     command += ["--checkpoint", checkpoint_of(made, name), "--stdin", "--task", name]
-    return subprocess.run(list(map(str, command)), input=text, capture_output=True, timeout=300)
+    return subprocess.run(
+        list(map(str, command)), input=text, capture_output=True, timeout=PATIENCE
+    )
 
 
 def test_own_sentences(made: Path) -> None:

@@ -17,6 +17,7 @@ from .runs import (
     MASKED_LM,
     MEMORY,
     MODEL,
+    PATIENCE,
     TRAIN,
     binarise,
     load,
@@ -92,7 +93,7 @@ def test_updates_after_the_last_checkpoint_are_counted_once(data_bin: Path, tmp_
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end and process.poll() is None:
         log = tmp_path / FILE
         if log.exists() and log.read_bytes().count(b"\n") > 7:  # after the first checkpoint
