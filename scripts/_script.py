@@ -1,12 +1,13 @@
 """How the scripts begin and end; to be imported before the package."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Callable, Optional
+from typing import Callable, NoReturn, Optional
 
 INTERRUPTED = 130  # exit status
 
@@ -27,8 +28,7 @@ def run(main: Callable[[], None], hint: str = "; run it again to continue") -> N
     except (ValueError, OSError) as error:
         raise SystemExit(f"{name}: {error}") from None
     except KeyboardInterrupt:
-        print(f"{name}: interrupted{hint}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        _leave(hint=hint)
 
 
 def take_interrupts() -> None:
@@ -52,9 +52,18 @@ def _interrupt(signum: int, frame: Optional[FrameType]) -> None:
     raise KeyboardInterrupt
 
 
-def _leave(signum: int, frame: Optional[FrameType]) -> None:
-    """End at once: nothing has begun, and what is being imported may catch any exception."""
-    os.write(2, f"{Path(sys.argv[0]).name}: interrupted\n".encode())
+def _leave(
+    signum: Optional[int] = None, frame: Optional[FrameType] = None, hint: str = ""
+) -> NoReturn:
+    """End at once: taking all that was imported apart takes seconds on a busy machine.
+
+    While a script is importing nothing has begun, and what is being imported may catch any
+    exception.
+    """
+    if signum is None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            sys.stdout.flush()
+    os.write(2, f"{Path(sys.argv[0]).name}: interrupted{hint}\n".encode())
     os._exit(INTERRUPTED)
 
 
