@@ -140,7 +140,7 @@ def _class_of(label: str, task: Any) -> int:
     """The class of a label, which need not be its own number: dictionaries sort by frequency."""
     dictionary = task.label_dictionary
     if label not in dictionary:
-        raise SystemExit(
+        raise ValueError(
             f"--glue-metrics f1 is of label {label!r}, but the label dictionary has "
             f"{', '.join(label_names(dictionary))}: name one with --glue-positive-label"
         )

@@ -159,7 +159,7 @@ def _check_task(stored: Dict[str, Any], checkpoint: Path, spec: TaskSpec) -> Non
 
 
 def _training_data(stored: Dict[str, Any]) -> Path:
-    options = (stored.get("cfg") or {}).get("task")
+    options = (stored.get("cfg") or {}).get("task") or stored.get("args")
     data = options.get("data") if isinstance(options, dict) else getattr(options, "data", None)
     return Path(data or "")
 

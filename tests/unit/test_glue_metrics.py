@@ -270,7 +270,7 @@ def test_f1_is_that_of_a_label_whatever_its_class(labels, positive):
 
 
 def test_a_positive_label_that_is_not_there_ends_with_one_line():
-    with pytest.raises(SystemExit, match=r"label '1', but the label dictionary has bad, good: nam"):
+    with pytest.raises(ValueError, match=r"label '1', but the label dictionary has bad, good: nam"):
         criterion_of("f1", labels=("bad", "good"))
     criterion_of("accuracy,mcc", labels=("bad", "good"))  # which need none
 
