@@ -1,7 +1,7 @@
 """GLUE's official metrics over a whole validation set, through fairseq's logging."""
 
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -107,12 +107,22 @@ class GlueMetrics(FairseqCriterion):
         logging_output[ROWS] = rows_of_workers(rows).cpu()  # (rows of all workers, 3)
         # fairseq may sum logging outputs over workers: this says by how much
         logging_output.update({MARK + name: 1.0 for name in self._glue_metrics})
-        if self.regression_target and not targets.clamp(0, 1).equal(targets):
-            raise ValueError(
-                "--glue-metrics: targets of a regression must be scaled to 0..1, as "
-                f"prepare_glue.py does; found {targets.min():g} to {targets.max():g}"
-            )
+        if self.regression_target:
+            self.check_numbers(targets.tolist(), "the data")
         return loss, sample_size, logging_output
+
+    def check_numbers(self, numbers: Sequence[float], place: str) -> None:
+        """Check the numbers of a validation set of a regression.
+
+        Raises:
+            ValueError: predictions, which are clipped, can never reach one of them.
+        """
+        for number in numbers if self._glue_metrics else ():
+            if not 0 <= number <= 1:
+                raise ValueError(
+                    f"{place}: {number:g} is not in 0..1, to which --glue-metrics wants the "
+                    "numbers of a regression scaled, as prepare_glue.py does"
+                )
 
     def _predicted(self, logits: Tensor) -> Tensor:
         """Class ids or scores, (B,), of the head's output, (B, classes or 1)."""
@@ -131,6 +141,10 @@ def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
                 f"--glue-metrics names {name}, must be of {', '.join(known)} "
                 f"{kind} --regression-target"
             )
+    if is_regression and chosen and task.cfg.num_classes != 1:
+        raise ValueError(
+            f"--glue-metrics of a regression needs --num-classes 1, not {task.cfg.num_classes}"
+        )
     if "f1" in chosen and task.cfg.num_classes != 2:
         raise ValueError(f"--glue-metrics f1 needs --num-classes 2, not {task.cfg.num_classes}")
     return chosen

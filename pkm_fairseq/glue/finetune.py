@@ -196,6 +196,9 @@ def count_updates(args: Any) -> int:
     if args.max_epoch is None or args.max_epoch < 1:
         raise ValueError(f"max_epoch is {args.max_epoch}, must be at least 1")
     task = fairseq_tasks.setup_task(args)
+    for split in args.valid_subset.split(","):  # before hours of training rather than after
+        task.check(split)
+    task.check("train")
     batches = task.get_batch_iterator(
         task.load_dataset("train"),
         max_tokens=args.max_tokens,

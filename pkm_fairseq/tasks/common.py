@@ -64,6 +64,8 @@ class TellsEndOfValidation(FairseqTask):
     Else a kill after the save would lose them: the training goes on behind that validation.
     """
 
+    _criterion: Any = None
+
     def build_criterion(self, *args: Any, **kwargs: Any) -> Any:
         """Build the criterion, and remember it."""
         self._criterion = super().build_criterion(*args, **kwargs)

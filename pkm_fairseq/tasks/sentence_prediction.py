@@ -1,5 +1,6 @@
 """The task ``pkm_sentence_prediction``: fairseq's, dictionary and labels remembered."""
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from .common import (
     require_dictionary,
     require_examples,
 )
+from .sentence_data import SentenceData
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,14 +47,37 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         require_dictionary(os.path.join(cfg.data, "input0"))
         if not cfg.regression_target:
             require_dictionary(os.path.join(cfg.data, "label"))
-        return super().setup_task(cfg, **kwargs)
+        task = super().setup_task(cfg, **kwargs)
+        labels = [] if cfg.regression_target else label_names(task.label_dictionary)
+        if 0 < len(labels) < cfg.num_classes:
+            logger.warning(
+                f"--num-classes is {cfg.num_classes}, but the data has {len(labels)} labels: "
+                f"{', '.join(labels)}"
+            )
+        return task
+
+    def check(self, split: str, combine: bool = False, needs_targets: bool = True) -> None:
+        """Compare all parts of a split, as :meth:`SentenceData.check` says.
+
+        Raises:
+            ValueError: they do not fit together.
+        """
+        is_regression = self.cfg.regression_target
+        labels = None if is_regression else self.label_dictionary
+        data = SentenceData(self.cfg.data, self.source_dictionary, labels, self.cfg.num_classes)
+        data.check(split, combine, needs_targets)
+        check_numbers = getattr(self._criterion, "check_numbers", None)
+        if is_regression and check_numbers is not None and split != "train":
+            for place, numbers in data.numbers(split):
+                check_numbers(numbers, place)
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> Any:
-        """Load a split; stop with one line if it is missing or empty."""
-        folder = os.path.join(self.cfg.data, "input0")
-        if not os.path.isfile(os.path.join(folder, f"{split}.idx")):
-            raise ValueError(f"pkm_sentence_prediction: no split {split} in {folder}")
-        require_examples(folder, split)
+        """Load a split; ValueError if it is empty or its parts do not fit together.
+
+        Without a criterion, where nothing is trained or validated, it need not have labels.
+        """
+        require_examples(os.path.join(self.cfg.data, "input0"), split)
+        self.check(split, combine, needs_targets=self._criterion is not None)
         dataset = super().load_dataset(split, combine=combine, **kwargs)
         self.datasets[split] = NamedSplitDataset(dataset, split)
         return self.datasets[split]
