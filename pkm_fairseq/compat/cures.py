@@ -9,7 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from . import checkpoints, commands, environment, precision, processes, workers
+from . import checkpoints, commands, environment, precision, processes, validation, workers
 
 FAIRSEQ = "0.12.3"  # ve-fairseq 0.12.3 and fairseq-fixed 0.12.3.1, whose text code is identical
 TESTS = "tests/unit/test_compat.py::"
@@ -139,6 +139,14 @@ CURES: Tuple[Cure, ...] = (
         FAIRSEQ,
         TESTS + "test_threads_that_prepare_batches_end",
         prepare=processes.end_prefetching_at_exit,
+    ),
+    Cure(
+        "fairseq.tasks.fairseq_task.FairseqTask.get_batch_iterator",
+        "the last examples of a validation set are left out silently: the last batch, if it is no "
+        "multiple of --required-batch-size-multiple",
+        FAIRSEQ,
+        TESTS + "test_what_is_left_out_of_a_validation_is_told",
+        replace=validation.tell_what_is_left_out,
     ),
 )
 

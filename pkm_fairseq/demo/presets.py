@@ -89,6 +89,7 @@ def arm_flags(arm: str, preset: Preset) -> List[str]:
         "tokens-per-sample": preset.tokens_per_sample,
         "max-positions": preset.tokens_per_sample,
         "batch-size": preset.batch_size,
+        "required-batch-size-multiple": 1,  # or fairseq leaves out the last validation examples
         "seed": preset.seed,
         **preset.model,
         "dropout": 0,

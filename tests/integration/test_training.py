@@ -1,6 +1,7 @@
 """fairseq-train, fairseq-validate and fairseq-hydra-train with memories, end to end."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -17,6 +18,7 @@ from .runs import (
     Run,
     load,
     run,
+    run_alike,
     run_well,
     train,
     train_on_two_workers,
@@ -228,3 +230,25 @@ def test_the_pretraining_example_runs(data_bin: Path, tmp_path: Path) -> None:
         "encoder.sentence_encoder.layers.1.memory.keys"
     ]
     assert keys.shape[0] == 2
+
+
+LEFT_OUT = re.compile(r"split valid: (\d+) of (\d+) examples \((\d+) of (\d+) tokens\) are left")
+
+
+def test_what_fairseq_leaves_out_of_a_validation_is_told(
+    data_bin: Path, resm_run: "tuple[Path, Run]", plain_run: Path
+) -> None:
+    """With this plugin's task and criterion and with fairseq's, once, and only where it happens."""
+    validate = [BIN / "fairseq-validate", data_bin, "--path", plain_run / "checkpoint_last.pt"]
+    validate += ["--user-dir", USER_DIR, "--task", "masked_lm", "--batch-size", "8", "--cpu"]
+    validate += ["--valid-subset", "valid", "--num-workers", "0", "--log-format", "json"]
+    for output in (resm_run[1].output, run_alike(*validate).output):
+        (numbers,) = LEFT_OUT.findall(output)
+        left_out, n_examples, tokens, n_tokens = map(int, numbers)
+        assert left_out == n_examples % 8 > 0
+        assert 0 < tokens <= 32 * left_out
+        assert 0 < n_tokens - tokens <= 32 * (n_examples - left_out)
+    whole = run_alike(*validate, "--required-batch-size-multiple", "1")
+    assert whole.status == 0
+    assert whole.logged("valid")
+    assert not LEFT_OUT.findall(whole.output)

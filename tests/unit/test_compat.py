@@ -11,16 +11,18 @@ from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.checkpoint_utils import save_checkpoint
-from fairseq.data import TokenBlockDataset
+from fairseq.data import MonolingualDataset, TokenBlockDataset
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
+from fairseq.tasks import LegacyFairseqTask
 from fairseq_cli.train import should_stop_early
 from omegaconf import OmegaConf
 
@@ -28,6 +30,7 @@ import pkm_fairseq
 from pkm_fairseq import compat
 from pkm_fairseq.compat.checkpoints import copy_whole_files, save_whole_files
 from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
+from tests.helpers import small_dictionary
 
 pkm_fairseq.register()
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,3 +255,60 @@ def test_elsewhere_than_on_the_local_disk_fairseq_does_it_itself(folder, monkeyp
     assert copy("a.pt", "s3://b.pt", overwrite=True)
     saved = [("save", 1, "a.pt", True), ("save", 1, "s3://a.pt", False)]
     assert calls == [*saved, ("copy", "a.pt", "s3://b.pt", True)]
+
+
+# --- validation -----------------------------------------------------------------------------------
+
+
+class TaskOfLines(LegacyFairseqTask):
+    """As much of a stock task as makes batches."""
+
+    def __init__(self, sizes):
+        super().__init__(argparse.Namespace())
+        for split in ("train", "valid"):
+            lines = [torch.full((size,), 5) for size in sizes]
+            self.datasets[split] = MonolingualDataset(lines, np.array(sizes), small_dictionary())
+
+
+def batches_of(sizes, split="valid", **options):
+    """How many examples the batches of a split have."""
+    task = TaskOfLines(sizes)
+    given = {"max_sentences": 8, "required_batch_size_multiple": 8, **options}
+    iterator = task.get_batch_iterator(task.dataset(split), **given)
+    return [len(batch) for batch in iterator.frozen_batches]
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "options", "kept", "left_out"),
+    [
+        (53, {}, 48, "5 of 53 examples (15 of 159 tokens)"),
+        (53, {"max_sentences": 6}, 48, "5 of 53 examples (15 of 159 tokens)"),
+        (48, {"max_sentences": 6}, 42, "6 of 48 examples (18 of 144 tokens)"),  # a whole batch
+        (53, {"max_sentences": None, "max_tokens": 30}, 48, "5 of 53 examples"),
+        (1_003, {"max_sentences": 500}, 1_000, "3 of 1,003 examples"),
+        (53, {"required_batch_size_multiple": 1}, 53, None),
+        (48, {}, 48, None),
+        (53, {"split": "train"}, 48, None),
+    ],
+)
+def test_what_is_left_out_of_a_validation_is_told(caplog, n_examples, options, kept, left_out):
+    """fairseq's own rule is not changed: the last batch goes if its own length is no multiple."""
+    assert sum(batches_of([3] * n_examples, **options)) == kept
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if left_out is None:
+        assert not told
+        return
+    (line,) = told
+    assert line.startswith(f"split valid: {left_out}")
+    assert line.endswith("no multiple of 8: --required-batch-size-multiple 1 keeps all")
+
+
+def test_a_validation_of_which_nothing_is_left_is_an_error():
+    with pytest.raises(ValueError, match=r"split valid: 3 of 3 examples \(12 of 12 tokens\) are"):
+        batches_of([4] * 3)
+
+
+def test_only_the_first_worker_tells_what_is_left_out(caplog, monkeypatch):
+    monkeypatch.setattr(distributed_utils, "get_global_rank", lambda: 1)
+    assert sum(batches_of([3] * 53)) == 48
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

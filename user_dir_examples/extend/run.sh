@@ -29,4 +29,5 @@ run fairseq-hydra-train --config-dir user_dir_examples/pretraining/config --conf
     common.log_interval="$interval"
 
 run fairseq-validate "$data" --user-dir user_dir_examples/extend --path "$out/hydra/checkpoint_last.pt" \
-    --task pkm_masked_lm --valid-subset valid --batch-size 16 --log-format json
+    --task pkm_masked_lm --valid-subset valid --batch-size 16 \
+    --required-batch-size-multiple 1 --log-format json

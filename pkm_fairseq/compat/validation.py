@@ -1,0 +1,74 @@
+"""Examples that fairseq leaves out of a validation."""
+
+import contextlib
+import logging
+from functools import wraps
+from typing import Any, Callable, Iterator, Optional
+
+from fairseq.distributed import utils as distributed_utils
+
+logger = logging.getLogger(__name__)
+
+TRAIN = "train"  # of which fairseq leaves out the same, and no number is reported
+
+
+def tell_what_is_left_out(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a task tell what is left out of its validation sets.
+
+    fairseq leaves out the last batch that it has made of a data set, however full it is, if its
+    number of examples is no multiple of ``--required-batch-size-multiple``, by default 8.
+    """
+
+    @wraps(stock)
+    def get_batch_iterator(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        with _told(dataset, _split_of(self, dataset)):
+            return stock(self, dataset, *args, **kwargs)
+
+    return get_batch_iterator
+
+
+def _split_of(task: Any, dataset: Any) -> Optional[str]:
+    """The name under which a task has loaded a data set."""
+    return next((name for name, loaded in task.datasets.items() if loaded is dataset), None)
+
+
+@contextlib.contextmanager
+def _told(dataset: Any, split: Optional[str]) -> Iterator[None]:
+    """While batches are made of a validation set, look which examples are in none of them."""
+    if split in (None, TRAIN):
+        yield
+        return
+    make = dataset.batch_by_size
+
+    def batch_by_size(indices: Any, *args: Any, **kwargs: Any) -> Any:
+        batches = make(indices, *args, **kwargs)
+        _tell(dataset, split, indices, batches, kwargs.get("required_batch_size_multiple"))
+        return batches
+
+    dataset.batch_by_size = batch_by_size
+    try:
+        yield
+    finally:
+        del dataset.batch_by_size
+
+
+def _tell(dataset: Any, split: str, indices: Any, batches: Any, multiple: Any) -> None:
+    """Warn of examples that are in no batch.
+
+    Raises:
+        ValueError: none is.
+    """
+    batched = {index for batch in batches for index in batch}
+    left_out = [index for index in indices if index not in batched]
+    if not left_out:
+        return
+    tokens = [sum(int(dataset.num_tokens(i)) for i in those) for those in (left_out, indices)]
+    line = (
+        f"split {split}: {len(left_out):,} of {len(indices):,} examples ({tokens[0]:,} of "
+        f"{tokens[1]:,} tokens) are left out, as fairseq's last batch of them is no multiple of "
+        f"{multiple}: --required-batch-size-multiple 1 keeps all"
+    )
+    if len(left_out) == len(indices):
+        raise ValueError(line)
+    if distributed_utils.get_global_rank() == 0:
+        logger.warning(line)
