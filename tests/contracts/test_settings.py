@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
+from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
@@ -57,6 +58,7 @@ BAD = {
     "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
     "memory_usage_tokens": (-5, ["memory-usage-tokens is -5", "at least 0"]),
     "glue_metrics": ("bleu", ["--glue-metrics names bleu", "accuracy, f1, mcc"]),
+    "glue_positive_label": ("yes", ["is of label 'yes'", "has 0, 1", "--glue-positive-label"]),
 }
 
 
@@ -168,8 +170,12 @@ def start(name, value, **others):
         values = {name: value, "lr": [1e-3], "adam_betas": "(0.9, 0.999)"}
         PkmAdam(PkmAdamConfig(**values), [torch.nn.Parameter(torch.zeros(1))])
     else:
-        config = PkmSentencePredictionConfig(**{"save_dir": "", "no_save": True, name: value})
-        task = SimpleNamespace(cfg=SimpleNamespace(num_classes=2), label_dictionary=None)
+        given = {"save_dir": "", "no_save": True, "glue_metrics": "f1", name: value}
+        labels = Dictionary()
+        for label in "01":
+            labels.add_symbol(label)
+        task = SimpleNamespace(cfg=SimpleNamespace(num_classes=2), label_dictionary=labels)
+        config = PkmSentencePredictionConfig(**given)
         PkmSentencePrediction(config, task)
 
 
