@@ -24,9 +24,16 @@ from torch import Tensor, nn
 from ..memory.adam import MemoryAdam
 from ..memory.gradient import average, gradient_is_finite, is_table, squared_norm
 from ..memory.option import KIM, LAMPLE, OUR_CHOICE, at_least, check_options, option
+from ..models.config import ParserWithChoices
 from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_VALUE_LR = 1e-3
+SCHEDULES = {
+    "constant": "not at all",
+    "follow": "in proportion to what the schedule makes of --lr; decays, as in UltraMem, 2024",
+}
 
 
 @dataclass
@@ -41,10 +48,23 @@ class PkmAdamConfig(FairseqDataclass):
         default=0.0, metadata={"help": "weight decay of everything but the memories' values"}
     )
     memory_value_lr: float = option(
-        1e-3,
-        "learning rate of the memories' values, constant: --lr and its schedule do not touch it",
+        DEFAULT_VALUE_LR,
+        "learning rate of the memories' values; --lr does not touch it",
         f"{LAMPLE}; {KIM} by a secondary source",
         test=at_least(0),
+    )
+    memory_value_lr_factor: Optional[float] = option(
+        None,
+        "learning rate of the memories' values as a multiple of --lr, in place of "
+        "--memory-value-lr",
+        OUR_CHOICE,
+        test=at_least(0),
+    )
+    memory_value_lr_schedule: str = option(
+        "constant",
+        "how it changes",
+        LAMPLE,
+        choices=SCHEDULES,
     )
     memory_value_clip_norm: float = option(
         0.0,
@@ -61,7 +81,7 @@ class PkmAdam(FairseqAdam):
     """Adam for models with product-key memories.
 
     Value tables are updated lazily (the papers' sparse updates): a row moves if and only if its
-    accumulated gradient has a non-zero element. They have a constant learning rate, no weight
+    accumulated gradient has a non-zero element. They have a learning rate of their own, no weight
     decay, one step count per table, and stand outside --clip-norm, which sees the rest (our choice:
     a norm over the table would let few rows that were read scale all others). Their gradient is
     kept as factors and never has the size of a table.
@@ -86,18 +106,26 @@ class PkmAdam(FairseqAdam):
                 "effect and it is fairseq's adam"
             )
         check_options(PkmAdamConfig, cfg)
+        self._peak_lr = float(self.optimizer_config["lr"])
+        self._check_value_lr()
         groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
         if self._values:
-            lr = cfg.memory_value_lr
-            groups.append({"params": self._values, "lr": lr, "weight_decay": 0.0})
+            groups.append({"params": self._values, "weight_decay": 0.0})
         self._optimizer = FairseqMemoryAdam(groups, **self.optimizer_config)
+        self._pin_values()
         # schedulers that reach into the groups do not reach values
         self._optimizer.register_step_pre_hook(lambda *_: self._pin_values())
 
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Add the options to fairseq's parser, with the choices of ours."""
+        super().add_args(ParserWithChoices(parser, PkmAdamConfig))
+
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of everything but values, which keep theirs."""
+        """Set the learning rate of everything but values, which have theirs."""
         for group in self._dense_groups():
             group["lr"] = lr
+        self._pin_values()
 
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
@@ -109,7 +137,29 @@ class PkmAdam(FairseqAdam):
     def _pin_values(self) -> None:
         for group in self.param_groups:
             if _is_of_values(group):
-                group["lr"], group["weight_decay"] = self.cfg.memory_value_lr, 0.0
+                group["lr"], group["weight_decay"] = self._value_lr(), 0.0
+
+    def _value_lr(self) -> float:
+        """The learning rate of values, of now."""
+        follows = self.cfg.memory_value_lr_schedule == "follow"
+        now: float = self._dense_groups()[0]["lr"] if follows else self._peak_lr
+        factor: Optional[float] = self.cfg.memory_value_lr_factor
+        if factor is not None:
+            return factor * now
+        value_lr: float = self.cfg.memory_value_lr
+        return value_lr * now / self._peak_lr if follows else value_lr
+
+    def _check_value_lr(self) -> None:
+        cfg = self.cfg
+        if cfg.memory_value_lr_factor is not None and cfg.memory_value_lr != DEFAULT_VALUE_LR:
+            raise ValueError(
+                f"--memory-value-lr {cfg.memory_value_lr} and --memory-value-lr-factor "
+                f"{cfg.memory_value_lr_factor} exclude each other"
+            )
+        if cfg.memory_value_lr_schedule == "follow" and not self._peak_lr > 0:
+            raise ValueError(
+                f"lr is {self._peak_lr}, must be above 0 with --memory-value-lr-schedule follow"
+            )
 
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Average gradients over data-parallel workers; those of values as factors."""

@@ -27,6 +27,8 @@ def options(**settings):
         adam_eps=EPS,
         weight_decay=0.0,
         memory_value_lr=0.1,
+        memory_value_lr_factor=None,
+        memory_value_lr_schedule="constant",
         memory_value_clip_norm=0.0,
         lr=[0.01],
         use_old_adam=True,
@@ -610,3 +612,47 @@ def test_a_norm_of_values_that_overflows_is_seen():
     (net.tables[0](slots, weights) * 10).sum().backward()  # each factor is finite
     assert net.table.grad.is_finite()
     assert float(optimizer.clip_grad_norm(0.0)) == float("inf")
+
+
+# --- the learning rate of values --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "at_start", "at_half", "at_a_tenth"),
+    [
+        ({}, 0.1, 0.1, 0.1),
+        ({"memory_value_lr_schedule": "follow"}, 0.1, 0.05, 0.01),
+        ({"memory_value_lr": 1e-3, "memory_value_lr_factor": 4.0}, 0.04, 0.04, 0.04),
+        (
+            {
+                "memory_value_lr": 1e-3,
+                "memory_value_lr_factor": 4.0,
+                "memory_value_lr_schedule": "follow",
+            },
+            *(0.04, 0.02, 0.004),
+        ),
+    ],
+    ids=["constant", "follow", "factor", "factor and follow"],
+)
+def test_the_rate_of_values_is_what_its_options_make_of_lr(settings, at_start, at_half, at_a_tenth):
+    rates = []
+    for lr in (None, 0.005, 0.001):  # of everything else; 0.01 at the start
+        net = Net(dtype=torch.float64)
+        start = net.table.detach().clone()
+        optimizer = PkmAdam(options(**settings), net.parameters())
+        if lr is not None:
+            optimizer.set_lr(lr)
+        grad = gradients(1, dtype=torch.float64)
+        take_step(net, optimizer, grad[0])
+        rates.append(optimizer.param_groups[1]["lr"])
+        moved = lazy_adam_by_hand(start, grad, rates[-1])
+        assert torch.allclose(net.table.detach(), moved, rtol=0, atol=1e-6)
+    assert rates == pytest.approx([at_start, at_half, at_a_tenth])
+
+
+def test_rates_of_values_that_contradict_each_other_are_refused():
+    params = Net().parameters
+    with pytest.raises(ValueError, match=r"value-lr 0.1 and --memory-value-lr-factor 2.0 exclude"):
+        PkmAdam(options(memory_value_lr_factor=2.0), params())
+    with pytest.raises(ValueError, match=r"lr is 0.0, must be above 0 .*follow"):
+        PkmAdam(options(memory_value_lr_schedule="follow", lr=[0.0]), params())
