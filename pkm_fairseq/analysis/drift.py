@@ -63,7 +63,7 @@ def drift(
                 "tokens": len(x),
                 **{name: _mean([head[name] for head in heads]) for name in heads[0]},
                 "keys_moved": _relative(before[layer].keys, after[layer].keys),
-                **_drift_of_values(before[layer].values.weight, after[layer].values.weight),
+                **_drift_of_values(_tables(before[layer]), _tables(after[layer])),
                 "heads": [{"head": i, **head} for i, head in enumerate(heads)],
             }
         )
@@ -138,14 +138,19 @@ def drift_of_checkpoints(
     return drift_of_models(*models, sequences, pad, n_tokens)
 
 
-def _shape(memory: ProductKeyMemory) -> Dict[str, int]:
+def _tables(memory: ProductKeyMemory) -> List[Tensor]:
+    return [table.weight for table in memory.values.tables().values()]
+
+
+def _shape(memory: ProductKeyMemory) -> Dict[str, Any]:
     config = memory.config
     return {
+        "values": config.values,
         "n_slots": config.n_slots,
         "heads": config.heads,
         "knn": config.knn,
         "k_dim": config.k_dim,
-        "v_dim": memory.values.weight.shape[1],
+        "v_dim": memory.values.v_dim,
     }
 
 
@@ -189,14 +194,17 @@ def _compare_lookups(
     return jaccard, slots[..., 0] == others[..., 0], cosine, moved
 
 
-def _drift_of_values(before: Tensor, after: Tensor) -> Dict[str, Any]:
-    """Distances of value tables, (n_slots, v_dim), taken in blocks of rows."""
-    moved, size = [], 0.0
-    for was, now in zip(before.split(ROWS), after.split(ROWS), strict=True):
-        moved.append((now.float() - was.float()).norm(dim=1))
-        size += float(was.double().square().sum())
-    distances = torch.cat(moved).double()  # (n_slots,)
-    typical = math.sqrt(size / len(before))
+def _drift_of_values(before: List[Tensor], after: List[Tensor]) -> Dict[str, Any]:
+    """Distances of slots, whose rows in all tables (n_slots, width) are one vector."""
+    squares, size = torch.zeros(len(before[0]), dtype=torch.float64), 0.0
+    for table, later in zip(before, after, strict=True):
+        moved = []
+        for was, now in zip(table.split(ROWS), later.split(ROWS), strict=True):
+            moved.append((now.float() - was.float()).norm(dim=1).double().square())
+            size += float(was.double().square().sum())
+        squares += torch.cat(moved).cpu()
+    distances = squares.sqrt()  # (n_slots,)
+    typical = math.sqrt(size / len(distances))
     ranked = distances.sort().values
     at = {f"p{q}": ranked[math.ceil(q * len(ranked) / 100) - 1] for q in QUANTILES}
     return {

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..memory import ProductKeyMemory
+from ..memory import MemoryConfig, ProductKeyMemory
 
 TOLERANCE = 1e-4  # of the largest element: float32 sums of 1,000 terms in another order
 TIES = 0.01  # share of tokens that may read other slots, of equal score but for rounding
@@ -39,6 +39,10 @@ class TextbookMemory(nn.Module):
         config = memory.config
         if config.query_norm != "batch":
             raise ValueError(f"query_norm is {config.query_norm}, must be batch")
+        for name in ("query", "score_activation", "score_scale", "values", "output"):
+            kind, plain = getattr(config, name), getattr(MemoryConfig, name)
+            if kind != plain:
+                raise ValueError(f"{name} is {kind}, must be {plain}")
         self.heads, self.knn, self.n_keys = config.heads, config.knn, config.n_keys
         self.query_proj = nn.Linear(memory.input_dim, config.heads * config.k_dim)
         self.query_norm = nn.BatchNorm1d(config.heads * config.k_dim)

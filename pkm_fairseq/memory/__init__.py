@@ -2,28 +2,40 @@
 
 from .adam import MemoryAdam, ignore_tables_in_ddp, memory_param_groups
 from .config import MemoryConfig
+from .experts import Experts
 from .hosts import HasMemories
 from .lookup import Lookup, Observation, Observer
 from .memory import ProductKeyMemory, build_values
 from .observe.staleness import ReadTimes
 from .observe.usage import MemoryUsage
+from .output import LinearOutput, SwiluOutput
+from .query import LinearQuery, MlpQuery
+from .registry import OUTPUTS, QUERIES, VALUES
 from .run import RunState
 from .search import product_topk
 from .sharding import ColumnShards
 from .values import ValueTable
 
 __all__ = [
+    "OUTPUTS",
+    "QUERIES",
+    "VALUES",
     "ColumnShards",
+    "Experts",
     "HasMemories",
+    "LinearOutput",
+    "LinearQuery",
     "Lookup",
     "MemoryAdam",
     "MemoryConfig",
     "MemoryUsage",
+    "MlpQuery",
     "Observation",
     "Observer",
     "ProductKeyMemory",
     "ReadTimes",
     "RunState",
+    "SwiluOutput",
     "ValueTable",
     "build_values",
     "ignore_tables_in_ddp",

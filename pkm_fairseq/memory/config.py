@@ -5,15 +5,18 @@ from typing import Any, Optional
 
 from .option import (
     BERGES,
+    CSORDAS,
     LAMPLE,
     LAMPLE_CODE,
     OUR_CHOICE,
     declared_in,
     integer,
     option,
+    positive,
     share,
     switch,
 )
+from .registry import OUTPUTS, QUERIES, VALUES
 
 QUERY_NORMS = {
     "batch": "over the tokens of all workers",
@@ -28,6 +31,10 @@ VALUE_DTYPES = {
     "float32": "",
     "bfloat16": "half the table, read in half the time, but small updates are rounded away; "
     "computed in float32 all the same",
+}
+SCORE_ACTIVATIONS = {
+    "softmax": "over the kept scores of a head",
+    "relu": "of each kept score, so that weights need not add up to 1",
 }
 FREEZABLE = {"values": "", "keys": "its sub-keys", "all": ""}  # parts of a memory
 
@@ -80,17 +87,53 @@ class MemoryConfig:
         test=integer(1),
         default_text="the encoder's width",
     )
+    query: str = option(
+        "linear",
+        "the query network",
+        LAMPLE,
+        choices=QUERIES.meanings,
+    )
     query_norm: str = option(
         "batch",
         "normalisation of the query",
         f"recommended by {LAMPLE}",
         choices=QUERY_NORMS,
     )
+    score_activation: str = option(
+        "softmax",
+        "what makes weights of the scores that are kept",
+        f"{LAMPLE}; relu: {CSORDAS}",
+        choices=SCORE_ACTIVATIONS,
+    )
+    score_scale: float = option(
+        1.0,
+        "what scores are multiplied by before that, the inverse of a temperature",
+        f"an option in the {LAMPLE_CODE}",
+        test=positive,
+    )
+    learn_score_scale: bool = option(
+        False,
+        "learn that factor, one for each memory, from this start",
+        "as Henry et al. 2020 do it for attention",
+        test=switch,
+    )
+    values: str = option(
+        "table",
+        "what a slot holds",
+        LAMPLE,
+        choices=VALUES.meanings,
+    )
     values_init: str = option(
         "normal",
         "what values start with",
         LAMPLE_CODE,
         choices=VALUES_INITS,
+    )
+    output: str = option(
+        "linear",
+        "what stands after the read",
+        OUR_CHOICE,
+        choices=OUTPUTS.meanings,
     )
     value_dtype: str = option(
         "float32",
@@ -137,6 +180,10 @@ class MemoryConfig:
     def n_kept_keys(self) -> int:
         """Sub-keys per half that key dropout leaves in a training step."""
         return self.n_keys - int(self.key_dropout * self.n_keys)
+
+    def value_width(self, input_dim: int) -> int:
+        """Width of a value of a memory whose input has this width, V."""
+        return input_dim if self.v_dim is None else self.v_dim
 
     @property
     def half_dim(self) -> int:

@@ -8,6 +8,7 @@ from .memory import ProductKeyMemory
 from .observe.staleness import ReadTimes, merge_over_workers
 from .observe.usage import MemoryUsage, tokens_for_draws
 from .run import RunState
+from .values import ValueTable
 
 
 class MemoryLayer(Protocol):
@@ -77,6 +78,15 @@ def new_usage(model: HasMemories, draws: Optional[int] = None) -> Dict[int, Memo
         tokens = None if draws is None else tokens_for_draws(*shape, draws)
         usage[index] = MemoryUsage(*shape, max_tokens=tokens)
     return usage
+
+
+def tables_of_layers(layers: Mapping[int, MemoryLayer]) -> Dict[str, ValueTable]:
+    """The tables of values of each layer, by ``<layer>``, or ``<layer>.<name>`` of several."""
+    return {
+        f"{layer}.{name}" if name else str(layer): table
+        for layer, has_memory in sorted(layers.items())
+        for name, table in has_memory.memory.values.tables().items()
+    }
 
 
 @contextmanager

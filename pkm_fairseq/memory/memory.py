@@ -1,7 +1,7 @@
-"""The memory: query -> search -> weights -> read."""
+"""The memory: query -> search -> weights -> values -> output."""
 
 from contextlib import contextmanager
-from typing import Iterator, List, Optional, Tuple, Union
+from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +9,24 @@ from torch import Tensor, nn
 from .config import FREEZABLE, MemoryConfig
 from .lookup import Lookup, Observation, Observer, restore
 from .query import BatchQueryNorm, build_query_norm
+from .registry import OUTPUTS, QUERIES, VALUES
 from .run import RunState, is_repeated
 from .search import draw_kept_keys, product_topk, product_topk_of
 from .sharding import ColumnShards
-from .values import ValueTable
 
 
 class ProductKeyMemory(nn.Module):
     """A product-key memory (Lample et al. 2019).
 
     ``read = sum over heads h and neighbours k of softmax(scores)[h, k] * values[slots[h, k]]``
-    with the ``knn`` best slots of each head found exactly among all ``n_keys ** 2``.
+    with the ``knn`` best slots of each head found exactly among all ``n_keys ** 2``. The settings
+    may name other kinds of queries, weights, values and output.
     Padding is no token: it is dropped on entry, so that it is in no statistic and in no read.
 
     Args:
         input_dim: width of the input and of the output.
         config: the settings.
-        values: a table to share with other memories; None makes an own one.
+        values: those of another memory to share; None makes own ones.
         shards: workers to split the own table over by columns; None means no split.
         run: the state of the run, one for all memories of a model; None makes an own one.
         keeps_dtype: whether the own table, and running statistics of the query, stay in their
@@ -35,7 +36,7 @@ class ProductKeyMemory(nn.Module):
         observers: objects that are shown each look-up, see :class:`Observer`.
 
     Raises:
-        ValueError: the shared table has another shape than the settings ask for, or the workers
+        ValueError: shared values are others than the settings ask for, or the workers
             cannot have equally many columns.
     """
 
@@ -43,7 +44,7 @@ class ProductKeyMemory(nn.Module):
         self,
         input_dim: int,
         config: Optional[MemoryConfig] = None,
-        values: Optional[ValueTable] = None,
+        values: Optional[nn.Module] = None,
         shards: Optional[ColumnShards] = None,
         run: Optional[RunState] = None,
         keeps_dtype: bool = False,
@@ -53,22 +54,16 @@ class ProductKeyMemory(nn.Module):
         self.run = run = RunState() if run is None else run
         self.observers: List[Observer] = []
         self.config = config = MemoryConfig() if config is None else config
-        v_dim = value_dim(input_dim, config)
-        self.query_proj = nn.Linear(input_dim, config.heads * config.k_dim)
+        self.query_proj = QUERIES.build(config.query, input_dim, config)
         self.query_norm = build_query_norm(config, run, keeps_dtype)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.n_keys, config.half_dim))
         if values is None:
             values = build_values(input_dim, config, shards, keeps_dtype)
-        self.values = values
-        shape = (len(self.values.weight), self.values.v_dim)
-        if shape != (config.n_slots, v_dim):
-            raise ValueError(
-                f"shared values have shape {shape}, must be ({config.n_slots}, {v_dim})"
-            )
-        # no bias: values of zero then read as exactly zero
-        self.output_proj = (
-            nn.Identity() if v_dim == input_dim else nn.Linear(v_dim, input_dim, False)
-        )
+        self.values: Any = values
+        self._check_values()
+        self.output_proj = OUTPUTS.build(config.output, input_dim, config)
+        scale = torch.tensor([float(config.score_scale)])
+        self.score_scale = nn.Parameter(scale) if config.learn_score_scale else config.score_scale
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.query_dropout = nn.Dropout(config.query_dropout)
         self.read_dropout = nn.Dropout(config.read_dropout)
@@ -98,8 +93,8 @@ class ProductKeyMemory(nn.Module):
         if real is not None and _drops_padding(self.training, x.device):
             tokens = tokens[real]  # (N, input_dim)
         slots, weights = self.search(tokens)  # (N, H, K)
-        read = self.values(slots, weights).to(x.dtype)  # (N, v_dim)
-        read = self.read_dropout(self.output_proj(read))  # (N, input_dim)
+        read = self.values(slots, weights, tokens).to(x.dtype)  # (N, v_dim)
+        read = self.read_dropout(self.output_proj(read, tokens))  # (N, input_dim)
         read = restore(read.to(x.dtype), real, 0).view(x.shape)
         if not (return_lookup or self.observers):
             return read
@@ -125,14 +120,19 @@ class ProductKeyMemory(nn.Module):
             del self.observers[at[-1]]
 
     def search(self, tokens: Tensor) -> Tuple[Tensor, Tensor]:
-        """Slots and softmax weights, each (N, H, K), of real tokens (N, input_dim)."""
+        """Slots and weights, each (N, H, K), of real tokens (N, input_dim)."""
         query, config = self.query(tokens), self.config
         if self.training and config.n_kept_keys < config.n_keys:
             kept = draw_kept_keys(config.heads, config.n_keys, config.n_kept_keys, query.device)
             scores, slots = product_topk_of(query, self.keys, kept, config.knn)
         else:
             scores, slots = product_topk(query, self.keys, config.knn)
-        return slots, scores.softmax(dim=-1)  # scores are in at least float32
+        return slots, self.weigh(scores)
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Weights (N, H, K), from scores of the same shape in at least float32."""
+        scores = scores * self.score_scale
+        return scores.relu() if self.config.score_activation == "relu" else scores.softmax(dim=-1)
 
     def query(self, tokens: Tensor) -> Tensor:
         """Normalised queries, (N, H, 2, k_dim / 2), of real tokens (N, input_dim)."""
@@ -159,6 +159,19 @@ class ProductKeyMemory(nn.Module):
         else:
             (self.keys if part == "keys" else self.values).requires_grad_(False)
 
+    def _check_values(self) -> None:
+        kind, config, values = VALUES[self.config.values], self.config, self.values
+        if not isinstance(values, kind):
+            raise ValueError(
+                f"shared values are a {type(values).__name__}, must be a {kind.__name__}, as the "
+                f"settings say: values is {config.values!r}"
+            )
+        shape, expected = (values.n_slots, values.v_dim), config.value_width(self.input_dim)
+        if shape != (config.n_slots, expected):
+            raise ValueError(
+                f"shared values have shape {shape}, must be ({config.n_slots}, {expected})"
+            )
+
     def _check_input(self, x: Tensor, padding_mask: Optional[Tensor]) -> None:
         if x.dim() < 1 or x.shape[-1] != self.input_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}, must end in {self.input_dim}")
@@ -169,20 +182,14 @@ class ProductKeyMemory(nn.Module):
             )
 
 
-def value_dim(input_dim: int, config: MemoryConfig) -> int:
-    """Width of a value: ``config.v_dim``, or the width of the input."""
-    return input_dim if config.v_dim is None else config.v_dim
-
-
 def build_values(
     input_dim: int,
     config: MemoryConfig,
     shards: Optional[ColumnShards] = None,
     keeps_dtype: bool = False,
-) -> ValueTable:
-    """The value table that a memory of this width and these settings reads."""
-    dtype, v_dim = getattr(torch, config.value_dtype), value_dim(input_dim, config)
-    return ValueTable(config.n_slots, v_dim, config.values_init, dtype, shards, keeps_dtype)
+) -> nn.Module:
+    """The values that a memory of this width and these settings reads."""
+    return VALUES.build(config.values, input_dim, config, shards, keeps_dtype)
 
 
 def _drops_padding(training: bool, device: torch.device) -> bool:

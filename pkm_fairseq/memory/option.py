@@ -11,6 +11,7 @@ OUR_CHOICE = "our choice"
 LAMPLE = "Lample et al. 2019"
 LAMPLE_CODE = "published code of Lample et al. 2019"
 KIM = "Kim & Jung 2020"
+CSORDAS = "Csordás et al. 2023"
 BERGES = "Memory Layers at Scale, 2024"
 
 Check = Callable[[str, Any], None]
@@ -155,6 +156,12 @@ def at_least(least: float) -> Check:
             raise ValueError(f"{name} is {value!r}, must be at least {least:g}")
 
     return check
+
+
+def positive(name: str, value: Any) -> None:
+    """Check that a value is a finite number above 0."""
+    if not _is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value!r}, must be above 0")
 
 
 def share(name: str, value: Any) -> None:

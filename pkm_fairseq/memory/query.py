@@ -1,4 +1,4 @@
-"""Normalisation of the query, computed in at least float32."""
+"""Query networks, and the normalisation of the query, computed in at least float32."""
 
 from typing import Any, Optional, Tuple
 
@@ -10,7 +10,41 @@ from torch import Tensor, nn
 from .collectives import all_gather
 from .config import MemoryConfig
 from .kernels import at_least_float32, is_half
+from .registry import QUERIES
 from .run import RunState, is_repeated
+
+
+@QUERIES.register("linear", "one layer")
+class LinearQuery(nn.Linear):
+    """The query ``x W + b`` (Lample et al. 2019)."""
+
+    @classmethod
+    def from_config(cls, input_dim: int, config: MemoryConfig) -> "LinearQuery":
+        """A query network for a memory of this width and these settings."""
+        return cls(input_dim, config.heads * config.k_dim)
+
+
+@QUERIES.register("mlp", "two layers, the hidden one as wide as the encoder")
+class MlpQuery(nn.Module):
+    """The query ``relu(x W1 + b1) W2 + b2``.
+
+    The published code of Lample et al. 2019 offers such networks; the hidden width is our choice.
+    """
+
+    def __init__(self, input_dim: int, query_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_dim, input_dim)
+        self.out = nn.Linear(input_dim, query_dim)
+
+    @classmethod
+    def from_config(cls, input_dim: int, config: MemoryConfig) -> "MlpQuery":
+        """A query network for a memory of this width and these settings."""
+        return cls(input_dim, config.heads * config.k_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (N, input_dim) to queries (N, H * k_dim)."""
+        query: Tensor = self.out(F.relu(self.hidden(tokens)))
+        return query
 
 
 def build_query_norm(

@@ -1,4 +1,4 @@
-"""Search and read in the plainest code: the oracle of the tests and of the validation."""
+"""Every part of a memory in the plainest code: the oracle of tests and of the validation."""
 
 from typing import Tuple
 
@@ -49,3 +49,79 @@ def naive_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         (N, V).
     """
     return (weights[..., None] * values[slots]).sum(dim=(1, 2))
+
+
+def naive_mlp_query(
+    x: Tensor, hidden: Tensor, hidden_bias: Tensor, out: Tensor, out_bias: Tensor
+) -> Tensor:
+    """A query network of one hidden layer: what ``MlpQuery`` must equal.
+
+    Args:
+        x: tokens, (N, input_dim).
+        hidden: (input_dim, input_dim), one row per hidden unit.
+        hidden_bias: (input_dim,).
+        out: (H * k_dim, input_dim), one row per feature of the query.
+        out_bias: (H * k_dim,).
+
+    Returns:
+        (N, H * k_dim).
+    """
+    inner = (x[:, None, :] * hidden).sum(-1) + hidden_bias  # (N, input_dim)
+    active = torch.where(inner > 0, inner, 0 * inner)
+    return (active[:, None, :] * out).sum(-1) + out_bias
+
+
+def naive_weights(scores: Tensor, activation: str = "softmax", scale: float = 1.0) -> Tensor:
+    """Weights of the scores that were kept, (N, H, K), from scores of that shape."""
+    scores = scores * scale
+    if activation == "relu":
+        return torch.where(scores > 0, scores, 0 * scores)
+    exps = (scores - scores.amax(-1, keepdim=True)).exp()
+    return exps / exps.sum(-1, keepdim=True)
+
+
+def naive_linear_output(read: Tensor, projection: Tensor) -> Tensor:
+    """``y W``: what ``LinearOutput`` must equal; read (N, V), projection (input_dim, V)."""
+    return torch.einsum("nv,iv->ni", read, projection)
+
+
+def naive_swilu_output(read: Tensor, x: Tensor, gate: Tensor, projection: Tensor) -> Tensor:
+    """``(y * silu(x W1)) W2``: what ``SwiluOutput`` must equal.
+
+    Args:
+        read: y, (N, V).
+        x: tokens, (N, input_dim).
+        gate: W1, (V, input_dim), one row per feature of a value.
+        projection: W2, (input_dim, V), one row per feature of the output.
+
+    Returns:
+        (N, input_dim).
+    """
+    inner = torch.einsum("ni,vi->nv", x, gate)
+    return torch.einsum("nv,iv->ni", read * inner / (1 + (-inner).exp()), projection)
+
+
+def naive_experts(down: Tensor, up: Tensor, slots: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """``sum of weight * gelu(u . x) * v``: what ``Experts`` must equal.
+
+    Args:
+        down: the vectors u, (n_slots, input_dim).
+        up: the vectors v, (n_slots, V).
+        slots: (N, H, K).
+        weights: (N, H, K).
+        x: tokens, (N, input_dim).
+
+    Returns:
+        (N, V).
+    """
+    return naive_read(up, slots, weights * gelu(naive_dot(down, slots, x)))
+
+
+def naive_dot(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """Dot products of the values of slots (N, H, K) with x (N, V): (N, H, K)."""
+    return (values[slots] * x[:, None, None, :]).sum(-1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the standard normal distribution function of x."""
+    return x * 0.5 * torch.erfc(-x / 2**0.5)

@@ -110,6 +110,20 @@ class ColumnShards:
         """
         return _ExchangeColumns.apply(read, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
+    def spread_columns(self, x: Tensor, tokens: List[int]) -> Tensor:
+        """This worker's columns of all tokens' vectors, (N, V / W), from this worker's (n, V).
+
+        It is differentiable, and the adjoint of :meth:`exchange_columns`.
+        """
+        return _SpreadColumns.apply(x, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
+
+    def sum_dots(self, partial: Tensor, tokens: List[int]) -> Tensor:
+        """Sums of what all columns contribute, (n, T), from this worker's parts for all, (N, T).
+
+        It is differentiable, and the adjoint of :meth:`gather_weights`.
+        """
+        return _SumDots.apply(partial, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
+
     def return_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
         """Hand everyone what this worker's columns read for them.
 
@@ -233,6 +247,35 @@ class _ExchangeColumns(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_read: Tensor) -> Tuple[Tensor, None, None]:
         return ctx.shards.send_columns(grad_read, ctx.tokens), None, None
+
+
+class _SpreadColumns(torch.autograd.Function):
+    """Columns of all tokens' vectors; backward, the whole gradient of this worker's vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: ColumnShards, tokens: List[int]) -> Tensor:
+        ctx.shards, ctx.tokens = shards, tokens
+        return shards.send_columns(x, tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_columns: Tensor) -> Tuple[Tensor, None, None]:
+        return ctx.shards.return_columns(grad_columns, ctx.tokens), None, None
+
+
+class _SumDots(torch.autograd.Function):
+    """Dot products over all columns; backward, their gradient for every worker's part."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, shards: ColumnShards, tokens: List[int]) -> Tensor:
+        ctx.shards, ctx.tokens = shards, tokens
+        return shards.sum_for_owners(partial, tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_dots: Tensor) -> Tuple[Tensor, None, None]:
+        shards = ctx.shards
+        return torch.cat(all_gather_rows(grad_dots, ctx.tokens, shards.group)), None, None
 
 
 def _own_group(groups: List[List[int]]) -> Any:

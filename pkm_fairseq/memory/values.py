@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+from .config import MemoryConfig
 from .gradient import FactoredGradient, TableState
 from .kernels import allocate, compute_dtype, is_half
+from .registry import VALUES
 from .sharding import ColumnShards
 
 
+@VALUES.register("table", "a value, one row of a table")
 class ValueTable(nn.Module):
     """A table of values, one row per slot.
 
@@ -51,6 +54,27 @@ class ValueTable(nn.Module):
         width = v_dim if shards is None else shards.width(v_dim)
         self.weight = nn.Parameter(allocate(n_slots, width, dtype))
         self.reset_parameters()
+
+    @classmethod
+    def from_config(
+        cls,
+        input_dim: int,
+        config: MemoryConfig,
+        shards: Optional[ColumnShards] = None,
+        keeps_dtype: bool = False,
+    ) -> "ValueTable":
+        """The table that a memory of this width and these settings reads."""
+        dtype, v_dim = getattr(torch, config.value_dtype), config.value_width(input_dim)
+        return cls(config.n_slots, v_dim, config.values_init, dtype, shards, keeps_dtype)
+
+    def tables(self) -> Dict[str, "ValueTable"]:
+        """The tables of these values by name: this one, which needs none."""
+        return {"": self}
+
+    @property
+    def n_slots(self) -> int:
+        """Number of rows."""
+        return len(self.weight)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """Tag the parameter of a copy, too; torch does not copy attributes of parameters."""
@@ -114,12 +138,13 @@ class ValueTable(nn.Module):
             state_dict[f"{prefix}weight"] = self.shards.own_columns(given, self.v_dim)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, slots: Tensor, weights: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """Sum the values of the given slots, weighted, over heads and neighbours.
 
         Args:
             slots: (N, H, K), int64.
             weights: (N, H, K), floating.
+            tokens: (N, input_dim), which other kinds of values need.
 
         Returns:
             (N, v_dim), in at least float32.
@@ -137,10 +162,35 @@ class ValueTable(nn.Module):
             return self._read(slots, weights)
         kernels.check_reads(slots, weights, len(self.weight))
         weights = weights.to(compute_dtype(self.weight.dtype))
+        counts = self.shards.count_tokens(len(slots), slots.device)
+        slots = self.shards.gather_slots(slots, counts, len(self.weight))  # (all, H * K)
+        columns = self._read(slots, self.shards.gather_weights(weights, counts))
+        return self.shards.exchange_columns(columns, counts)
+
+    def dot(self, slots: Tensor, x: Tensor) -> Tensor:
+        """The dot products of the values of the given slots with one vector per token.
+
+        It is the adjoint of :meth:`forward`, differentiable for ``x`` and the table.
+
+        Args:
+            slots: (N, H, K), int64.
+            x: (N, v_dim), floating.
+
+        Returns:
+            (N, H, K), in at least float32.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.
+        """
+        shape, values = slots.shape, self.weight
+        slots, x = slots.flatten(1), x.to(compute_dtype(values.dtype))  # (N, H * K)
+        if self.shards is None:
+            return _dot(values, slots, x, self.factored).view(shape)
         tokens = self.shards.count_tokens(len(slots), slots.device)
-        slots = self.shards.gather_slots(slots, tokens, len(self.weight))  # (all, H * K)
-        columns = self._read(slots, self.shards.gather_weights(weights, tokens))
-        return self.shards.exchange_columns(columns, tokens)
+        slots = self.shards.gather_slots(slots, tokens, len(values))  # (all, H * K)
+        columns = self.shards.spread_columns(x, tokens)  # (all, V / W)
+        partial = _dot(values, slots, columns, self.factored)
+        return self.shards.sum_dots(partial, tokens).view(shape)
 
     def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Read the columns that are here: (N, T) and (N, T) to (N, columns)."""
@@ -187,3 +237,33 @@ class _Read(torch.autograd.Function):
             factored = FactoredGradient.of_read(values, slots, weights, grad_read)
             grad_values = factored if ctx.factored else factored.dense()
         return grad_weights, None, grad_values, None
+
+
+def _dot(values: Tensor, slots: Tensor, x: Tensor, factored: bool) -> Tensor:
+    """Dot products (N, T) of rows of a table with x (N, V), for slots (N, T)."""
+    dots: Tensor = _Dot.apply(x, slots, values, factored and values.is_leaf)  # type: ignore[no-untyped-call]
+    return dots
+
+
+class _Dot(torch.autograd.Function):
+    """Dot products of values with x; the gradients are a read and the factors of one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, values: Tensor, factored: bool) -> Tensor:
+        ctx.save_for_backward(x, slots, values)
+        ctx.factored = factored
+        return kernels.gather_dot(values, slots, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_dots: Tensor
+    ) -> Tuple[Optional[Tensor], None, Optional[Tensor], None]:
+        x, slots, values = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_x = kernels.gather_sum(values, slots, grad_dots)
+        if ctx.needs_input_grad[2]:
+            factored = FactoredGradient.of_read(values, slots, grad_dots, x)
+            grad_values = factored if ctx.factored else factored.dense()
+        return grad_x, None, grad_values, None

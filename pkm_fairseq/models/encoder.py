@@ -10,7 +10,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import nn
 
-from ..memory import ColumnShards, ProductKeyMemory, RunState, ValueTable, build_values
+from ..memory import ColumnShards, ProductKeyMemory, RunState, build_values
 from .encoder_layer import MemoryEncoderLayer
 from .plan import Plan
 
@@ -34,7 +34,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         self._shards = None if plan.n_shards == 1 else ColumnShards(plan.n_shards)
         self.run = RunState(data_parallel_group)
         self._n_built = 0
-        self._shared_values: List[ValueTable] = []  # a list: not registered here a second time
+        self._shared_values: List[nn.Module] = []  # a list: not registered here a second time
         super().__init__(args, dictionary, embed_tokens)
 
     def build_encoder_layer(self, args: Any) -> nn.Module:
@@ -47,7 +47,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         memory = ProductKeyMemory(
             width,
             self._plan.memory,
-            self._table_to_share(width),
+            self._values_to_share(width),
             self._shards,
             self.run,
             keeps_dtype=True,  # in fairseq's half precision, see docs/design.md
@@ -58,12 +58,12 @@ class MemoryTransformerEncoder(TransformerEncoder):
         least = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         return fsdp_wrap(layer, min_num_params=least)
 
-    def _table_to_share(self, width: int) -> Optional[ValueTable]:
+    def _values_to_share(self, width: int) -> Optional[nn.Module]:
         if not self._plan.memory.share_values:
             return None
         if not self._shared_values:
-            table = build_values(width, self._plan.memory, self._shards, keeps_dtype=True)
-            self._shared_values.append(table)
+            values = build_values(width, self._plan.memory, self._shards, keeps_dtype=True)
+            self._shared_values.append(values)
         return self._shared_values[0]
 
 

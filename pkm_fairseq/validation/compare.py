@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..memory import ProductKeyMemory, product_topk
 from .exact import BLOCK_BYTES, exact_topk
+from .parts import Judged, Weighting, judge_output, judge_read
 from .results import HeadResult, LayerResult, ReducedResult
-from .tolerance import read_tolerance, score_tolerance, weight_tolerance
+from .tolerance import score_tolerance
 
 CHUNK = 512  # tokens looked up at once
 READ_CHUNK = 32  # tokens whose values are gathered at once
@@ -21,7 +22,8 @@ class Found(NamedTuple):
     scores: Tensor  # (N, H, K), of the search
     slots: Tensor  # (N, H, K), of the layer
     weights: Tensor  # (N, H, K), of the layer
-    read: Tensor  # (N, input_dim), of the layer
+    read: Tensor  # (N, V), that the layer's output was made of
+    output: Tensor  # (N, input_dim), of the layer
 
 
 class Exact(NamedTuple):
@@ -32,6 +34,7 @@ class Exact(NamedTuple):
     scores: Tensor  # (N, K + 1), float64
     slots: Tensor  # (N, K + 1)
     tolerance: Tensor  # (N, 1), float64
+    weighting: Weighting = Weighting()
 
     @property
     def knn(self) -> int:
@@ -86,7 +89,7 @@ def validate_memory(
     query = torch.cat([memory.query(part) for part in _split(tokens, CHUNK)])  # (N, H, 2, D)
     _check_finite(query=query, keys=memory.keys)
     found = look_up(memory, tokens)
-    _check_finite(scores=found.scores, read=found.read)
+    _check_finite(scores=found.scores, read=found.read, output=found.output)
     heads = memory.config.heads
     exact = []
     for head in range(heads):
@@ -94,8 +97,9 @@ def validate_memory(
         exact.append(
             exact_head(query[:, head], memory.keys[head], memory.config.knn, block_bytes, step)
         )
+        exact[-1] = exact[-1]._replace(weighting=Weighting.of(memory))
     results = [compare_head(head, exact[head], found) for head in range(heads)]
-    read, least_tolerance, within = compare_read(memory, exact, found)
+    read, output = compare_read(memory, exact, found, tokens), compare_output(memory, found, tokens)
     config = memory.config
     return LayerResult(
         layer=layer,
@@ -104,12 +108,14 @@ def validate_memory(
         n_keys=config.n_keys,
         n_slots=config.n_slots,
         k_dim=config.k_dim,
-        v_dim=memory.values.weight.shape[1],
+        v_dim=memory.values.v_dim,
         knn=config.knn,
         dtype=_name(memory.keys.dtype),
-        exact=within and all(result.exact for result in results),
-        read_difference=read,
-        read_tolerance=least_tolerance,
+        exact=read.within and output.within and all(result.exact for result in results),
+        read_difference=read.difference,
+        read_tolerance=read.tolerance,
+        output_difference=output.difference,
+        output_tolerance=output.tolerance,
         heads=results,
         reduced=[_reduced(memory, tokens, dtype, exact) for dtype in dtypes],
         differences=torch.stack([_score_differences(exact[h], found, h) for h in range(heads)]),
@@ -125,11 +131,15 @@ def random_like(tokens: Tensor, seed: int = 0) -> Tensor:
 
 def look_up(memory: ProductKeyMemory, tokens: Tensor) -> Found:
     """Run the layer, and its search alone for the scores that the layer does not hand out."""
-    parts = []
-    for part in _split(tokens, CHUNK):
-        read, (slots, weights) = memory(part, return_lookup=True)
-        scores, _ = product_topk(memory.query(part), memory.keys, memory.config.knn)
-        parts.append((scores, slots, weights, read))
+    parts, reads = [], []
+    hook = memory.output_proj.register_forward_pre_hook(lambda _, args: reads.append(args[0]))
+    try:
+        for part in _split(tokens, CHUNK):
+            output, (slots, weights) = memory(part, return_lookup=True)
+            scores, _ = product_topk(memory.query(part), memory.keys, memory.config.knn)
+            parts.append((scores, slots, weights, reads.pop(), output))
+    finally:
+        hook.remove()
     return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -161,9 +171,10 @@ def compare_head(head: int, exact: Exact, found: Found) -> HeadResult:
     best = exact.scores[:, :knn]
     score_off = _score_differences(exact, found, head).abs()
     rescored_off = (rescored.sort(dim=1, descending=True).values - best).abs()
-    expected = rescored.softmax(dim=1)
+    expected = exact.weighting.weights(rescored)
     weight_off = (found.weights[:, head].cpu().double() - expected).abs()
-    weight_bound = weight_tolerance(tolerance, knn)  # (N, 1), relative
+    weight_bound = exact.weighting.tolerance(tolerance, rescored)  # (N, 1)
+    tiny = torch.finfo(torch.float32).tiny
     first_off = best[:, 0] - rescored[:, 0]
     recall_at_1 = float((valid[:, 0] & (first_off <= tolerance[:, 0])).double().mean())
     same = (exact.slots[:, :knn, None] == slots[:, None, :]).any(-1)  # (N, K)
@@ -172,7 +183,7 @@ def compare_head(head: int, exact: Exact, found: Found) -> HeadResult:
     within = (
         (score_off <= tolerance).all()
         & (rescored_off <= tolerance).all()
-        & (weight_off <= weight_bound * expected + torch.finfo(torch.float32).tiny).all()
+        & (weight_off <= exact.weighting.bound(weight_bound, expected) + tiny).all()
         & valid.all()
     )
     return HeadResult(
@@ -194,44 +205,58 @@ def compare_head(head: int, exact: Exact, found: Found) -> HeadResult:
     )
 
 
+class Compared(NamedTuple):
+    """How something compares with what it must be."""
+
+    difference: float  # the largest
+    tolerance: float  # the least
+    within: bool  # all are within theirs
+
+
 def compare_read(
-    memory: ProductKeyMemory, exact: List[Exact], found: Found
-) -> Tuple[float, float, bool]:
-    """Compare the layer's output with the exact read in float64.
+    memory: ProductKeyMemory, exact: List[Exact], found: Found, tokens: Tensor
+) -> Compared:
+    """Compare what the layer read with the exact read in float64.
 
     A tied row is read at the slots that the memory chose, every other at those of FAISS.
-
-    Returns:
-        Largest difference, least tolerance, and whether all outputs are within theirs.
     """
     to_read = [_to_read(e, found, head) for head, e in enumerate(exact)]
-    slots = torch.stack([head[0] for head in to_read], dim=1)  # (N, H, K)
-    weights = torch.stack([head[1] for head in to_read], dim=1)  # (N, H, K)
-    tolerance = torch.cat([e.tolerance for e in exact], dim=1).amax(1)  # (N,)
-    table, read = memory.values.weight, found.read.cpu().double()
-    projection = None
-    if isinstance(memory.output_proj, nn.Linear):
-        projection = memory.output_proj.weight.cpu().double()  # (input_dim, V)
-    relative = read_tolerance(tolerance, slots[0].numel(), exact[0].knn, table.shape[1])  # (N,)
-    worst, least, within = 0.0, float("inf"), True
+    slots, weights, bounds = (torch.stack(x, dim=1) for x in zip(*to_read, strict=True))
+    parts = []
     for rows in _split(torch.arange(len(slots)), READ_CHUNK):
-        values = table[slots[rows].to(table.device)].cpu().double()  # (n, H, K, V)
-        weighted = weights[rows, ..., None] * values
-        expected, scale = weighted.sum((1, 2)), weighted.abs().sum((1, 2))  # (n, V)
-        if projection is not None:
-            expected, scale = expected @ projection.t(), scale @ projection.t().abs()
-        off = (read[rows] - expected).abs()
-        bound = relative[rows, None] * scale + torch.finfo(torch.float32).tiny
-        worst, least = max(worst, float(off.max())), min(least, float(bound.min()))
-        within = within and bool((off <= bound).all())
-    return worst, least, within
+        judged = Judged(weights[rows], bounds[rows])  # (n, H, K)
+        x = tokens[rows.to(tokens.device)].cpu().double()
+        parts.append(_compare(found.read[rows], judge_read(memory.values, slots[rows], judged, x)))
+    return _worst(parts)
 
 
-def _to_read(exact: Exact, found: Found, head: int) -> Tuple[Tensor, Tensor]:
-    """The slots that an exact memory reads, ties left to the memory, and their weights."""
+def compare_output(memory: ProductKeyMemory, found: Found, tokens: Tensor) -> Compared:
+    """Compare what the layer made of its read with what it must make of it, in float64."""
+    parts = []
+    for rows in _split(torch.arange(len(tokens)), CHUNK):
+        read, x = (t[rows.to(t.device)].cpu().double() for t in (found.read, tokens))
+        parts.append(_compare(found.output[rows], judge_output(memory.output_proj, read, x)))
+    return _worst(parts)
+
+
+def _compare(found: Tensor, judged: Judged) -> Compared:
+    off = (found.cpu().double() - judged.expected).abs()
+    bound = judged.bound + torch.finfo(torch.float32).tiny
+    return Compared(float(off.max()), float(bound.min()), bool((off <= bound).all()))
+
+
+def _worst(parts: List[Compared]) -> Compared:
+    differences, tolerances, within = zip(*parts, strict=True)
+    return Compared(max(differences), min(tolerances), all(within))
+
+
+def _to_read(exact: Exact, found: Found, head: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """The slots that an exact memory reads, ties left to the memory, their weights and bounds."""
     own = found.slots[:, head].cpu().clamp(0, exact.keys.shape[1] ** 2 - 1)
     slots = torch.where(exact.tied_at(exact.knn)[:, None], own, exact.slots[:, : exact.knn])
-    return slots, exact.rescore(slots).softmax(dim=1)
+    scores, how = exact.rescore(slots), exact.weighting
+    weights = how.weights(scores)  # (N, K)
+    return slots, weights, how.bound(how.tolerance(exact.tolerance, scores), weights)
 
 
 def _score_differences(exact: Exact, found: Found, head: int) -> Tensor:
@@ -257,7 +282,7 @@ def _reduced(
         weight_difference=max(head.weight_difference for head in heads),
         recall_at_1=sum(head.recall_at_1 for head in heads) / len(heads),
         recall_at_k=sum(head.recall_at_k for head in heads) / len(heads),
-        read_difference=compare_read(memory, exact, found)[0],
+        read_difference=compare_read(memory, exact, found, tokens).difference,
     )
 
 

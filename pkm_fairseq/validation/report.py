@@ -16,8 +16,8 @@ TOLERANCE = (
     "A correct float32 dot product of length k_dim is off by at most e = gamma(k_dim) * "
     "sum |q_i k_i|, gamma(n) = n u / (1 - n u), u = 2^-24, for any order of summation. Scores may "
     "differ by 4 e, with the largest such sum of any slot, query by query: 2 e between two "
-    "computations, and each may prefer a slot that is truly 2 e worse. Weights and reads: the "
-    "error that such scores cause, and their own rounding."
+    "computations, and each may prefer a slot that is truly 2 e worse. Weights, reads and "
+    "outputs: the error that these inputs cause, and their own rounding."
 )
 
 
@@ -92,6 +92,7 @@ def tables(results: List[LayerResult]) -> List[Table]:
         "tolerance",
         "weight diff",
         "read diff",
+        "output diff",
         "exact",
     )
     shared[2] = "dtype"
@@ -100,7 +101,8 @@ def tables(results: List[LayerResult]) -> List[Table]:
         where = [str(result.layer), f"{result.queries} {result.source}"]
         for head in result.heads:
             numbers = [head.score_difference, head.score_difference_relative]
-            numbers += [head.score_tolerance, head.weight_difference, result.read_difference]
+            numbers += [head.score_tolerance, head.weight_difference]
+            numbers += [result.read_difference, result.output_difference]
             cells = [*where, str(head.head), f"{head.recall_at_1:.6g}", f"{head.recall_at_k:.6g}"]
             cells += [str(head.ties_at_k), *(f"{number:.1e}" for number in numbers)]
             verdict.add_row(*cells, "yes" if head.exact and result.exact else "NO")

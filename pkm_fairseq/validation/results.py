@@ -20,7 +20,7 @@ class HeadResult:
         score_difference_relative: the same as a share of FAISS' score.
         score_tolerance: the least tolerance of any row.
         rescored_difference: of the float64 scores of the slots found, sorted, from FAISS' scores.
-        weight_difference: of the weights from the softmax of those float64 scores, slot by slot.
+        weight_difference: of the weights from those of these float64 scores, slot by slot.
         weight_tolerance: the least tolerance of a weight of 1 in any row.
         recall_at_1: share of rows whose first slot has the best score, within tolerance.
         recall_at_k: share of FAISS' slots that were found or are free.
@@ -69,9 +69,12 @@ class LayerResult:
     """The comparison of one memory layer on queries of one source, "text" or "random".
 
     Attributes:
-        read_difference: largest difference of the layer's output from the exact read.
-        read_tolerance: the least tolerance of any output.
-        exact: every head and the read are within tolerance.
+        read_difference: largest difference of what the layer read from the exact read.
+        read_tolerance: the least tolerance of any read.
+        output_difference: largest difference of the layer's output from what must be made of what
+            it read.
+        output_tolerance: the least tolerance of any output.
+        exact: every head, the read and the output are within tolerance.
         differences: of all sorted scores, for plots; not in reports.
     """
 
@@ -87,6 +90,8 @@ class LayerResult:
     exact: bool
     read_difference: float
     read_tolerance: float
+    output_difference: float
+    output_tolerance: float
     heads: List[HeadResult]
     reduced: List[ReducedResult]
     differences: Tensor = field(repr=False, compare=False)

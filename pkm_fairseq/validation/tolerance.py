@@ -43,12 +43,3 @@ def weight_tolerance(score_tolerance: Tensor, knn: int) -> Tensor:
     most ``exp(4 e)``; the exponentials and their sum over K are rounded, too.
     """
     return torch.expm1(score_tolerance) + gamma(knn) + EXP_ERROR
-
-
-def read_tolerance(score_tolerance: Tensor, n_read: int, knn: int, v_dim: int) -> Tensor:
-    """Error of a read relative to ``sum |weight * value|``.
-
-    It is the error of the weights, that of a sum of ``n_read`` products, and that of an output
-    projection of length ``v_dim``.
-    """
-    return weight_tolerance(score_tolerance, knn) + gamma(n_read + 1) + gamma(v_dim)

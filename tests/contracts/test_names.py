@@ -33,7 +33,13 @@ FLAGS = {
     "--memory-knn",
     "--memory-k-dim",
     "--memory-v-dim",
+    "--memory-query",
     "--memory-query-norm",
+    "--memory-score-activation",
+    "--memory-score-scale",
+    "--memory-learn-score-scale",
+    "--memory-values",
+    "--memory-output",
     "--memory-values-init",
     "--memory-input-dropout",
     "--memory-query-dropout",
@@ -48,6 +54,8 @@ FLAGS = {
     "--memory-value-clip-norm",
     "--memory-value-dtype",
     "--memory-value-lr",
+    "--memory-value-lr-factor",
+    "--memory-value-lr-schedule",
     "--init-from",
     "--glue-metrics",
     "--glue-positive-label",
@@ -136,6 +144,7 @@ def test_options_that_an_architecture_sets_have_no_default_of_their_own():
     # under hydra a default of the dataclass would win over the architecture
     set_by_all = {"encoder_layers_to_keep", "encoder_layerdrop", "untie_weights_roberta"}
     set_by_all |= {"quant_noise_pq", "quant_noise_pq_block_size", "quant_noise_scalar"}
+    set_by_all |= {"memory_learn_score_scale"}
     set_by_all |= {"spectral_norm_classification_head", "memory_share_values"}  # to this default
     said = argparse.Namespace()
     ARCH_CONFIG_REGISTRY["pkm_roberta_tiny"](said)
@@ -153,6 +162,12 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-mode": "residual",
         "--memory-query-norm": "layer",
         "--memory-values-init": "zero",
+        "--memory-query": "mlp",
+        "--memory-score-activation": "relu",
+        "--memory-learn-score-scale": None,
+        "--memory-values": "experts",
+        "--memory-output": "swilu",
+        "--memory-value-lr-schedule": "follow",
         "--memory-value-dtype": "bfloat16",
         "--init-from": "plain.pt",
         "--memory-share-values": None,

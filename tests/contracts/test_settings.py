@@ -44,6 +44,12 @@ BAD = {
     "memory_knn": (1, ["knn is 1", "at least 2"]),
     "memory_k_dim": (5, ["k_dim is 5", "even"]),
     "memory_v_dim": (0, ["v_dim is 0", "at least 1"]),
+    "memory_query": ("deep", ["query is 'deep'", "linear, mlp"]),
+    "memory_score_activation": ("tanh", ["score_activation is 'tanh'", "softmax, relu"]),
+    "memory_score_scale": (0.0, ["score_scale is 0.0", "above 0"]),
+    "memory_learn_score_scale": (2, ["learn_score_scale is 2", "True or False"]),
+    "memory_values": ("rows", ["values is 'rows'", "table, experts"]),
+    "memory_output": ("glu", ["output is 'glu'", "linear, swilu"]),
     "memory_query_norm": ("group", ["query_norm is 'group'", "batch, layer, none"]),
     "memory_values_init": ("ones", ["values_init is 'ones'", "normal, zero"]),
     "memory_value_dtype": ("float16", ["value_dtype is 'float16'", "float32, bfloat16"]),
@@ -53,6 +59,11 @@ BAD = {
     "memory_key_dropout": (0.9, ["key_dropout is 0.9", "1 of 5", "at least knn, which is 3"]),
     "memory_share_values": (1, ["share_values is 1", "True or False"]),
     "memory_value_lr": (-1e-3, ["memory-value-lr is -0.001", "at least 0"]),
+    "memory_value_lr_factor": (-1.0, ["memory-value-lr-factor is -1.0", "at least 0"]),
+    "memory_value_lr_schedule": (
+        "linear",
+        ["memory-value-lr-schedule is 'linear'", "constant, follow"],
+    ),
     "memory_value_clip_norm": (-1.0, ["memory-value-clip-norm is -1.0", "at least 0"]),
     "memory_usage_interval": (-1, ["memory-usage-interval is -1", "at least 0"]),
     "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
@@ -115,7 +126,11 @@ def test_both_drivers_have_the_declared_default(name):
         if name in declared_in(config)
     ]
     hydras = OmegaConf.structured(config)[name]
-    if name in MODEL and name not in ("memory_shards", "memory_share_values"):
+    if name in MODEL and name not in (
+        "memory_shards",
+        "memory_share_values",
+        "memory_learn_score_scale",
+    ):
         assert hydras is None  # ask the architecture
     else:
         assert hydras == option.default

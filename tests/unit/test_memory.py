@@ -235,7 +235,9 @@ def test_parameters_have_the_names_and_shapes_of_the_design():
 
 def test_a_value_width_equal_to_the_input_width_needs_no_projection():
     for v_dim in (None, WIDTH):
-        assert isinstance(memory_of(v_dim=v_dim).output_proj, nn.Identity)
+        memory, x = memory_of(v_dim=v_dim), inputs(3)
+        assert not list(memory.output_proj.parameters())
+        assert memory.output_proj(x, inputs(3)) is x
 
 
 def test_default_settings_are_those_of_memory_config():

@@ -70,6 +70,60 @@ def test_reads_and_gradients_are_those_of_a_whole_table(
         torch.testing.assert_close(gradient, table.weight.grad, rtol=0, atol=1e-12)
 
 
+def experts_of(shards: Any = None) -> "tuple[ProductKeyMemory, MemoryAdam]":
+    torch.manual_seed(0)
+    config = MemoryConfig(
+        n_keys=6, heads=2, knn=3, k_dim=8, query_norm="none", values="experts", output="swilu"
+    )
+    net = ProductKeyMemory(V_DIM, config, shards=shards).double()
+    return net, MemoryAdam(net.parameters(), lr=0.01)
+
+
+def gradients_of(net: ProductKeyMemory, rank: int) -> Dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn((3, 5)[rank], V_DIM, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    out = net(x)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
+    grads = {name: param.grad for name, param in net.named_parameters()}
+    return {
+        "read": out.detach(),
+        "x": x.grad,
+        **{n: g.dense() if isinstance(g, FactoredGradient) else g for n, g in grads.items()},
+    }
+
+
+def experts_split(rank: int) -> Dict[str, Any]:
+    net, adam = experts_of(ColumnShards(2))
+    found = {"gradients": gradients_of(net, rank)}
+    adam.step()
+    adam.consolidate_state_dict()
+    saved = net.state_dict()
+    return {**found, "saved": {k: saved[k] for k in ("values.down.weight", "values.up.weight")}}
+
+
+def test_experts_that_are_split_read_and_learn_as_whole_ones(tmp_path: Path) -> None:
+    split = on_workers(2, tmp_path, experts_split)
+    (net, adam), tables = experts_of(), ("values.down.weight", "values.up.weight")
+    for rank in range(2):
+        adam.zero_grad()
+        expected, found = gradients_of(net, rank), split[rank]["gradients"]
+        for name in expected.keys() - set(tables):  # of this worker's tokens
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12, msg=name)
+    adam.zero_grad()
+    gradients_of(net, 0)
+    both = gradients_of(net, 1)  # accumulated
+    for name in tables:  # of all tokens
+        columns = torch.cat([part["gradients"][name] for part in split], dim=1)
+        assert both[name].abs().max() > 0.01
+        torch.testing.assert_close(columns, both[name], rtol=0, atol=1e-12)
+    for name in tables:
+        net.get_parameter(name).grad.mul_(0.5)  # the mean over workers
+    adam.step()
+    for name in tables:
+        torch.testing.assert_close(split[0]["saved"][name], net.get_parameter(name).detach())
+
+
 def train_split(rank: int, n_shards: int, clip: float) -> Dict[str, Any]:
     """Three updates of a memory whose gradients are averaged; then saved."""
     net, adam = small_memory(ColumnShards(n_shards))

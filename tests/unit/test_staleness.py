@@ -100,7 +100,7 @@ def test_outdated_by_more_than_is_not_outdated_by():
 def test_movement_of_values_by_hand():
     initial = torch.zeros(4, 2)
     values = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
-    said = movement(values, initial)
+    said = movement([(values, initial)])
     assert said["unmoved"] == 0.5
     assert (said["p10"], said["p50"], said["p90"], said["max"]) == (0, 0, 5, 5)
 
@@ -108,14 +108,22 @@ def test_movement_of_values_by_hand():
 def test_movement_of_a_large_table_is_that_of_its_parts():
     values, initial = torch.randn(20_000, 3), torch.randn(20_000, 3)  # more than one block
     distances = (values - initial).norm(dim=1)
-    assert movement(values, initial)["max"] == pytest.approx(float(distances.max()))
+    assert movement([(values, initial)])["max"] == pytest.approx(float(distances.max()))
     values[19_999] += 1000
-    assert movement(values, initial)["max"] > 1000
+    assert movement([(values, initial)])["max"] > 1000
 
 
 def test_values_of_another_shape_are_an_error_that_names_both():
     with pytest.raises(ValueError, match=r"\(4, 2\).*\(3, 2\)"):
-        movement(torch.zeros(4, 2), torch.zeros(3, 2))
+        movement([(torch.zeros(4, 2), torch.zeros(3, 2))])
+
+
+def test_movement_of_a_slot_with_rows_in_two_tables_is_that_of_both():
+    initial, values = torch.zeros(4, 2), torch.zeros(4, 2)
+    values[1, 0], other = 3.0, torch.zeros(4, 1)
+    other[1], other[2] = 4.0, 2.0
+    said = movement([(values, initial), (other, torch.zeros(4, 1))])
+    assert (said["unmoved"], said["max"], said["p50"], said["p90"]) == (0.5, 5, 0, 5)
 
 
 # --- in a model -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Tuple
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
-from pkm_fairseq.memory import ProductKeyMemory, ValueTable, search
+from pkm_fairseq.memory import Experts, ProductKeyMemory, ValueTable, experts, output, search
 from pkm_fairseq.memory import memory as memory_module
 from pkm_fairseq.validation import LayerResult, compare, random_like, validate_memory
 
@@ -21,13 +23,25 @@ from .conftest import WIDTH, small_memory
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"v_dim": WIDTH}, {"query_norm": "layer"}, {"query_norm": "none", "knn": 24}],
+    [
+        {},
+        {"v_dim": WIDTH},
+        {"query_norm": "layer"},
+        {"query_norm": "none", "knn": 24},
+        {"query": "mlp", "score_scale": 0.3},
+        {"score_activation": "relu"},
+        {"score_activation": "relu", "score_scale": 3.0, "learn_score_scale": True},
+        {"values": "experts"},
+        {"output": "swilu"},
+        {"values": "experts", "output": "swilu", "v_dim": None, "score_activation": "relu"},
+    ],
     ids=str,
 )
 def test_a_good_memory_is_exact(settings: Dict[str, Any], tokens: Tensor) -> None:
     result = validate_memory(small_memory(**settings), tokens, block_bytes=4000)
     assert result.exact
-    assert result.read_difference < 1e-5
+    assert result.read_difference < 1e-5 and result.output_difference < 1e-4
+    assert result.read_tolerance < 1e-4 and result.output_tolerance < 1e-4
     for head in result.heads:
         assert head.exact
         assert head.recall_at_1 == head.recall_at_k == 1
@@ -214,14 +228,14 @@ def wrong_scores(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> N
 def values_of_the_next_slot(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
     read = ValueTable.forward
     monkeypatch.setattr(
-        ValueTable, "forward", lambda self, slots, w: read(self, (slots + 1) % 576, w)
+        ValueTable, "forward", lambda self, slots, w, x: read(self, (slots + 1) % 576, w)
     )
 
 
 def a_head_unread(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
     read = ValueTable.forward
     monkeypatch.setattr(
-        ValueTable, "forward", lambda self, slots, w: read(self, slots[:, 1:], w[:, 1:])
+        ValueTable, "forward", lambda self, slots, w, x: read(self, slots[:, 1:], w[:, 1:])
     )
 
 
@@ -256,6 +270,91 @@ def test_a_planted_fault_is_found(
         assert result.read_difference > result.read_tolerance
     else:
         assert all(shows(head) and not head.exact for head in result.heads)
+
+
+def with_output(memory: ProductKeyMemory, change: Callable[..., Tensor]) -> None:
+    forward = memory.output_proj.forward
+    memory.output_proj.forward = lambda read, x: change(forward, read, x)
+
+
+def wrong_activation(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    monkeypatch.setattr(experts, "F", SimpleNamespace(gelu=lambda x: F.gelu(x, approximate="tanh")))
+
+
+def unweighted_experts(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    read = Experts.forward
+    monkeypatch.setattr(
+        Experts, "forward", lambda self, s, w, x: read(self, s, w.mean() + 0 * w, x)
+    )
+
+
+def experts_of_other_tokens(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    read = Experts.forward
+    monkeypatch.setattr(Experts, "forward", lambda self, s, w, x: read(self, s, w, x.roll(1, 0)))
+
+
+def gate_of_other_tokens(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    with_output(memory, lambda forward, read, x: forward(read, x.roll(1, 0)))
+
+
+def gate_by_gelu(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    monkeypatch.setattr(output, "F", SimpleNamespace(silu=lambda x: F.gelu(x)))
+
+
+def output_off_by_little(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    with_output(memory, lambda forward, read, x: 1.0001 * forward(read, x))
+
+
+def scale_of_another_memory(monkeypatch: pytest.MonkeyPatch, memory: ProductKeyMemory) -> None:
+    weigh = memory.weigh
+    monkeypatch.setattr(memory, "weigh", lambda scores: weigh(1.001 * scores))
+
+
+EXPERTS, SWILU = {"values": "experts"}, {"output": "swilu"}
+RELU = {"score_activation": "relu", "score_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "shows"),
+    [
+        (wrong_activation, EXPERTS, "read"),
+        (unweighted_experts, EXPERTS, "read"),
+        (experts_of_other_tokens, EXPERTS, "read"),
+        (gate_of_other_tokens, SWILU, "output"),
+        (gate_by_gelu, SWILU, "output"),
+        (output_off_by_little, SWILU, "output"),
+        (output_off_by_little, {}, "output"),
+        (output_off_by_little, {"v_dim": None}, "output"),
+        (scale_of_another_memory, RELU, "weight"),
+    ],
+)
+def test_a_fault_of_one_part_shows_there(
+    monkeypatch: pytest.MonkeyPatch, tokens: Tensor, fault: Any, settings: Any, shows: str
+) -> None:
+    memory, tokens = small_memory(**settings), tokens[:100]
+    assert validate_memory(memory, tokens).exact
+    fault(monkeypatch, memory)
+    result = validate_memory(memory, tokens)
+    assert not result.exact
+    off = {
+        "weight": any(head.weight_difference > head.weight_tolerance for head in result.heads),
+        "read": result.read_difference > result.read_tolerance,
+        "output": result.output_difference > result.output_tolerance,
+    }
+    assert off[shows]
+    if shows != "weight":
+        assert all(head.exact for head in result.heads)
+
+
+def test_kinds_that_nobody_has_said_how_to_judge_are_refused_in_one_line(
+    memory: ProductKeyMemory, tokens: Tensor
+) -> None:
+    class Mine(type(memory.values)):  # type: ignore[misc]
+        pass
+
+    memory.values.__class__ = Mine
+    with pytest.raises(ValueError, match=r"^values of the kind Mine cannot be judged.*Experts$"):
+        validate_memory(memory, tokens)
 
 
 @pytest.mark.parametrize("dropped", range(len(search.candidate_ranks(8, "cpu")[0])))

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..hosts import HasMemories, new_usage
+from ..hosts import HasMemories, new_usage, tables_of_layers
 from .staleness import movement, summarise
 from .usage import DRAWS, MemoryUsage, tokens_for_draws
 
@@ -52,8 +52,8 @@ class Count:
         self.split = split
         self.group = model.run.group()
         self.layers = model.memory_layers()
-        memory = next(iter(self.layers.values())).memory  # all have the same settings
-        self.budget = tokens or tokens_for_draws(memory.config.n_slots, memory.config.heads, draws)
+        sizes = {(x.memory.config.n_slots, x.memory.config.heads) for x in self.layers.values()}
+        self.budget = tokens or max(tokens_for_draws(*size, draws) for size in sizes)
         self.usage: Dict[int, MemoryUsage] = new_usage(model)
         world = 1 if self.group is None else dist.get_world_size(self.group)
         for usage in self.usage.values():
@@ -66,7 +66,7 @@ class Count:
     @property
     def is_split(self) -> bool:
         """Whether workers hold different columns of the values."""
-        return any(layer.memory.values.shards is not None for layer in self.layers.values())
+        return any(table.shards is not None for table in tables_of_layers(self.layers).values())
 
     def check(self, device: torch.device) -> None:
         """See whether all workers have counted enough; every worker must call it."""
@@ -111,8 +111,8 @@ class Count:
             {"layer": i, **total.summary(), "staleness": self._staleness([i], moved[i])}
             for i, total in sorted(self.total.items())
         ]
-        memory = next(iter(self.layers.values())).memory
-        shared = self._shared(moved) if memory.config.share_values else None
+        is_shared = any(layer.memory.config.share_values for layer in self.layers.values())
+        shared = self._shared(moved) if is_shared else None
         head = {"update": self.updates, "split": self.split, "budget": self.budget}
         return {**head, "layers": layers, "shared": shared}
 
@@ -137,13 +137,16 @@ class Count:
         return {"updates": self.updates, **said, "moved": moved}
 
     def _moved(self, layer: int, initial: Any, is_alone: bool) -> Optional[Dict[str, float]]:
-        values, name = self.layers[layer].memory.values, str(layer)
-        is_known = initial is not None and name in initial
-        if values.shards is not None and is_alone:
+        tables = tables_of_layers({layer: self.layers[layer]})
+        is_known = initial is not None and all(name in initial for name in tables)
+        shards = next(iter(tables.values())).shards  # of all alike
+        if shards is not None and is_alone:
             return None
-        if values.shards is not None:  # all workers must know, to add up what they find
-            is_known = values.shards.all_have(is_known, values.weight.device)
-        return movement(values.weight, initial[name], values.shards) if is_known else None
+        if shards is not None:  # all workers must know, to add up what they find
+            is_known = shards.all_have(is_known, next(iter(tables.values())).weight.device)
+        if not is_known:
+            return None
+        return movement([(t.weight, initial[name]) for name, t in tables.items()], shards)
 
 
 def sum_over_workers(local: MemoryUsage, group: Any) -> MemoryUsage:

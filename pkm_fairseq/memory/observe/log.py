@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file, write_file
-from ..hosts import HasMemories
+from ..hosts import HasMemories, tables_of_layers
 from ..values import ValueTable
 
 logger = logging.getLogger(__name__)
@@ -99,13 +99,15 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
 
 
 def whole_values(model: HasMemories) -> Dict[str, Optional[Tensor]]:
-    """The values of each memory layer; tables that are split over workers on the first one only.
+    """The tables of each memory layer, by the names of :func:`tables_of_layers`.
+
+    Tables that are split over workers are whole on the first one, and None on the others.
 
     Every worker must call it if tables are split.
     """
-    tables = {str(i): x.memory.values for i, x in sorted(model.memory_layers().items())}
+    tables = tables_of_layers(model.memory_layers())
     whole = {table: _whole(table) for table in tables.values()}  # one, if layers share it
-    return {layer: whole[table] for layer, table in tables.items()}
+    return {name: whole[table] for name, table in tables.items()}
 
 
 def _whole(table: ValueTable) -> Optional[Tensor]:
@@ -116,11 +118,11 @@ def _whole(table: ValueTable) -> Optional[Tensor]:
 def save_initial_values(values: Dict[str, Tensor], folder: Path) -> None:
     """Keep the values that a training starts from, to see later how far they have moved."""
     with whole_file(folder / INITIAL_VALUES) as out:
-        torch.save({layer: table.cpu() for layer, table in values.items()}, out)
+        torch.save({name: table.cpu() for name, table in values.items()}, out)
 
 
 def load_initial_values(folder: Path) -> Optional[Dict[str, Tensor]]:
-    """The values, by layer, that a training started from, on disk; None if they were not kept."""
+    """The tables, by name, that a training started from, on disk; None if they were not kept."""
     file = folder / INITIAL_VALUES
     if not file.is_file():
         return None

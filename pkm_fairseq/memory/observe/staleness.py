@@ -1,6 +1,6 @@
 """How long ago each slot was last read in training, and how far its value has moved."""
 
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -96,9 +96,9 @@ def merge_over_workers(reads: Sequence[ReadTimes], group: Any) -> None:
     if group is None or not reads:
         return
     times = [last for x in reads for last in (x.last_read, x.last_top1)]
-    latest = torch.stack(times)  # (2 L, n_slots), exchanged at once
+    latest = torch.cat(times)  # of all layers, which may have other sizes; exchanged at once
     dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=group)
-    for last, merged in zip(times, latest, strict=True):
+    for last, merged in zip(times, latest.split([len(x) for x in times]), strict=True):  # type: ignore[no-untyped-call]
         last.copy_(merged)
 
 
@@ -130,13 +130,13 @@ def quantiles(x: Tensor) -> Dict[str, float]:
 
 
 def movement(
-    values: Tensor, initial: Tensor, shards: Optional[ColumnShards] = None
+    tables: Sequence[Tuple[Tensor, Tensor]], shards: Optional[ColumnShards] = None
 ) -> Dict[str, float]:
-    """How far values have moved from what they were.
+    """How far values have moved from what they were; a slot's rows in all tables are one vector.
 
     Args:
-        values: (n_slots, v_dim), or this worker's columns.
-        initial: (n_slots, v_dim), on any device.
+        tables: of each table its values, (n_slots, width) or this worker's columns, and what they
+            were, (n_slots, width), on any device.
         shards: the workers with the other columns, all of which must call it; None if values are
             whole.
 
@@ -147,14 +147,8 @@ def movement(
     Raises:
         ValueError: the shapes differ.
     """
-    if shards is not None:
-        initial = shards.own_columns(initial, values.shape[1] * shards.n_shards)
-    if values.shape != initial.shape:
-        raise ValueError(
-            f"values have shape {tuple(values.shape)}, their initial ones {tuple(initial.shape)}"
-        )
-    parts = zip(torch.split(values.detach(), ROWS), torch.split(initial, ROWS), strict=True)
-    moved = torch.cat([(new.float() - old.to(new).float()).norm(dim=1) for new, old in parts])
+    distances = [_distances(values, initial, shards) for values, initial in tables]  # (n_slots,)
+    moved = distances[0] if len(distances) == 1 else torch.stack(distances).norm(dim=0)
     if shards is not None:
         moved = shards.sum_(moved.square_()).sqrt_()
     return {
@@ -162,3 +156,15 @@ def movement(
         **quantiles(moved),
         "max": float(moved.max()),
     }
+
+
+def _distances(values: Tensor, initial: Tensor, shards: Optional[ColumnShards]) -> Tensor:
+    """L2 distances of the rows of a table, or of this worker's columns, from what they were."""
+    if shards is not None:
+        initial = shards.own_columns(initial, values.shape[1] * shards.n_shards)
+    if values.shape != initial.shape:
+        raise ValueError(
+            f"values have shape {tuple(values.shape)}, their initial ones {tuple(initial.shape)}"
+        )
+    parts = zip(torch.split(values.detach(), ROWS), torch.split(initial, ROWS), strict=True)
+    return torch.cat([(new.float() - old.to(new).float()).norm(dim=1) for new, old in parts])

@@ -32,9 +32,10 @@ class MemoryUsage:
         knn: slots read per head; None before the first update.
         top1_count: (H, n_slots), int64: reads as the highest-scoring slot of a head.
         read_count: (H, n_slots), int64: reads at any rank.
-        read_mass: (H, n_slots), float64: accumulated softmax weight.
-        top1_weight: (H,), float64: accumulated weight of the first choices.
-        entropy: (H,), float64: accumulated entropy of the weights of a look-up, in nats.
+        read_mass: (H, n_slots), float64: accumulated weight.
+        top1_weight: (H,), float64: accumulated share of the first choices in the weight of their
+            look-up; 0 where a look-up has no weight.
+        entropy: (H,), float64: accumulated entropy of the shares of a look-up, in nats.
     """
 
     def __init__(self, n_slots: int, heads: int, max_tokens: Optional[int] = None) -> None:
@@ -99,8 +100,10 @@ class MemoryUsage:
         self.top1_count += self._bincount(flat[..., 0])
         self.read_count += self._bincount(flat)
         self.read_mass += self._bincount(flat, weights)
-        self.top1_weight += weights[..., 0].sum(dim=0)
-        self.entropy -= torch.special.xlogy(weights, weights).sum(dim=(0, 2))
+        total = weights.sum(dim=-1, keepdim=True)  # (N, H, 1), 1 but for relu
+        shares = weights / total.masked_fill(total == 0, 1)  # (N, H, K)
+        self.top1_weight += shares[..., 0].sum(dim=0)
+        self.entropy -= torch.special.xlogy(shares, shares).sum(dim=(0, 2))
 
     def _bincount(self, flat: Tensor, weights: Optional[Tensor] = None) -> Tensor:
         weights = None if weights is None else weights.flatten()
@@ -145,7 +148,8 @@ class MemoryUsage:
             counts, from uniform, in nats (Lample et al. 2019); ``gini`` of the weight;
             ``slots_50``, ``slots_90``, ``slots_99``: fewest slots that hold that percentage
             of the weight; ``top1_weight``: mean weight of a first choice; ``entropy``: mean
-            entropy of the weights of one head's look-up, in nats, at most log knn;
+            entropy of the weights of one head's look-up, in nats, at most log knn; both of
+            weights divided by their sum, which relu does not make 1;
             ``effective_neighbours``: exp of the entropy, at most knn: where it is near knn, all
             neighbours weigh alike and the first choice is hardly one;
             ``subkey1_usage`` and ``subkey2_usage``: share of the heads' sub-keys of each half
@@ -311,21 +315,33 @@ def slots_that_hold(ascending: Tensor) -> Dict[str, int]:
     summed as multiples of the largest: those of equal slots are then 1, and their sums exact.
 
     Args:
-        ascending: (n_slots,), sorted, the last one positive.
+        ascending: (n_slots,), sorted; if all are 0, no slot holds anything.
     """
+    if ascending[-1] == 0:
+        return {f"slots_{percent}": 0 for percent in (50, 90, 99)}
     held = (ascending.flip(0) / ascending[-1]).cumsum(0)  # (n_slots,), by so many slots
     shares = {percent: held[-1] * percent / 100 * (1 - TIE) for percent in (50, 90, 99)}
     return {f"slots_{p}": int((held < share).sum()) + 1 for p, share in shares.items()}
 
 
 def kl_from_uniform(counts: Tensor) -> float:
-    """KL divergence in nats of normalised counts from uniform, ``log n + sum z log z``."""
+    """KL divergence in nats of normalised counts from uniform, ``log n + sum z log z``.
+
+    Where nothing was counted it is the largest, log n, as of counts in one place.
+    """
+    if not counts.any():
+        return math.log(len(counts))
     z = counts.double() / counts.sum()
     return math.log(len(z)) + float(torch.special.xlogy(z, z).sum())
 
 
 def gini(ascending: Tensor) -> float:
-    """Gini coefficient of non-negative masses, sorted ascending: 0 equal, near 1 one holds all."""
+    """Gini coefficient of non-negative masses, sorted ascending: 0 equal, near 1 one holds all.
+
+    Where there is no mass it is 1.
+    """
+    if ascending[-1] == 0:
+        return 1.0
     n = len(ascending)
     rank = torch.arange(1, n + 1, dtype=torch.float64, device=ascending.device)
     return float(((2 * rank - n - 1) * ascending).sum() / (n * ascending.sum()))
