@@ -6,18 +6,21 @@ unigram model they are compared with. Works with any masked-LM checkpoint on thi
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, Dict
 
 from _script import run
 
 from pkm_fairseq.demo.evaluate import (
+    ablations,
     evaluate,
     load,
     masked_batches,
     scored,
     unigram_perplexity,
 )
+from pkm_fairseq.memory.files import write_file
 
 
 def main() -> None:
@@ -32,21 +35,55 @@ def main() -> None:
         help="what fairseq-preprocess made (default: %(default)s)",
     )
     parser.add_argument("--split", default="test", help="default: %(default)s")
+    parser.add_argument(
+        "--ablate",
+        action="store_true",
+        help="also the perplexity with values of zero, with values permuted among the slots, and "
+        "with the first choice of each head alone: of all memories, and of each layer",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     args = parser.parse_args()
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {args.json} must be a file in a folder that exists")
     first = load(args.checkpoints[0], args.data)
     batches = masked_batches(first.task, args.split)
     unigram = unigram_perplexity(args.data, batches, first.task)
     n_masked = sum(int(scored(batch["target"], first.task).sum()) for batch in batches)
     print(f"split {args.split}: {n_masked:,} masked tokens")
     print(f"unigram model: perplexity {unigram:.2f}")
+    report: Dict[str, Any] = {"split": args.split, "masked_tokens": n_masked}
+    report.update(unigram_ppl=unigram, checkpoints=[])
     for at, checkpoint in enumerate(args.checkpoints):
         model = load(checkpoint, args.data).model if at else first.model
         result = evaluate(model, batches, first.task)
-        print(f"{checkpoint}: perplexity {result.ppl:.2f}")
-        for layer in result.memory:
-            print(f"  layer {layer['layer']}: {numbers(layer)}")
-            for head, counts in enumerate(layer["heads"]):
-                print(f"    head {head}: {numbers(counts)}")
+        found = {"checkpoint": str(checkpoint), "perplexity": result.ppl, "memory": result.memory}
+        print_result(found)
+        if args.ablate:
+            by_part = ablations(model, batches, first.task)
+            print_ablations(by_part)
+            found.update(ablations=by_part.pop("all", None), ablations_by_layer=by_part)
+        report["checkpoints"].append(found)
+    if args.json:
+        write_file(args.json, json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def print_result(found: Dict[str, Any]) -> None:
+    """Perplexity of a checkpoint, and the usage of its memories."""
+    print(f"{found['checkpoint']}: perplexity {found['perplexity']:.2f}")
+    for layer in found["memory"]:
+        print(f"  layer {layer['layer']}: {numbers(layer)}")
+        for head, counts in enumerate(layer["heads"]):
+            print(f"    head {head}: {numbers(counts)}")
+
+
+def print_ablations(by_part: Dict[str, Dict[str, float]]) -> None:
+    """Perplexity with memories switched off in part; a line for all, and one for each layer."""
+    if not by_part:
+        print("  no memory to ablate")
+    for part, found in by_part.items():
+        name = "all memories" if part == "all" else f"memory of layer {part}"
+        said = ", ".join(f"{kind} {ppl:.2f}" for kind, ppl in found.items())
+        print(f"  {name} ablated: {said}")
 
 
 def numbers(counts: Dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional
 
+from ..memory.ablation import ABLATIONS, ablated
 from ..memory.hosts import new_usage, observing, with_memories
 from ..memory.observe.usage import DRAWS
 from ..models.checkpoints import (
@@ -113,6 +114,35 @@ def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> R
     shares = {layer: mass / mass.sum() for layer, mass in masses.items()}
     mass = {layer: share.sort(descending=True).values.tolist() for layer, share in shares.items()}
     return Result(ppl, memory, mass)
+
+
+@torch.no_grad()
+def ablations(
+    model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask
+) -> Dict[str, Dict[str, float]]:
+    """Perplexity with memories switched off in part: what they are worth to the model.
+
+    Args:
+        model: in eval mode.
+        batches: as :func:`masked_batches` makes them.
+        task: of the batches.
+
+    Returns:
+        By memory layer, as text, and of all memories together as "all": by kind of
+        :func:`pkm_fairseq.memory.ablation.ablated`, the perplexity. Empty without a memory.
+    """
+    host = with_memories(model)
+    if host is None:
+        return {}
+    parts: Dict[str, Optional[List[int]]] = {"all": None}
+    parts.update({str(layer): [layer] for layer in host.memory_layers()})
+    found: Dict[str, Dict[str, float]] = {}
+    for name, layers in parts.items():
+        found[name] = {}
+        for kind in ABLATIONS:
+            with ablated(host, kind, layers):
+                found[name][kind] = _perplexity(model, batches, task)
+    return found
 
 
 def _perplexity(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> float:

@@ -50,10 +50,18 @@ def test_every_script_is_run() -> None:
         assert name in (ROOT / "tests" / file).read_text(), name
 
 
-def test_evaluate_mlm_says_what_the_report_says(finished: "tuple[Path, Run]") -> None:
+def test_evaluate_mlm_says_what_the_report_says(
+    finished: "tuple[Path, Run]", tmp_path: Path
+) -> None:
     out, report = finished[0], report_of(finished)
     files = checkpoints(out)
-    lines = script("evaluate_mlm.py", *files, "--data", out / "data/bin").output.splitlines()
+    options = ["--data", out / "data/bin", "--ablate", "--json", tmp_path / "mlm.json"]
+    printed = script("evaluate_mlm.py", *files, *options).output.splitlines()
+    found = json.loads((tmp_path / "mlm.json").read_text())
+    check_ablations(found["checkpoints"], [line for line in printed if "ablate" in line])
+    for theirs, ours in zip(found["checkpoints"], report["arms"], strict=True):
+        assert (theirs["perplexity"], theirs["memory"]) == (ours["ppl"], ours["memory"])
+    lines = [line for line in printed if "ablate" not in line]
     assert lines[0] == f"split test: {report['masked_tokens']:,} masked tokens"
     assert lines[1] == f"unigram model: perplexity {report['unigram_ppl']:.2f}"
     expected = []
@@ -64,9 +72,24 @@ def test_evaluate_mlm_says_what_the_report_says(finished: "tuple[Path, Run]") ->
     assert len(lines[2:]) == len(expected) == 3 + 2 * 5
     assert all(line.startswith(start) for line, start in zip(lines[2:], expected, strict=True))
     last = report["arms"][-1]["memory"][-1]["heads"][-1]
-    assert lines[-1] == "    head 3: " + ", ".join(
+    last_head = [line for line in lines if line.startswith("    head 3: ")][-1]
+    assert last_head == "    head 3: " + ", ".join(
         f"{key} {value:.4g}" for key, value in last.items()
     )
+
+
+def check_ablations(found: List[Dict[str, Any]], lines: List[str]) -> None:
+    """What evaluate_mlm.py says of a plain model, and of two with a memory in layer 1."""
+    plain, *others = found
+    assert (plain["ablations"], plain["ablations_by_layer"]) == (None, {})
+    assert lines[0] == "  no memory to ablate"
+    assert len(lines) == 1 + 2 * len(others)
+    for checkpoint, line in zip(others, lines[1::2], strict=True):
+        ablations = checkpoint["ablations"]
+        said = ", ".join(f"{kind} {ablations[kind]:.2f}" for kind in ("zero", "permuted", "top1"))
+        assert line == f"  all memories ablated: {said}"
+        assert checkpoint["ablations_by_layer"] == {"1": ablations}
+        assert all(ppl > 1 and ppl != checkpoint["perplexity"] for ppl in ablations.values())
 
 
 @pytest.mark.parametrize("arm", ["plain", "pkm"])
