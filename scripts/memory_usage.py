@@ -75,6 +75,11 @@ def parse() -> argparse.Namespace:
         help="read the text as it is; without it, tokens are masked as in the training of a masked "
         "language model, which its log counts",
     )
+    parser.add_argument(
+        "--force-drift",
+        action="store_true",
+        help="measure the drift between checkpoints of different trainings, too",
+    )
     for option, help_text in NUMBERS:
         parser.add_argument(option, type=int, metavar="N", help=help_text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")

@@ -17,6 +17,7 @@ from .checkpoints import (
     named_files,
     open_checkpoint,
     read_text,
+    why_not_one_training,
 )
 from .curves import Log, last_counts, read_log
 from .drift import drift_of_models
@@ -155,7 +156,14 @@ def _configs(opened: Opened) -> Dict[Any, List[int]]:
 
 
 def _drift(args: Namespace, before: Opened, after: Opened) -> Dict[str, Any]:
-    """Drift over the first tokens of the text, cut into the same sequences for both."""
+    """Drift over the first tokens of the text, cut into the same sequences for both.
+
+    Raises:
+        ValueError: the checkpoints cannot be compared, or are not of one training.
+    """
+    reason = why_not_one_training(before, after)
+    if reason and not args.force_drift:
+        raise ValueError(f"{reason} (--force-drift compares them all the same)")
     length = min(opened.model.max_positions() for opened in (before, after))
     if before.dictionary.symbols != after.dictionary.symbols:
         raise ValueError(
@@ -200,6 +208,12 @@ def _check_effects(args: Namespace, has_text: bool) -> None:
         ("--draws", args.draws, has_text, "--checkpoint"),
         ("--tokens", args.tokens, has_text, "--checkpoint"),
         ("--hot", args.hot, has_text, "--checkpoint"),
+        (
+            "--force-drift",
+            args.force_drift or None,
+            len(args.checkpoint) > 1,
+            "two or more checkpoints",
+        ),
         ("--probe", args.probe, len(args.checkpoint) > 1, "two or more checkpoints"),
         ("--split", args.split, bool(args.data), "--data"),
         ("--spm", args.sentencepiece_model, bool(args.text), "--text"),

@@ -1,5 +1,6 @@
 """Checkpoints to be looked at, and the text that they are to read."""
 
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -11,6 +12,7 @@ from ..models.capture import data_lines, dictionary_of, load_model, pack, text_l
 from ..models.checkpoints import has_memory, options_of, read_checkpoint, task_name
 from ..models.roberta import PkmRobertaModel
 
+ORIGIN = re.compile(r"\.layers\.(\d+)\.reads\.origin$")
 MASKING = ("seed", "mask_prob", "leave_unmasked_prob", "random_token_prob")
 MASKING += ("freq_weighted_replacement", "mask_multiple_length", "mask_stdev")
 
@@ -26,6 +28,7 @@ class Opened(NamedTuple):
         updates: finished updates; None if the checkpoint does not say.
         has_read_times: whether it knows when its slots were last read in training.
         masking: the options of fairseq's masking in its training; None if that masks nothing.
+        origins: by layer, in which training its memory came into being; None if unknown.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Opened(NamedTuple):
     updates: Optional[int]
     has_read_times: bool
     masking: Optional[Dict[str, Any]] = None
+    origins: Optional[Dict[int, Tuple[int, ...]]] = None
 
 
 def named_files(arguments: Sequence[str]) -> List[Tuple[str, Path]]:
@@ -84,8 +88,34 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
     dictionary = dictionary_of(args, checkpoint)
     has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])
     model = load_model(checkpoint, dictionary, str(file))
-    masking = masking_of(checkpoint)
-    return Opened(name, file, model, dictionary, updates_of(checkpoint), has_read_times, masking)
+    updates, masking = updates_of(checkpoint), masking_of(checkpoint)
+    origins = origins_of(checkpoint)
+    return Opened(name, file, model, dictionary, updates, has_read_times, masking, origins)
+
+
+def origins_of(checkpoint: Dict[str, Any]) -> Optional[Dict[int, Tuple[int, ...]]]:
+    """By layer, in which training a memory came into being; None if an older version saved it."""
+    found = {
+        int(match[1]): tuple(int(x) for x in tensor.float().round().tolist())
+        for name, tensor in checkpoint["model"].items()
+        if (match := ORIGIN.search(name)) and tensor.any()
+    }
+    return found or None
+
+
+def why_not_one_training(before: Opened, after: Opened) -> Optional[str]:
+    """Why two checkpoints are not of one training, or of one and what goes on from it.
+
+    Returns:
+        The reason; None if they are of one.
+    """
+    if before.origins is not None and after.origins is not None:
+        layers = before.origins.keys() & after.origins.keys()
+        is_one = all(before.origins[layer] == after.origins[layer] for layer in layers)
+        return None if is_one else "their memories came into being in different trainings"
+    if before.file.absolute().parent == after.file.absolute().parent:
+        return None
+    return "an older version saved them, and in different folders: of one training or not?"
 
 
 def masking_of(checkpoint: Dict[str, Any]) -> Optional[Dict[str, Any]]:

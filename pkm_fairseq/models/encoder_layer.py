@@ -7,6 +7,7 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor
 
 from ..memory import ProductKeyMemory, ReadTimes
+from ..memory.observe.staleness import origin_of
 
 MEMORY_MODES = {
     "replace": "in place of the FFN; PKM, Lample et al. 2019",
@@ -36,7 +37,7 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
         assert mode in MEMORY_MODES, mode
         self.memory = memory
         self.mode = mode
-        self.reads = ReadTimes(memory.config.n_slots)
+        self.reads = ReadTimes(memory.config.n_slots, origin_of(memory.keys, mode))
         memory.observers.append(self.reads)
         if mode == "replace":
             self.fc1 = self.fc2 = None

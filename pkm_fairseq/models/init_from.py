@@ -18,6 +18,7 @@ from .plan import Plan
 logger = logging.getLogger(__name__)
 
 READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # of a training, not of a model
+ORIGIN = ".reads.origin"  # of these, what memories that go on keep
 FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace
 MAX_NAMED = 8
 
@@ -60,9 +61,11 @@ def load_parameters(
     heads = [name for name in state if name.startswith("classification_heads.")]
     state = {name: tensor for name, tensor in state.items() if name not in heads}
     RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
+    origins = {name: tensor for name, tensor in state.items() if name.endswith(ORIGIN)}
     state = {name: tensor for name, tensor in state.items() if not READ_TIMES.search(name)}
     fitting = own_columns(model, state)
     full = model.state_dict()
+    full.update({name: tensor for name, tensor in origins.items() if name in full})
     own = {name: tensor for name, tensor in full.items() if not READ_TIMES.search(name)}
     missing = [name for name in own if name not in state]
     surplus = [name for name in state if name not in own]

@@ -244,7 +244,8 @@ def test_parameters_of_a_memory_in_a_checkpoint_have_these_names(query_norm, v_d
     names = {n.removeprefix(prefix) for n in model.state_dict() if n.startswith(prefix)}
     assert names == expected
     plain = build("roberta").state_dict()
-    reads = {f"{prefix.removesuffix('memory.')}reads.{name}" for name in ("last_read", "last_top1")}
+    times = ("last_read", "last_top1", "origin")
+    reads = {f"{prefix.removesuffix('memory.')}reads.{name}" for name in times}
     assert set(model.state_dict()) - set(plain) == {prefix + name for name in expected} | reads
 
 

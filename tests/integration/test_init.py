@@ -9,7 +9,7 @@ import torch
 from .runs import BIN, MEMORY, MODEL, TRAIN, USER_DIR, Run, load, run_well, train
 
 LAYER = "encoder.sentence_encoder.layers.1"
-TIMES = {f"{LAYER}.reads.{last}" for last in ("last_read", "last_top1")}
+TIMES = {f"{LAYER}.reads.{last}" for last in ("last_read", "last_top1", "origin")}
 
 
 def first_state(data_bin: Path, save_dir: Path, *options: object) -> "tuple[Run, dict]":

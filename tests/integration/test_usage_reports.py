@@ -37,7 +37,7 @@ def counts(folder: Path, split: str) -> List[Dict[str, Any]]:
 
 def times(folder: Path) -> Dict[str, torch.Tensor]:
     model = load(folder / "checkpoint_last.pt")["model"]
-    found = {name: tensor for name, tensor in model.items() if ".reads." in name}
+    found = {name: tensor for name, tensor in model.items() if ".reads.last_" in name}
     assert found
     return found
 

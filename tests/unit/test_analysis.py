@@ -453,6 +453,7 @@ def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
     draws = {"a": 100, "b": 23.4}
     args = Namespace(checkpoint=["a=x", "b=y"], log=[], data="d", text=None, split="valid", hot=1)
     args.unmasked = True
+    args.force_drift = False
     warnings: List[str] = []
     found = analyse.analyse(args, lambda *_: lambda n: None, warnings.append).report
     assert [checkpoint["name"] for checkpoint in found["checkpoints"]] == ["a", "b"]
@@ -462,6 +463,49 @@ def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
     assert drift == "no drift from a to b: memories are in layers [0] before, [1] after"
     assert "a, layer 1: 100; b, layer 1: 23.4" in unequal
     assert "at 23.4 draws per slot or fewer" in unequal
+
+
+def opened_of(model: Any, folder: str, file: str = "last.pt") -> checkpoints.Opened:
+    """As much of an opened checkpoint as says what it may be compared with."""
+    state = {} if model is None else model.state_dict()
+    origins = checkpoints.origins_of({"model": state})
+    return checkpoints.Opened(
+        folder, Path(folder) / file, None, None, None, True, origins=origins
+    )  # fmt: skip
+
+
+def test_drift_is_of_checkpoints_of_one_training() -> None:
+    dictionary = small_dictionary()
+
+    def model_of(arch: str = "resm_roberta_tiny", seed: int = 0) -> Any:
+        return build(arch, dictionary, seed=seed)
+
+    start = opened_of(model_of(), "start")
+    reason = checkpoints.why_not_one_training
+    later = model_of(seed=5)
+    later.load_state_dict(model_of().state_dict())  # a restart, or finetuning
+    averaged = model_of()
+    with torch.no_grad():
+        for tensor in averaged.state_dict().values():
+            tensor.copy_((tensor.half() * 0.3 + tensor.half() * 0.7) if tensor.dim() else tensor)
+    assert reason(start, opened_of(later, "later")) is None
+    assert reason(start, opened_of(averaged, "averaged")) is None
+    for other in (model_of(seed=1), model_of("pkm_roberta_tiny")):  # of another mode: one seed
+        assert "different trainings" in str(reason(start, opened_of(other, "other")))
+        assert "different trainings" in str(reason(start, opened_of(other, "start", "x.pt")))
+    old = opened_of(None, "old")
+    assert reason(old, opened_of(None, "old", "half.pt")) is None
+    assert "an older version" in str(reason(old, start))
+
+
+def test_drift_of_different_trainings_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyse, "why_not_one_training", lambda *_: "of two")
+    args = Namespace(force_drift=False)
+    with pytest.raises(ValueError, match=r"of two \(--force-drift"):
+        analyse._drift(args, *[SimpleNamespace()] * 2)
+    args.force_drift = True
+    with pytest.raises(AttributeError, match="model"):  # it goes on
+        analyse._drift(args, *[SimpleNamespace()] * 2)
 
 
 def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
@@ -493,6 +537,10 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
         ({"checkpoint": ["a"], "data": "d", "draws": 0}, "--draws is 0, must be at least 1"),
         ({"checkpoint": ["a"], "data": "d", "draws": 3, "tokens": 5}, "give one of them"),
         ({"log": ["a"], "draws": 7}, "--draws has no effect without --checkpoint"),
+        (
+            {"checkpoint": ["a"], "data": "d", "force_drift": True},
+            "--force-drift has no effect without two",
+        ),
         ({"log": ["a"], "unmasked": True}, "--unmasked has no effect without --checkpoint"),
         ({"checkpoint": ["a"], "data": "d", "hot": 0}, "--hot is 0"),
         ({"checkpoint": ["a"], "data": "d", "probe": 5}, "--probe has no effect without two"),
@@ -505,7 +553,8 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
 )
 def test_options_that_are_impossible_or_without_effect(given: Dict[str, Any], match: str) -> None:
     names = ("data", "text", "split", "sentencepiece_model", "dict", "tokens", "hot", "probe")
-    args = Namespace(checkpoint=[], log=[], unmasked=False, **dict.fromkeys((*names, "draws")))
+    args = Namespace(checkpoint=[], log=[], unmasked=False, force_drift=False)
+    vars(args).update(dict.fromkeys((*names, "draws")))
     vars(args).update(given)
     with pytest.raises(ValueError, match=match):
         analyse.check_options(args)

@@ -488,3 +488,31 @@ def test_a_classification_head_is_dropped_and_said_to_be(plain, tmp_path, caplog
         "pkm_roberta_tiny", init_from=saved(plain, tmp_path, add_head), load_checkpoint_heads=True
     )
     assert "dropped classification_heads.x" in init_line(caplog)
+
+
+# --- the training in which a memory came into being --------------------------------------------
+
+
+def origin_in(model):
+    return model.state_dict()[f"{LAYER}reads.origin"]
+
+
+def test_a_memory_that_goes_on_keeps_its_origin_and_a_new_one_has_its_own(checkpoint, tmp_path):
+    trained = build("resm_roberta_tiny", seed=3)
+    file = save(trained, tmp_path / "trained.pt")
+    with torch.no_grad():
+        trained.memory_layers()[1].memory.keys.add_(1)  # training changes nothing of it
+    fresh = origin_in(build("resm_roberta_tiny", seed=4))
+    assert not torch.equal(fresh, origin_in(trained))
+    assert torch.equal(
+        origin_in(build("resm_roberta_tiny", seed=4, init_from=file)), origin_in(trained)
+    )
+    assert torch.equal(origin_in(build("resm_roberta_tiny", seed=4, init_from=checkpoint)), fresh)
+
+
+def test_a_checkpoint_without_origin_is_loaded():
+    model, state = build("resm_roberta_tiny"), build("resm_roberta_tiny", seed=2).state_dict()
+    expected = origin_in(model).clone()
+    del state[f"{LAYER}reads.origin"]
+    model.load_state_dict(state, strict=True)
+    assert torch.equal(origin_in(model), expected)

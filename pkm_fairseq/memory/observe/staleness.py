@@ -1,5 +1,6 @@
 """How long ago each slot was last read in training, and how far its value has moved."""
 
+import hashlib
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
@@ -11,6 +12,7 @@ from ..sharding import ColumnShards
 
 QUANTILES = (10, 50, 90, 99)
 OUTDATED_AFTER = (10, 100, 1000, 10_000)  # updates
+ORIGIN = 8  # numbers
 ROWS = 8192  # of a table, compared at once
 
 
@@ -25,17 +27,23 @@ class ReadTimes(nn.Module):
 
     Args:
         n_slots: slots of the memory.
+        origin: says in which training the memory came into being, as :func:`origin_of` makes it;
+            None if that is not known.
 
     Attributes:
         last_read: (n_slots,).
         last_top1: (n_slots,).
+        origin: (8,), kept by all that goes on from a checkpoint of the training: a restart, another
+            training that starts from it, finetuning. Zeros if it is not known.
     """
 
     last_read: Tensor
     last_top1: Tensor
+    origin: Tensor
 
-    def __init__(self, n_slots: int) -> None:
+    def __init__(self, n_slots: int, origin: Optional[Tensor] = None) -> None:
         super().__init__()
+        self.register_buffer("origin", torch.zeros(ORIGIN) if origin is None else origin)
         self.register_buffer("last_read", torch.zeros(n_slots, dtype=torch.float32))
         self.register_buffer("last_top1", torch.zeros(n_slots, dtype=torch.float32))
 
@@ -79,11 +87,29 @@ class ReadTimes(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReadTimes":
         """Follow the model to another device, but not to half precision."""
-        times = self.last_read, self.last_top1
+        times = self.last_read, self.last_top1, self.origin
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.last_read.device
-        self.last_read, self.last_top1 = (last.to(device) for last in times)
+        self.last_read, self.last_top1, self.origin = (last.to(device) for last in times)
         return self
+
+
+def origin_of(keys: Tensor, *names: str) -> Tensor:
+    """Tell the training in which a memory comes into being by the sub-keys it starts with.
+
+    A function of them, so that all workers agree, and a training that is repeated bit for bit is
+    the same one. Small numbers, so that averages of equal ones, in any dtype, are these.
+
+    Args:
+        keys: initial sub-keys, of any shape.
+        names: what else tells trainings of one seed apart.
+
+    Returns:
+        (8,), float32, each in 1..250.
+    """
+    content = keys.detach().float().cpu().numpy().tobytes()
+    digest = hashlib.sha256("/".join(names).encode() + content).digest()
+    return torch.tensor([1.0 + byte % 250 for byte in digest[:ORIGIN]])
 
 
 def merge_over_workers(reads: Sequence[ReadTimes], group: Any) -> None:
