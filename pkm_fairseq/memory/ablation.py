@@ -22,7 +22,7 @@ def _permuted(slots: Tensor, weights: Tensor, order: Tensor) -> Reads:
 
 def _top1(slots: Tensor, weights: Tensor, order: Tensor) -> Reads:
     first = torch.zeros_like(weights)
-    first[..., 0] = 1
+    first[..., 0] = weights.sum(dim=-1)
     return slots, first
 
 
@@ -43,7 +43,7 @@ def ablated(
         model: a host's model.
         kind: "zero": all values read as zero. "permuted": each slot reads the value of another one,
             by a random permutation of the slots. "top1": each head reads its first choice alone,
-            with weight 1, as the softmax over one score has it.
+            with the weight of all its reads: under softmax that is 1, as over one score.
         layers: memory layers; None for all. Layers that share values are ablated one by one, too.
         seed: of the permutation, the same for every layer.
 
