@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 import time
+from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ from fairseq import checkpoint_utils
 from fairseq.checkpoint_utils import save_checkpoint
 from fairseq.data import MonolingualDataset, TokenBlockDataset
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
+from fairseq.dataclass.configs import EMAConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
+from fairseq.models.ema.ema import EMA
 from fairseq.tasks import LegacyFairseqTask
 from fairseq_cli.train import should_stop_early
 from omegaconf import OmegaConf
@@ -30,7 +33,7 @@ import pkm_fairseq
 from pkm_fairseq import compat
 from pkm_fairseq.compat.checkpoints import copy_whole_files, save_whole_files
 from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
-from tests.helpers import small_dictionary
+from tests.helpers import build, small_dictionary
 
 pkm_fairseq.register()
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,6 +171,64 @@ def test_the_best_score_of_another_training_is_forgotten():
     for _ in range(2):  # the second time there is nothing
         forget_previous_training()
         assert not [name for function, name in kept if hasattr(function, name)]
+
+
+# --- moving averages ------------------------------------------------------------------------------
+
+
+def shared_tables():
+    options = {"memory_layers": [0, 1, 2], "memory_share_values": True}
+    return build("resm_roberta_tiny", **options)
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", [lambda: build("roberta"), shared_tables])
+def test_the_average_of_tied_parameters_is_that_of_any_other(model, dtype, fp32):
+    """Against a naive average by parameter: three layers, two names of the embedding."""
+    model = model().to(dtype)
+    config = EMAConfig(store_ema=True, ema_decay=0.9, ema_fp32=fp32)
+    average = EMA(model, config)
+    is_float32 = fp32 or dtype == torch.float32
+    expected = {name: value.clone().float() for name, value in model.state_dict().items()}
+    for update in range(1, 4):
+        with torch.no_grad():
+            for value in [*model.parameters(), *model.buffers()]:
+                value.add_(torch.randn_like(value))
+        average.step(model, update)
+        for name, value in model.state_dict().items():
+            if not name.endswith("version"):
+                expected[name].mul_(0.9).add_(value.float(), alpha=0.1)
+    found = average.fp32_params if fp32 else average.get_model().state_dict()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if is_float32 else {"rtol": 0.05, "atol": 0.05}
+    for name, value in expected.items():
+        if not name.endswith("version"):
+            assert torch.allclose(found[name].float(), value, **tolerance), name
+    assert found.keys() == expected.keys()
+    assert_same_average(average)
+
+
+def assert_same_average(average):
+    """What a checkpoint holds is what the model of the average has."""
+    state = average.get_model().state_dict()
+    for name, value in average.fp32_params.items():
+        if name.endswith("version"):
+            continue  # fairseq keeps it as it was, and loads the model's own
+        assert torch.equal(state[name], value.to(state[name].dtype)), name
+
+
+def test_a_moving_average_that_goes_on_from_a_checkpoint_moves_once():
+    model = shared_tables()
+    config = EMAConfig(store_ema=True, ema_decay=0.9, ema_fp32=True)
+    average = EMA(model, config)
+    average.restore(deepcopy(model.state_dict()), build_fp32_params=False)
+    average.build_fp32_params(deepcopy(average.fp32_params))
+    name = "encoder.sentence_encoder.layers.0.memory.values.weight"
+    before = average.fp32_params[name].clone()
+    with torch.no_grad():
+        model.state_dict()[name].add_(1.0)
+    average.step(model, 1)
+    assert torch.allclose(average.fp32_params[name] - before, torch.tensor(0.1), atol=1e-6)
 
 
 # --- checkpoints that are whole or absent ---------------------------------------------------------

@@ -1,0 +1,35 @@
+"""Moving averages of the parameters, ``--store-ema``."""
+
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any, Callable, Optional, Tuple
+
+from torch import Tensor
+
+
+def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., None]:
+    """Replace ``EMA._step_internal``, which averages by name.
+
+    A parameter that has several names, as tied embeddings and a value table that layers share, is
+    one tensor in the average, too, and was moved once for each name.
+    """
+
+    @wraps(stock)
+    def step(self: Any, new_model: Any, updates: Any = None) -> None:
+        averages = self.fp32_params if self.config.ema_fp32 else self.model.state_dict()
+        once, seen = {}, set()
+        for name, value in new_model.state_dict().items():
+            place = _place(averages.get(name))
+            if place is None or place not in seen:
+                once[name] = value
+                seen.add(place)
+        stock(self, SimpleNamespace(state_dict=lambda: once), updates)
+
+    return step
+
+
+def _place(value: Any) -> Optional[Tuple[Any, ...]]:
+    """What tensors that are one have in common; None if it shares its memory with none."""
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return None
+    return value.device, value.dtype, value.data_ptr(), value.shape, value.stride()
