@@ -10,7 +10,9 @@ import os
 import sys
 from typing import Any, Optional
 
+OURS, FAIRSEQS = ("pkm_fairseq",), ("fairseq", "fairseq_cli")
 MENDABLE = (ValueError, OSError, MemoryError, ImportError)
+REASON = 300  # letters of an error that fairseq covers
 RAISE = dis.opmap["RAISE_VARARGS"]
 
 
@@ -34,27 +36,36 @@ def for_command(error: Exception) -> BaseException:
 
 
 def line_of(error: Optional[BaseException]) -> Optional[str]:
-    """The line for an error that our code has raised by intention; None if it is no such error.
+    """The line for an error that the user can mend; None for what looks like a bug.
 
-    fairseq covers some with an exception of its own, such as all that arise while a model is
-    loaded: then what it covers is asked for.
+    That is what our code raises by intention, and what fairseq refuses, or cannot read or import.
+    fairseq covers some errors with one of its own, such as all that arise while a model is loaded:
+    then what it covers is asked for.
     """
+    refusal = None
     while error is not None:
-        module, is_raised = _origin(error)
-        if module.startswith("pkm_fairseq") and is_raised and isinstance(error, MENDABLE):
+        package, is_raised = _origin(error)
+        if package in OURS and is_raised and isinstance(error, MENDABLE):
             return str(error)
-        if module.partition(".")[0] not in ("fairseq", "fairseq_cli"):
-            return None
-        error = error.__cause__ or error.__context__
-    return None
+        if package not in FAIRSEQS:
+            is_torchs = refusal is not None and isinstance(error, RuntimeError)  # a shape, a name
+            return f"{refusal} {_flat(error)[:REASON]}" if is_torchs else None
+        refusal = _flat(error) if is_raised or isinstance(error, (OSError, ImportError)) else None
+        context = None if error.__suppress_context__ else error.__context__
+        error = error.__cause__ or context
+    return refusal or None
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _origin(error: BaseException) -> "tuple[str, bool]":
-    """The module from which an error came, and whether by a raise statement."""
+    """The package from which an error came, and whether by a raise statement."""
     trace = error.__traceback__
     if trace is None:
         return "", False
     while trace.tb_next is not None:
         trace = trace.tb_next
-    code = trace.tb_frame.f_code.co_code
-    return str(trace.tb_frame.f_globals.get("__name__")), code[trace.tb_lasti] == RAISE
+    module, code = trace.tb_frame.f_globals.get("__name__"), trace.tb_frame.f_code.co_code
+    return str(module).partition(".")[0], code[trace.tb_lasti] == RAISE

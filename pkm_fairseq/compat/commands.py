@@ -1,5 +1,12 @@
-"""Commands of fairseq end with one line where the user can mend what is wrong."""
+"""Commands of fairseq end with one line where the user can mend what is wrong.
 
+The library raises exceptions, which a program can catch. Only where a command runs, what nobody has
+caught becomes one line. ``LOGLEVEL=DEBUG``, or ``hydra.verbose=true``, shows the traceback too.
+"""
+
+import logging
+import multiprocessing
+import sys
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Callable, Optional
@@ -8,9 +15,47 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from ..errors import line_of, running_command
 
+logger = logging.getLogger(__name__)
+
+
+def end_in_one_line() -> None:
+    """If a command of fairseq loads the plugin, let what nobody catches end it with one line."""
+    if running_command():
+        sys.excepthook = _say_one_line(sys.excepthook)
+
+
+def _say_one_line(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def excepthook(kind: Any, error: Any, trace: Any) -> None:
+        line = _of_worker(error) or line_of(error)
+        if line is None:
+            stock(kind, error, trace)
+        else:
+            logger.debug("the command ends with an error", exc_info=error)
+            print(line, file=sys.stderr)
+
+    return excepthook
+
+
+def end_jobs_in_one_line(stock: property) -> property:
+    """Replace ``JobReturn.return_value`` of hydra, by which a job says how it ended.
+
+    hydra catches what a job raises, keeps it there, and prints its traceback in the end.
+    """
+
+    def keep(self: Any, value: Any) -> None:
+        line = line_of(value) if isinstance(value, Exception) and running_command() else None
+        if line is not None:
+            logger.debug("the job ends with an error", exc_info=value)
+            raise SystemExit(line) from None
+        assert stock.fset is not None
+        stock.fset(self, value)
+
+    return property(stock.fget, keep)
+
 
 class Stopped(Exception):  # noqa: N818
-    """Carries the line from the main function of a command to where the command began."""
+    """Carries the line of a spawned worker to the process that started it."""
 
 
 @dataclass(frozen=True)
@@ -23,58 +68,30 @@ class Stoppable:
         """Call the function.
 
         Raises:
-            Stopped: it ended with an error that the user can mend.
+            Stopped: it ended with an error that the user can mend, in a spawned worker.
         """
         try:
             return self.main(*args, **kwargs)
         except Exception as error:
             line = line_of(error)
-            if line is None:
+            if line is None or multiprocessing.parent_process() is None:
                 raise
             raise Stopped(line) from None
 
 
-def end_in_one_line(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``call_main``, by which all commands but fairseq-hydra-train begin.
-
-    fairseq-hydra-train loads the plugin when it has begun: see :func:`end_jobs_in_one_line`.
-    """
+def hand_over_lines(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace ``call_main``: torch hands over what a worker raises as the text of a traceback."""
 
     @wraps(stock)
     def call_main(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> Any:
-        if not running_command():
-            return stock(cfg, main, **kwargs)
-        try:
-            return stock(cfg, Stoppable(main), **kwargs)
-        except Stopped as stopped:
-            raise SystemExit(str(stopped)) from None
-        except ProcessRaisedException as error:
-            line = _of_worker(error)
-            if line is None:
-                raise
-            raise SystemExit(line) from None
+        return stock(cfg, Stoppable(main) if running_command() else main, **kwargs)
 
     return call_main
 
 
-def _of_worker(error: ProcessRaisedException) -> Optional[str]:
-    """The line with which a spawned worker stopped; torch hands over its traceback as text."""
-    mark = f"{Stopped.__module__}.{Stopped.__qualname__}: "
-    _, found, line = error.msg.partition(mark)
-    return line.strip() if found else None
-
-
-def end_jobs_in_one_line(stock: property) -> property:
-    """Replace ``JobReturn.return_value`` of hydra, by which a job says how it ended.
-
-    hydra keeps an error of a job there, and prints its traceback in the end.
-    """
-
-    def keep(self: Any, value: Any) -> None:
-        line = line_of(value) if isinstance(value, Exception) and running_command() else None
-        if line is not None:
-            raise SystemExit(line) from None
-        assert stock.fset is not None
-        stock.fset(self, value)
-
-    return property(stock.fget, keep)
+def _of_worker(error: BaseException) -> Optional[str]:
+    """The line with which a spawned worker stopped."""
+    if not isinstance(error, ProcessRaisedException):
+        return None
+    _, _, line = error.msg.partition(f"{Stopped.__module__}.{Stopped.__qualname__}: ")
+    return line.strip() or None

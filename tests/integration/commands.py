@@ -7,6 +7,7 @@ standard input, {"argv": [...], "cwd": FOLDER, "output": FILE}, and writes the s
 descriptor.
 """
 
+import gc
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from fairseq_cli import train  # isort: skip  (first: it sets logging up, as in 
 import numba  # noqa: F401
 import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
+import torch._dynamo  # noqa: F401
 from fairseq_cli import hydra_train, preprocess, validate
 
 COMMANDS = {
@@ -37,6 +39,7 @@ def become(asked: dict) -> None:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this file, which commands do not see
+    gc.freeze()  # children do not copy what they only count
     with os.fdopen(int(sys.argv[1]), "w") as answers:
         for line in sys.stdin:
             child = os.fork()

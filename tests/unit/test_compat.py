@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import math
 import os
 import resource
 import threading
@@ -18,14 +19,22 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.checkpoint_utils import save_checkpoint
-from fairseq.data import MonolingualDataset, TokenBlockDataset
+from fairseq.data import Dictionary, MonolingualDataset, TokenBlockDataset
+from fairseq.data.encoders.utils import get_whole_word_mask
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
 from fairseq.dataclass.configs import EMAConfig
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq.models.ema.ema import EMA
-from fairseq.tasks import LegacyFairseqTask
+from fairseq.modules import LearnedPositionalEmbedding
+from fairseq.modules.quantization.scalar import ops
+from fairseq.modules.quantization.scalar.modules import IntEmbedding, IntLinear
+from fairseq.modules.quantization.scalar.utils import quantize_model_
+from fairseq.nan_detector import NanDetector
+from fairseq.options import get_training_parser, parse_args_and_arch
+from fairseq.tasks import LegacyFairseqTask, setup_task
 from fairseq_cli.train import should_stop_early
 from omegaconf import OmegaConf
 
@@ -33,7 +42,8 @@ import pkm_fairseq
 from pkm_fairseq import compat
 from pkm_fairseq.compat.checkpoints import copy_whole_files, save_whole_files
 from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
-from tests.helpers import build, small_dictionary
+from pkm_fairseq.data.prepare import load_sentencepiece, train_sentencepiece
+from tests.helpers import batch, build, small_dictionary, write_split
 
 pkm_fairseq.register()
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +181,111 @@ def test_the_best_score_of_another_training_is_forgotten():
     for _ in range(2):  # the second time there is nothing
         forget_previous_training()
         assert not [name for function, name in kept if hasattr(function, name)]
+
+
+# --- whole words ----------------------------------------------------------------------------------
+
+
+def masked_lm_of_words(folder, *options):
+    """A task of stock fairseq over text that sentencepiece has cut into pieces."""
+    text = ["the mouse sleeps", "houses and horses are sleeping", "mice and sheep sleep"]
+    (folder / "spm.model").write_bytes(train_sentencepiece(text * 20, 40))
+    pieces, dictionary = load_sentencepiece(folder / "spm.model"), Dictionary()
+    sentences = [
+        dictionary.encode_line(" ".join(pieces.encode(line, out_type=str))).tolist()
+        for line in text
+    ]
+    write_split(folder, "train", dictionary, sentences)
+    command = [str(folder), "--task", "masked_lm", "--arch", "roberta", "--batch-size", "1"]
+    command += ["--sample-break-mode", "eos", "--mask-prob", "0.4", "--mask-whole-words"]
+    args = parse_args_and_arch(get_training_parser(), [*command, *options])
+    return setup_task(convert_namespace_to_omegaconf(args).task)
+
+
+def test_whole_words_are_masked(tmp_path):
+    sentencepiece = ["--bpe", "sentencepiece", "--sentencepiece-model", str(tmp_path / "spm.model")]
+    task = masked_lm_of_words(tmp_path, *sentencepiece)
+    task.load_dataset("train")
+    begins = get_whole_word_mask(task.args, task.source_dictionary)
+    data, split, whole = task.datasets["train"], 0, 0
+    for epoch in range(20):
+        data.set_epoch(epoch)
+        for index in range(len(data)):
+            target, source = data[index]["target"], data[index]["net_input.src_tokens"]
+            chosen = target.ne(task.source_dictionary.pad())
+            starts = begins[torch.where(chosen, target, source)].nonzero().flatten().tolist()
+            ends = [*starts[1:], len(source)]
+            words = [chosen[start:end] for start, end in zip(starts, ends, strict=True)]
+            split += sum(bool(word.any()) and not bool(word.all()) for word in words)
+            whole += sum(len(word) > 1 and bool(word.all()) for word in words)
+    assert split == 0 and whole > 20
+
+
+@pytest.mark.parametrize("options", [[], ["--bpe", "characters"]])
+def test_whole_words_need_to_know_where_words_begin(tmp_path, options):
+    task = masked_lm_of_words(tmp_path, *options)
+    with pytest.raises(ValueError, match=r"needs a --bpe that says where words begin.* it is"):
+        task.load_dataset("train")
+
+
+# --- noise of quantization ------------------------------------------------------------------------
+
+
+def test_scalar_noise_leaves_positions_alone():
+    model = build("resm_roberta_tiny").train()
+    quantize_model_(model, p=0.5)
+    encoder = model.encoder.sentence_encoder
+    assert type(encoder.embed_positions) is LearnedPositionalEmbedding
+    assert isinstance(encoder.embed_tokens, IntEmbedding)
+    assert isinstance(encoder.layers[1].memory.query_proj, IntLinear)
+    tokens = batch(small_dictionary(), [5, 7])
+    one, other = (model(tokens, features_only=True)[0] for _ in range(2))
+    assert not torch.equal(one, other)  # the only noise there is
+
+
+def test_scalar_noise_is_drawn_on_the_cpu():
+    weight = torch.randn(50, 20)
+    quantized, scale, zero_point = ops.emulate_int(weight, 8, "histogram")
+    levels = quantized / scale + zero_point
+    assert torch.allclose(levels, levels.round(), atol=1e-3) and len(levels.unique()) <= 256
+    inside = (weight > quantized.min()) & (weight < quantized.max())
+    assert inside.float().mean() > 0.9
+    assert ((quantized - weight).abs()[inside] <= 0.51 * scale).all()
+    assert ops.emulate_int(weight, 8, "histogram", scale, zero_point)[1] is scale
+
+
+# --- gradients that are not finite ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_search_for_the_first_nan_finds_it(caplog, where):
+    model = build("roberta")
+    with NanDetector(model):
+        if where == "forward":
+            model.encoder.lm_head.bias.data.fill_(math.inf)
+        output = model(batch(small_dictionary(), [5, 7]))[0]
+        (output.sum() * (math.inf if where == "backward" else 1.0)).backward()
+    found = [r.getMessage() for r in caplog.records if "Inf detected" in r.getMessage()]
+    name = "encoder.lm_head" if where == "forward" else ""  # of the gradient: the whole model
+    assert any(f"in output of {name}, shape" in m and f", {where}" in m for m in found), found
+
+
+def test_an_error_of_the_search_does_not_hide_the_first_one(caplog):
+    model = torch.nn.Linear(1, 1)
+
+    def search(error):
+        try:
+            raise FloatingPointError("gradients are Nan/Inf")
+        except FloatingPointError:
+            with NanDetector(model):
+                raise error from None
+            raise
+
+    with pytest.raises(FloatingPointError, match="gradients are Nan/Inf"):
+        search(StopIteration("nothing"))
+    assert "ended with StopIteration: nothing" in caplog.records[-1].getMessage()
+    with pytest.raises(KeyboardInterrupt):
+        search(KeyboardInterrupt())
 
 
 # --- moving averages ------------------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """Errors that the user can mend: ValueError, and one line where a command of fairseq runs."""
 
+import multiprocessing
 import subprocess
+import sys
+import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq.distributed import utils as distributed_utils
 from hydra.core.utils import JobReturn, JobStatus
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import pkm_fairseq
-from pkm_fairseq.compat.commands import Stoppable, Stopped
+from pkm_fairseq.compat.commands import Stoppable, Stopped, end_in_one_line
 from pkm_fairseq.errors import for_command, line_of, running_command
 from pkm_fairseq.memory import MemoryConfig, product_topk
 
@@ -67,6 +71,35 @@ def test_any_other_error_has_none(error):
     assert line_of(covered(error)) is None
 
 
+def of_fairseq(code):
+    return caught(exec, compile(code, "x.py", "exec"), {"__name__": "fairseq.trainer"})
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("raise Exception('the dataset\\n  is empty')", "the dataset is empty"),
+        ("raise FloatingPointError('gradients are Nan/Inf')", "gradients are Nan/Inf"),
+        ("assert False, 'must specify a batch size'", "must specify a batch size"),
+        ("open('/nowhere')", "[Errno 2] No such file or directory: '/nowhere'"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("assert False", None),
+        ("raise NotImplementedError", None),
+        ("{}['key']", None),
+        ("1 / 0", None),
+    ],
+)
+def test_what_fairseq_refuses_has_a_line(code, line):
+    assert line_of(of_fairseq(code)) == line
+
+
+def test_what_torch_says_of_a_model_that_does_not_fit_is_added():
+    error = covered(
+        lambda: torch.nn.Linear(1, 2).load_state_dict(torch.nn.Linear(1, 1).state_dict())
+    )
+    assert line_of(error).startswith("Cannot load Error(s) in loading state_dict for Linear: size")
+
+
 def test_what_fairseq_covers_comes_through():
     assert line_of(covered(mistake)) == LINE
     assert line_of(covered(mistake, module="elsewhere")) is None
@@ -87,28 +120,50 @@ def test_a_command_is_one_of_fairseqs():
 def config():
     training = SimpleNamespace(distributed_world_size=1, distributed_init_method=None, tpu=False)
     training.pipeline_model_parallel = False
-    return SimpleNamespace(
-        distributed_training=training, common=SimpleNamespace(cpu=True, tpu=False)
-    )
+    common = SimpleNamespace(cpu=True, tpu=False)
+    return SimpleNamespace(distributed_training=training, common=common)
 
 
-def test_a_command_ends_with_the_line_and_a_program_does_not():
-    with pytest.raises(SystemExit) as stopped:
-        command(distributed_utils.call_main, config(), mistake)
-    assert stopped.value.code == LINE
-    assert stopped.value.__suppress_context__
-    with pytest.raises(ValueError, match=LINE):
-        distributed_utils.call_main(config(), mistake)
+@pytest.mark.parametrize("call", [lambda f, *args: f(*args), command])
+@pytest.mark.parametrize("error", [mistake, bug, others])
+def test_whoever_calls_fairseq_gets_the_error_itself(call, error):
+    with pytest.raises(ValueError) as caught:
+        call(distributed_utils.call_main, config(), error)
+    assert type(caught.value) is ValueError
 
 
-@pytest.mark.parametrize("error", [bug, others])
-def test_a_command_shows_where_a_bug_is(error):
-    with pytest.raises(ValueError):
-        command(distributed_utils.call_main, config(), error)
+def worker(main):
+    """What a spawned worker hands over, as text."""
+    try:
+        command(main)
+    except Exception:
+        return ProcessRaisedException(traceback.format_exc(), 0, 1)
 
 
-def test_what_main_returns_and_takes_is_passed_on():
+def test_what_nobody_catches_is_one_line_in_a_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", lambda *_: print("the traceback", file=sys.stderr))
+    end_in_one_line()
+    for end in (sys.excepthook, command(end_in_one_line) or sys.excepthook):
+        for error in (caught(mistake), caught(bug), worker(Stoppable(bug))):
+            end(type(error), error, error.__traceback__)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [*3 * ["the traceback"], LINE, *2 * ["the traceback"]]
+
+
+def test_a_worker_hands_over_its_line(capsys, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "the command")
+    monkeypatch.setattr(sys, "excepthook", lambda *_: print("the traceback", file=sys.stderr))
+    command(end_in_one_line)
+    for error in (worker(Stoppable(mistake)), worker(Stoppable(bug)), worker(mistake)):
+        sys.excepthook(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err.splitlines() == [LINE, "the traceback", "the traceback"]
+
+
+def test_what_main_returns_and_takes_is_passed_on(monkeypatch):
     assert Stoppable(lambda *args, **kwargs: (args, kwargs))(1, a=2) == ((1,), {"a": 2})
+    with pytest.raises(ValueError, match=LINE):
+        Stoppable(mistake)(1)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "the command")
     with pytest.raises(Stopped, match=LINE):
         Stoppable(mistake)(1)
 

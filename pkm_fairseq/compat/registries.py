@@ -1,0 +1,27 @@
+"""Names that are registered with fairseq, on the command line."""
+
+from functools import wraps
+from typing import Any, Callable
+
+from fairseq.registry import REGISTRIES
+from hydra.core.config_store import ConfigStore
+
+WITH_LEGACY_OPTIONS = ("criterion", "optimizer", "lr_scheduler")  # fairseq sees to these itself
+
+
+def give_each_name_a_configuration(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace ``override_module_args``, which has hydra compose the options of a command.
+
+    What was registered without a dataclass, as ``--bpe characters``, has no configuration there.
+    """
+
+    @wraps(stock)
+    def override_module_args(args: Any) -> Any:
+        for group in REGISTRIES.keys() - set(WITH_LEGACY_OPTIONS):
+            name = getattr(args, group, None)
+            entry = REGISTRIES[group]
+            if name in entry["registry"] and name not in entry["dataclass_registry"]:
+                ConfigStore.instance().store(group=group, name=name, node={"_name": name})
+        return stock(args)
+
+    return override_module_args
