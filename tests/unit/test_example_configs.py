@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, List, Tuple
@@ -225,6 +226,36 @@ def test_the_examples_are_all_of_one_form() -> None:
     for folder in folders:
         assert os.access(folder / "run.sh", os.X_OK)
         assert any(words[0].endswith(f"{folder.name}/run.sh") for words in commands_of(folder))
+
+
+MISSING = [
+    (
+        ["pretraining", "resm_tiny", "no/data", "out"],
+        "no folder no/data, which fairseq-pre",
+    ),
+    (["pretraining", "resm_tinny", ".", "out"], "config/resm_tinny.yaml"),
+    (
+        ["glue", "RTE", "no/data", "x.pt", "out"],
+        "no folder no/data/RTE, which prepare_glue",
+    ),
+    (["glue", "RTE", "glue", "no/x.pt", "out"], "run.sh: no checkpoint no/x.pt"),
+    (["glue", "NONE", "glue", "x.pt", "out"], "config/NONE.yaml"),
+    (["extend", "no/data", "out"], "run.sh: no folder no/data, which fairseq-preprocess"),
+    (["four_arms", "no/data", "out"], "run.sh: no folder no/data, which fairseq-preprocess"),
+    (["four_arms"], "usage: run.sh DATA-BIN OUT"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISSING)
+def test_what_is_missing_is_named(tmp_path: Path, command: List[str], message: str) -> None:
+    (tmp_path / "glue/RTE").mkdir(parents=True)
+    script = EXAMPLES / command[0] / "run.sh"
+    done = subprocess.run(
+        [script, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_commands_of_the_readmes_exist(data: Path) -> None:

@@ -7,6 +7,7 @@ if [ $# -lt 2 ]; then
     echo "usage: run.sh DATA-BIN SAVE-DIR [UPDATES]" >&2
     exit 2
 fi
+[ -d "$1" ] || { echo "run.sh: no folder $1, which fairseq-preprocess must have made" >&2; exit 2; }
 data=$(realpath "$1") out=$(realpath -m "$2") updates=${3:-200}
 cd "$(dirname "$0")/../.."
 source user_dir_examples/processes.sh

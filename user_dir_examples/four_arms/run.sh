@@ -5,6 +5,11 @@
 # resm_init start from plain after half of them (INIT) and are trained for the other half.
 # Two run at a time, one thread each. What is finished is skipped; what was interrupted goes on.
 set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: run.sh DATA-BIN OUT [UPDATES]" >&2
+    exit 2
+fi
+[ -d "$1" ] || { echo "run.sh: no folder $1, which fairseq-preprocess must have made" >&2; exit 2; }
 data=$(realpath "$1") updates=${3:-3000}
 mkdir -p "$2"
 out=$(realpath "$2")

@@ -9,6 +9,9 @@ if [ $# -lt 4 ]; then
 fi
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
+[ -f "$here/config/$1.yaml" ] || { echo "run.sh: no file $here/config/$1.yaml" >&2; exit 2; }
+[ -d "$2/$1" ] || { echo "run.sh: no folder $2/$1, which prepare_glue.py must have made" >&2; exit 2; }
+[ -f "$3" ] || { echo "run.sh: no checkpoint $3" >&2; exit 2; }
 task=$1 data=$(realpath "$2") checkpoint=$(realpath "$3") save_dir=$(realpath -m "$4")
 shift 4
 sweep=()

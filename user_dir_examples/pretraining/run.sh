@@ -9,6 +9,8 @@ if [ $# -lt 3 ]; then
 fi
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
+[ -f "$here/config/$1.yaml" ] || { echo "run.sh: no file $here/config/$1.yaml" >&2; exit 2; }
+[ -d "$2" ] || { echo "run.sh: no folder $2, which fairseq-preprocess must have made" >&2; exit 2; }
 config=$1 data=$(realpath "$2") save_dir=$(realpath -m "$3")
 shift 3
 sweep=()
