@@ -18,7 +18,7 @@ def give_each_name_a_configuration(stock: Callable[..., Any]) -> Callable[..., A
     @wraps(stock)
     def override_module_args(args: Any) -> Any:
         for group in REGISTRIES.keys() - set(WITH_LEGACY_OPTIONS):
-            name = getattr(args, group, None)
+            name: Any = getattr(args, group, None)
             entry = REGISTRIES[group]
             if name in entry["registry"] and name not in entry["dataclass_registry"]:
                 ConfigStore.instance().store(group=group, name=name, node={"_name": name})
