@@ -31,7 +31,10 @@ IMPOSSIBLE = [
     ({"values": "rows"}, ["values", "'rows'", "table, experts"]),
     ({"output": "glu"}, ["output", "'glu'", "linear, swilu"]),
     ({"score_activation": "tanh"}, ["score_activation", "'tanh'", "softmax, relu"]),
-    *[({"score_scale": x}, ["score_scale", repr(x), "above 0"]) for x in (0, -1.0, float("inf"), "1")],
+    *[
+        ({"score_scale": x}, ["score_scale", repr(x), "above 0"])
+        for x in (0, -1.0, float("inf"), "1")
+    ],
     ({"learn_score_scale": 1}, ["learn_score_scale", "1", "True or False"]),
     ({"query_norm": "bacth"}, ["query_norm", "'bacth'", *QUERY_NORMS]),
     ({"query_norm": None}, ["query_norm", "None", *QUERY_NORMS]),
