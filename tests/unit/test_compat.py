@@ -237,7 +237,7 @@ def test_scalar_noise_leaves_positions_alone():
     encoder = model.encoder.sentence_encoder
     assert type(encoder.embed_positions) is LearnedPositionalEmbedding
     assert isinstance(encoder.embed_tokens, IntEmbedding)
-    assert isinstance(encoder.layers[1].memory.query_proj, IntLinear)
+    assert isinstance(encoder.layers[0].fc1, IntLinear)
     tokens = batch(small_dictionary(), [5, 7])
     one, other = (model(tokens, features_only=True)[0] for _ in range(2))
     assert not torch.equal(one, other)  # the only noise there is
