@@ -104,8 +104,9 @@ def _curve_cells(counted: Dict[str, Any]) -> List[List[str]]:
     return rows
 
 
-STALENESS_COLUMNS = ("updates", "never read", "median", "p90", "p99", "outdated > 100", "> 1,000")
-STALENESS_COLUMNS += ("never top-1", "top-1 median", "top-1 p90")
+STALENESS_COLUMNS = ("updates", "never read", "median", "p90", "p99", "read in last 10", "100")
+STALENESS_COLUMNS += ("outdated > 100", "> 1,000", "never top-1", "top-1 median", "top-1 p90")
+STALENESS_COLUMNS += ("top-1 in last 10", "100", "1,000")
 
 
 def staleness_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
@@ -123,9 +124,15 @@ def _staleness_cells(staleness: Dict[str, Any]) -> List[str]:
     read, top1 = staleness["read"], staleness["top1"]
     cells = [f"{staleness['updates']:,}", percent(read["never"])]
     cells += [f"{read[key]:,.0f}" for key in ("p50", "p90", "p99")]
+    cells += [_share_used(read, key) for key in ("10", "100")]
     cells += [percent(read["outdated"][key]) for key in ("100", "1000")]
     cells += [percent(top1["never"]), *(f"{top1[key]:,.0f}" for key in ("p50", "p90"))]
-    return cells
+    return cells + [_share_used(top1, key) for key in ("10", "100", "1000")]
+
+
+def _share_used(times: Dict[str, Any], updates: str) -> str:
+    share = times["used"].get(updates)  # not known if there were fewer updates
+    return DASH if share is None else percent(share)
 
 
 DRIFT_COLUMNS = ("tokens", "top-k Jaccard", "top-1 same", "query cosine", "queries moved")

@@ -308,6 +308,7 @@ def summary(seed: int, n_keys: int = 4) -> Dict[str, Any]:
 def staleness(updates: int) -> Dict[str, Any]:
     q = {"never": 0.25, "p10": 0, "p50": 3, "p90": updates / 2, "p99": updates}
     q["outdated"] = {"10": 0.5, "100": 0.25, "1000": 0.0, "10000": 0.0}
+    q["used"] = {"10": 0.5}
     moved = {"unmoved": 0.0, "p10": 0.1, "p50": 0.2, "p90": 0.3, "p99": 0.5, "max": 1.0}
     return {"updates": updates, "read": q, "top1": q, "moved": moved}
 

@@ -1,5 +1,6 @@
 """Times of reads, and what they and the movement of values say."""
 
+import contextlib
 import copy
 
 import pytest
@@ -131,6 +132,31 @@ def test_movement_of_a_slot_with_rows_in_two_tables_is_that_of_both():
 
 def model_of(arch="resm_roberta_tiny", **options):
     return build(arch, DICTIONARY, memory_layers=[0, 2], **options)
+
+
+def test_usage_of_the_last_updates_is_what_a_count_of_them_finds():
+    model = model_of(memory_n_keys=30).train()
+    updates = 130
+    samples = [batch(DICTIONARY, [5, 2], seed=seed) for seed in range(updates)]
+    windows, counts = (10, 100), {}
+    for window in windows:
+        counts[window] = model.new_memory_usage()
+    for finished, tokens in enumerate(samples):
+        model.set_num_updates(finished)
+        with contextlib.ExitStack() as stack:
+            for window in windows:
+                if finished >= updates - window:
+                    stack.enter_context(model.record_memory_usage(counts[window]))
+            model(tokens)
+    for index, layer in model.memory_layers().items():
+        said = layer.reads.summary(updates)
+        assert set(said["top1"]["used"]) == {"10", "100"}  # there were no 1000 updates
+        for window in windows:
+            counted = counts[window][index].summary()
+            assert said["top1"]["used"][str(window)] == counted["top1_usage"]
+            assert said["read"]["used"][str(window)] == counted["topk_usage"]
+            if window == 10:
+                assert 0 < counted["top1_usage"] < 1
 
 
 def test_training_by_fairseq_records_what_each_layer_reads():

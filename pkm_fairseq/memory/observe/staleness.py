@@ -12,6 +12,7 @@ from ..sharding import ColumnShards
 
 QUANTILES = (10, 50, 90, 99)
 OUTDATED_AFTER = (10, 100, 1000, 10_000)  # updates
+WINDOWS = (10, 100, 1000, 10_000)  # of the last updates
 ORIGIN = 8  # numbers
 ROWS = 8192  # of a table, compared at once
 
@@ -138,12 +139,18 @@ def summarise(last: Tensor, updates: int) -> Dict[str, Any]:
     Returns:
         ``never``: share of slots without any; ``p10`` to ``p99``: quantiles of the number of
         updates since, where a slot without any counts as ``updates``; ``outdated``: share of
-        slots for which it is more than 10, 100, 1000 and 10000.
+        slots for which it is more than 10, 100, 1000 and 10000; ``used``: share of slots with an
+        event in the last 10, 100, 1000 and 10000 updates, as far as there were so many. Of first
+        choices it is the top-1 usage of all tokens of these updates, as a count of them would
+        find it, and of reads the usage by at least one read.
     """
     since = (updates - last.double()).clamp_(min=0)  # (n_slots,)
     return {
         "never": float((last == 0).double().mean()),
         **quantiles(since),
+        "used": {
+            str(x): float((last > updates - x).double().mean()) for x in WINDOWS if x <= updates
+        },
         "outdated": {str(x): float((since > x).double().mean()) for x in OUTDATED_AFTER},
     }
 
