@@ -14,6 +14,7 @@ from . import (
     checkpoints,
     commands,
     environment,
+    names,
     nan_detector,
     precision,
     processes,
@@ -58,6 +59,14 @@ CURES: Tuple[Cure, ...] = (
         f"{FAIRSEQ} with torch >= 2.6",
         TESTS + "test_checkpoints_of_fairseq_load_safely",
         prepare=environment.allow_plain_data,
+    ),
+    Cure(
+        "fairseq.checkpoint_utils._upgrade_state_dict",
+        "an old checkpoint whose architecture, task or criterion is registered nowhere is a "
+        "KeyError, also for a training that starts from it and needs none of these",
+        FAIRSEQ,
+        TESTS + "test_a_training_starts_from_a_checkpoint_of_unknown_names",
+        replace=names.keep_unknown_options,
     ),
     Cure(
         "fairseq.data.token_block_dataset.TokenBlockDataset",

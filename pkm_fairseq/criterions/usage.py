@@ -194,11 +194,17 @@ class UsageReports(FairseqCriterion):
         logging_output.update(self._said[subset])
         return loss, sample_size, logging_output
 
-    def finish_validation(self) -> None:
-        """Write the counts of subsets that have fewer tokens than were to be counted."""
+    def finish_validation(self, tells: bool = True) -> None:
+        """Write the counts of subsets that have fewer tokens than were to be counted.
+
+        Args:
+            tells: whether there is a warning of each.
+        """
         for subset, count in self._validation.items():
             if count.total and not count.is_full:
                 self._write(count)
+                if not tells:
+                    continue
                 said = next(iter(count.total.values()))
                 wanted = count.budget * said.heads / said.n_slots
                 logger.warning(
@@ -211,7 +217,7 @@ class UsageReports(FairseqCriterion):
 
     def _finish_at_exit(self) -> None:
         self._is_alone = True  # after an error on one worker nobody may answer
-        self.finish_validation()
+        self.finish_validation(tells=False)  # the error must be the last line
 
     def _is_dummy(self, subset: str, sample: Dict[str, Any]) -> bool:
         """Whether this is a dummy batch, which fairseq gives a worker that has no batch left.

@@ -8,9 +8,15 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY
-from fairseq.models.roberta import RobertaModel
 
-from ..models.checkpoints import MEMORY_PARAMETER, compare_dictionary, read_checkpoint
+from ..models.checkpoints import (
+    architecture_of,
+    compare_dictionary,
+    has_memory,
+    is_roberta,
+    options_of,
+    read_checkpoint,
+)
 
 # options of a model that finetuning decides, or that are given in another way
 NOT_CARRIED = {"init_from", "load_checkpoint_heads", "max_positions", "memory_freeze", "help"}
@@ -63,26 +69,20 @@ def read_arms(texts: Sequence[str], dictionary: Dictionary) -> List[Arm]:
 
 def _read_arm(name: str, file: Path, dictionary: Dictionary) -> Arm:
     checkpoint = read_checkpoint(str(file), "--checkpoint")
-    options = model_options(checkpoint)
-    arch = options.get("arch") or options.get("_name")
-    model = ARCH_MODEL_REGISTRY.get(arch)
-    if model is None or not issubclass(model, RobertaModel):
+    options, arch = options_of(checkpoint, "model"), architecture_of(checkpoint)
+    if not is_roberta(checkpoint):
         raise ValueError(f"--checkpoint {file} is a model {arch!r}, must be a RoBERTa")
+    if arch not in ARCH_MODEL_REGISTRY:  # of somebody's own user-dir: a name for sizes
+        arch = "pkm_roberta" if has_memory(checkpoint) else "roberta"
     compare_dictionary(checkpoint, dictionary, f"--checkpoint {file}")
     return Arm(
         name,
         file,
         _sha256(file),
-        any(MEMORY_PARAMETER.search(key) for key in checkpoint["model"]),
+        has_memory(checkpoint),
         int(options.get("max_positions") or options["tokens_per_sample"]),
         tuple(arch_flags(arch, options)),
     )
-
-
-def model_options(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    """The model's options that a checkpoint of any age holds."""
-    options = (checkpoint.get("cfg") or {}).get("model") or checkpoint.get("args") or {}
-    return options if isinstance(options, dict) else vars(options)
 
 
 def arch_flags(arch: str, options: Dict[str, Any]) -> List[str]:

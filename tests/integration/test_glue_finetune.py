@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List
@@ -29,6 +31,7 @@ from .runs import (
     USER_DIR,
     Run,
     binarise,
+    load,
     run,
     run_well,
     train,
@@ -198,6 +201,29 @@ def _two_workers_and_validate(
     )
     (log,) = done.logged("valid")
     assert float(log["valid_pearson"]) == pytest.approx(expected, abs=0.02)
+
+
+def test_an_old_checkpoint_of_an_architecture_that_is_registered_nowhere(
+    ready: SimpleNamespace, tmp_path: Path
+) -> None:
+    """As that of PyPI's sapiens: it is finetuned as the RoBERTa that it is."""
+    old = load(ready.plain)
+    args = {**vars(old["cfg"]["model"]), "arch": "roberta_small", "criterion": "smooth_masked_lm"}
+    old.update(cfg=None, args=Namespace(**{**args, "data": "gone"}))
+    names = {name: re.sub("^encoder", "decoder", name) for name in old["model"]}
+    old["model"] = {names[name]: tensor for name, tensor in old["model"].items()}
+    del old["task_state"]
+    (tmp_path / "old").mkdir()
+    torch.save(old, tmp_path / "old" / "checkpoint.pt")
+    arms = ("--checkpoint", f"plain={ready.plain}", tmp_path / "old" / "checkpoint.pt")
+    out = tmp_path / "out"
+    results = finetune_well(ready, out, *arms, *QUICK, "--tasks", "RTE", "--seeds", "1")
+    plain, old_arm = (arm["tasks"]["RTE"]["dev"] for arm in results["arms"])
+    assert old_arm == plain
+    logs = [out / arm / "RTE" / "seed1" / "train.log" for arm in ("plain", "old")]
+    losses = [[x["loss"] for x in Run(0, log.read_text()).logged("train_inner")] for log in logs]
+    assert len(losses[0]) > 1
+    assert losses[0] == losses[1]
 
 
 def alive(group_leader: int) -> bool:

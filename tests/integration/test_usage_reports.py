@@ -21,6 +21,7 @@ from .runs import (
     TRAIN,
     binarise,
     load,
+    run_alike,
     train,
     train_on_two_workers,
     write_sentences,
@@ -176,3 +177,14 @@ def test_init_starts_new_times_and_its_own_initial_values(
     initial = torch.load(tmp_path / INITIAL_VALUES, weights_only=True)["1"]
     name = "encoder.sentence_encoder.layers.1.memory.values.weight"
     assert torch.equal(initial, load(start)["model"][name])
+
+
+def test_an_error_is_the_last_line(data_bin: Path, tmp_path: Path) -> None:
+    """What is left of a count is written at the end, and not told behind the error."""
+    command = [BIN / "fairseq-train", data_bin, *TRAIN, *MASKED_LM, *MODEL, *RESM]
+    command += ["--save-dir", tmp_path, "--max-update", "1", *ALL]
+    stock = ["--task", "masked_lm", "--best-checkpoint-metric", "no_such_metric"]
+    done = run_alike(*command, *stock)
+    assert done.status == 1
+    assert "no_such_metric" in done.output.strip().splitlines()[-1]
+    assert counts(tmp_path, "")

@@ -82,6 +82,23 @@ def test_checkpoints_of_fairseq_load_safely(tmp_path):
             torch.load(tmp_path / "c.pt", weights_only=True)
 
 
+@pytest.mark.parametrize("part", ["arch", "task", "criterion"])
+def test_a_training_starts_from_a_checkpoint_of_unknown_names(tmp_path, part):
+    options = dict(arch="roberta", task="masked_lm", criterion="masked_lm", max_positions=12)
+    args = argparse.Namespace(**{**options, part: "registered_nowhere"}, data="nowhere")
+    state = {
+        "args": args,
+        "model": {"a": torch.ones(2)},
+        "optimizer_history": [{"lr_scheduler_state": {}, "num_updates": 7}],
+        "extra_state": {"train_iterator": {"epoch": 1}},
+    }
+    torch.save(state, tmp_path / "c.pt")
+    loaded = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "c.pt"))
+    assert torch.equal(loaded["model"]["a"], torch.ones(2))
+    assert loaded["args"] == args
+    assert loaded.get("cfg") is None
+
+
 def test_sentences_are_cut_at_their_ends():
     sentences = [torch.tensor([4, 5, 2]), torch.tensor([6, 2])]
     blocks = TokenBlockDataset(sentences, [3, 2], 4, pad=1, eos=2, break_mode="eos")

@@ -25,9 +25,9 @@ from pkm_fairseq.glue.presets import (
     parse_overrides,
     settings_of,
 )
-from pkm_fairseq.glue.start import model_options, read_arms
+from pkm_fairseq.glue.start import read_arms
 from pkm_fairseq.glue.tasks import TASKS
-from pkm_fairseq.models.checkpoints import dictionary_sha256
+from pkm_fairseq.models.checkpoints import dictionary_sha256, options_of
 from tests.helpers import build, model_args, small_dictionary, write_split
 
 N_TRAIN = 23
@@ -222,13 +222,25 @@ def test_the_architecture_is_taken_from_the_checkpoint(tmp_path, data, arch):
     (run,) = plan([arm], tasks, choices)
     args = parse_flags(run.flags)
     assert args.arch == arch
-    stored = model_options(torch.load(file, weights_only=True))
+    stored = options_of(torch.load(file, weights_only=True), "model")
     names = ["encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "max_positions"]
     names += [name for name in stored if name.startswith("memory_") and "efficient" not in name]
     for name in names:
         assert getattr(args, name) == stored[name], name
     assert args.dropout == 0.1  # of the preset, not of the checkpoint
     assert args.optimizer == ("adam" if arch == "roberta" else "pkm_adam")
+
+
+@pytest.mark.parametrize("arch", ["roberta", "resm_roberta_tiny"])
+def test_a_roberta_of_an_unknown_name_is_taken_by_what_it_holds(tmp_path, arch):
+    known = save(tmp_path / "known" / "a.pt", arch)
+    unknown = save(tmp_path / "unknown" / "a.pt", arch, options={"_name": "own", "arch": "own"})
+    arms = read_arms([str(known), str(unknown)], small_dictionary())
+    assert [arm.has_memory for arm in arms] == 2 * [arch != "roberta"]
+    base = "roberta" if arch == "roberta" else "pkm_roberta"
+    assert [arm.flags[:2] for arm in arms] == [("--arch", arch), ("--arch", base)]
+    assert len(arms[0].flags) > 8  # all that makes it this model
+    assert arms[0].flags[2:] == arms[1].flags[2:]
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -247,6 +259,12 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     foreign = save(tmp_path / "a" / "y.pt", options={"_name": "transformer", "arch": "transformer"})
     with pytest.raises(ValueError, match="is a model 'transformer', must be a RoBERTa"):
         read_arms([str(foreign)], dictionary)
+    unknown = torch.load(file, weights_only=True)
+    unknown["cfg"]["model"] = {"_name": "somebodys_own", "max_positions": 12}
+    unknown["model"] = {"encoder.layers.0.fc1.weight": torch.ones(2)}
+    torch.save(unknown, tmp_path / "a" / "z.pt")
+    with pytest.raises(ValueError, match="is a model 'somebodys_own', must be a RoBERTa"):
+        read_arms([str(tmp_path / "a" / "z.pt")], dictionary)
     with pytest.raises(ValueError, match="names arm a twice"):
         read_arms([str(file), str(file)], dictionary)
     with pytest.raises(ValueError, match=r"'../a' can be no name of an arm"):
