@@ -20,7 +20,8 @@ setup(
     package_data={
         "pkm_fairseq": ["py.typed"],
         "pkm_fairseq.analysis": ["*.html"],
-        "pkm_fairseq.demo": ["*.html"],
+        "pkm_fairseq.experiments.demo": ["*.html"],
+        "pkm_fairseq.experiments.glue": ["*.yaml"],
     },
     install_requires=["torch>=2.6", "numpy"],
     extras_require={

@@ -66,19 +66,19 @@ def numbers(text: str) -> Tuple[int, ...]:
 
 def run(args: Any) -> None:
     """Check the options, measure, write."""
-    from pkm_fairseq.benchmark import report
-    from pkm_fairseq.benchmark.run import count
-    from pkm_fairseq.benchmark.run import run as measure
-    from pkm_fairseq.benchmark.settings import WHAT, Settings
+    from pkm_fairseq.experiments.benchmark import output
+    from pkm_fairseq.experiments.benchmark.run import count
+    from pkm_fairseq.experiments.benchmark.run import run as measure
+    from pkm_fairseq.experiments.benchmark.settings import WHAT, Settings
 
     take_interrupts()
     settings = Settings(
         args.what or WHAT, args.tokens, args.n_keys, args.pairs, args.threads, args.seed, args.quick
     )
-    check_files(args, settings.what, report.FORMATS)
+    check_files(args, settings.what, output.FORMATS)
 
     def save(found: Any, as_dict: Any) -> None:
-        report.save(found.entries, as_dict, args.json, args.markdown, args.plot)
+        output.save(found.entries, as_dict, args.json, args.markdown, args.plot)
 
     with progress_bar(count(settings)) as tell:
         measure(settings, tell, save)
@@ -124,7 +124,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f"benchmark_memory: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from pkm_fairseq.benchmark.textbook import MismatchError
+        from pkm_fairseq.experiments.benchmark.textbook import MismatchError
 
         if not isinstance(error, MismatchError):
             raise

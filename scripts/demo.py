@@ -13,10 +13,10 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.demo import pipeline
-from pkm_fairseq.demo.presets import PRESETS
-from pkm_fairseq.demo.table import print_report
-from pkm_fairseq.runs import run_to_end
+from pkm_fairseq.experiments.demo import pipeline
+from pkm_fairseq.experiments.demo.presets import PRESETS
+from pkm_fairseq.experiments.demo.table import print_report
+from pkm_fairseq.experiments.runs.processes import run_to_end
 
 
 def validate_faiss(checkpoint: Path, data: Path, queries: int, report: Path) -> None:

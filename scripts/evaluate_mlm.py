@@ -12,7 +12,7 @@ from typing import Any, Dict
 
 from _script import run
 
-from pkm_fairseq.demo.evaluate import (
+from pkm_fairseq.experiments.demo.evaluate import (
     ablations,
     evaluate,
     load,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.demo import pipeline
+from pkm_fairseq.experiments.demo import pipeline
 
 
 def main() -> None:

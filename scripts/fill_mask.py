@@ -6,8 +6,8 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.data.prepare import load_sentencepiece
-from pkm_fairseq.demo.evaluate import fill_mask, load
+from pkm_fairseq.experiments.data.prepare import load_sentencepiece
+from pkm_fairseq.experiments.demo.evaluate import fill_mask, load
 
 
 def main() -> None:

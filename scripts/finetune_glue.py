@@ -13,11 +13,11 @@ from typing import List, Tuple
 
 from _script import run
 
-from pkm_fairseq.glue.data import load_dictionary, majority_baseline, prepared_tasks
-from pkm_fairseq.glue.finetune import RESULT, Choices, finetune, plan
-from pkm_fairseq.glue.presets import load_preset, parse_overrides
-from pkm_fairseq.glue.results import collect, print_results, write_results
-from pkm_fairseq.glue.start import read_arms
+from pkm_fairseq.experiments.glue.data import load_dictionary, majority_baseline, prepared_tasks
+from pkm_fairseq.experiments.glue.finetune import RESULT, Choices, finetune, plan
+from pkm_fairseq.experiments.glue.presets import load_preset, parse_overrides
+from pkm_fairseq.experiments.glue.results import collect, print_results, write_results
+from pkm_fairseq.experiments.glue.start import read_arms
 
 
 def seeds(text: str) -> Tuple[int, ...]:
@@ -37,7 +37,7 @@ def parse(words: List[str]) -> argparse.Namespace:
     at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        *("--checkpoint", "--checkpoints"), nargs="+", required=True, metavar="[ARM=]FILE",
+        "--checkpoint", "--checkpoints", nargs="+", required=True, metavar="[ARM=]FILE",
         help="pretrained RoBERTas, with or without memory (default of ARM: the file's folder)",
     )  # fmt: skip
     parser.add_argument(
@@ -45,7 +45,7 @@ def parse(words: List[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of --data")
     parser.add_argument(
-        *("--seeds",), default="5", metavar="N", help="how many, or which: 1,2,3 (default: 5)"
+        "--seeds", default="5", metavar="N", help="how many, or which: 1,2,3 (default: 5)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("glue_out"), metavar="FOLDER", help="default: %(default)s"
@@ -54,7 +54,7 @@ def parse(words: List[str]) -> argparse.Namespace:
         "--preset", default="roberta", metavar="NAME", help="roberta (default), small, or a file"
     )
     parser.add_argument(
-        *("--set",), nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend",
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend",
         help="settings that win over the preset, such as lr=1e-5 max_epoch=3",
     )  # fmt: skip
     parser.add_argument(
@@ -64,7 +64,7 @@ def parse(words: List[str]) -> argparse.Namespace:
         "--keep-last", action="store_true", help="keep checkpoint_last.pt of finished runs"
     )
     parser.add_argument(
-        *("--memory-tokens",), type=int, default=20_000, metavar="N",
+        "--memory-tokens", type=int, default=20_000, metavar="N",
         help="dev tokens on which memories are compared before and after (default: %(default)s; "
         "0: none)",
     )  # fmt: skip
@@ -79,8 +79,14 @@ def main() -> None:
     if args.workers < 1 or args.memory_tokens < 0:
         raise ValueError("--workers must be at least 1, and --memory-tokens not below 0")
     choices = Choices(
-        *(args.out, seeds(args.seeds), load_preset(args.preset), parse_overrides(args.overrides)),
-        *(args.further, args.workers, args.keep_last, args.memory_tokens),
+        out=args.out,
+        seeds=seeds(args.seeds),
+        preset=load_preset(args.preset),
+        overrides=parse_overrides(args.overrides),
+        further=args.further,
+        workers=args.workers,
+        keep_last=args.keep_last,
+        memory_tokens=args.memory_tokens,
     )
     tasks = prepared_tasks(args.data, args.tasks)
     arms = read_arms(args.checkpoint, load_dictionary(args.data, tasks))

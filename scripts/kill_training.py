@@ -12,14 +12,15 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.faults import Choices, kill_training
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of tests
+from tests.faults import Choices, kill_training
 
 
 def main() -> None:
     """Kill, and say what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        *("--data",), type=Path, required=True, metavar="FOLDER",
+        "--data", type=Path, required=True, metavar="FOLDER",
         help="a folder that fairseq-preprocess made",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/kills"), metavar="FOLDER",

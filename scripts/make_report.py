@@ -6,9 +6,9 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.demo import pipeline
-from pkm_fairseq.demo.presets import PRESETS
-from pkm_fairseq.demo.table import print_report
+from pkm_fairseq.experiments.demo import pipeline
+from pkm_fairseq.experiments.demo.presets import PRESETS
+from pkm_fairseq.experiments.demo.table import print_report
 
 
 def main() -> None:

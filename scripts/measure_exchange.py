@@ -5,7 +5,7 @@ import argparse
 
 from _script import run
 
-from pkm_fairseq.benchmark.exchange import (
+from pkm_fairseq.experiments.benchmark.exchange import (
     Table,
     even_tokens,
     factor_bytes,

@@ -12,16 +12,16 @@ from typing import Dict, List
 
 from _script import run
 
-from pkm_fairseq.glue.predict import (
+from pkm_fairseq.experiments.glue.predict import (
     Finetuned,
     best_checkpoint,
     load_finetuned,
     predict_lines,
     predict_tests,
 )
-from pkm_fairseq.glue.submission import missing_files, write_zip
-from pkm_fairseq.glue.tasks import TASKS, TaskSpec, load_task_spec, task_names
-from pkm_fairseq.glue.tokenizers import saved_tokenizer
+from pkm_fairseq.experiments.glue.submission import missing_files, write_zip
+from pkm_fairseq.experiments.glue.tasks import TASKS, TaskSpec, load_task_spec, task_names
+from pkm_fairseq.experiments.glue.tokenizers import saved_tokenizer
 
 
 def main() -> None:
@@ -57,7 +57,8 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, required=True, metavar="DIR", help="made by prepare_glue.py"
     )
     parser.add_argument(
-        *("--tasks", "--task"),
+        "--tasks",
+        "--task",
         nargs="+",
         metavar="TASK",
         help="default: all of --runs; with --checkpoint: its one task",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.demo import pipeline
-from pkm_fairseq.demo.presets import PRESETS
+from pkm_fairseq.experiments.demo import pipeline
+from pkm_fairseq.experiments.demo.presets import PRESETS
 
 
 def main() -> None:

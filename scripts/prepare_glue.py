@@ -10,9 +10,9 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.glue.prepare import prepare
-from pkm_fairseq.glue.tasks import TASKS, load_task_spec, task_names
-from pkm_fairseq.glue.tokenizers import Tokenizer
+from pkm_fairseq.experiments.glue.prepare import prepare
+from pkm_fairseq.experiments.glue.tasks import TASKS, load_task_spec, task_names
+from pkm_fairseq.experiments.glue.tokenizers import Tokenizer
 
 
 def main() -> None:

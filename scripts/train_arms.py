@@ -9,8 +9,8 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.demo.presets import PRESETS
-from pkm_fairseq.demo.train import train_arms
+from pkm_fairseq.experiments.demo.presets import PRESETS
+from pkm_fairseq.experiments.demo.train import train_arms
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from pkm_fairseq.data.prepare import load_sentencepiece, train_sentencepiece
+from pkm_fairseq.experiments.data.prepare import load_sentencepiece, train_sentencepiece
 
 WORDS = "the a cat dog bird sees likes eats old red small big house tree runs and"
 GOOD, BAD = "good", "bad"  # the last word of a sentence tells the label

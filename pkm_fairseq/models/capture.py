@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
     parser.add_argument("--split", help="split of --data (default: valid)")
     parser.add_argument(
-        *("--sentencepiece-model", "--spm"),
+        "--sentencepiece-model",
+        "--spm",
         metavar="FILE",
         help="tokenizer of --text; without it, the text must already consist of symbols of the "
         "dictionary, separated by blanks",
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dictionary of --text (default: dict.txt in the folder of the training data)",
     )
     parser.add_argument(
-        *("--queries", "-n"),
+        "--queries",
+        "-n",
         type=int,
         default=1000,
         metavar="N",

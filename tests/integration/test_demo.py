@@ -171,8 +171,8 @@ def test_torch_and_the_demo_agree_on_the_usage_of_the_last_checkpoint(
     finished: "tuple[Path, Run]",
 ) -> None:
     """Usage in the report, against one counted here from the look-ups of the model."""
-    from pkm_fairseq.demo.evaluate import load as load_arm
-    from pkm_fairseq.demo.evaluate import masked_batches
+    from pkm_fairseq.experiments.demo.evaluate import load as load_arm
+    from pkm_fairseq.experiments.demo.evaluate import masked_batches
 
     out = finished[0]
     (pkm,) = [arm for arm in report_of(out)["arms"] if arm["arm"] == "pkm"]

@@ -19,7 +19,7 @@ import torch
 from fairseq import checkpoint_utils
 from scipy.stats import pearsonr
 
-from pkm_fairseq.glue.tasks import TASKS
+from pkm_fairseq.experiments.glue.tasks import TASKS
 from tests import glue_data
 
 from .runs import (

@@ -14,8 +14,8 @@ import torch
 from fairseq.data import data_utils
 from sklearn.metrics import accuracy_score, f1_score
 
-from pkm_fairseq.glue.predict import load_finetuned
-from pkm_fairseq.glue.tasks import TASKS
+from pkm_fairseq.experiments.glue.predict import load_finetuned
+from pkm_fairseq.experiments.glue.tasks import TASKS
 from tests.glue_data import write_glue, write_tokenizer
 
 from .runs import BIN, MEMORY, MODEL, PATIENCE, ROOT, TRAIN, Run, load, run, run_well

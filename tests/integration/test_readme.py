@@ -104,10 +104,14 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 def test_every_file_in_the_tree_exists() -> None:
     (tree,) = [block for block in blocks() if "├──" in block]
-    inside = re.findall(r"[├└]── (.*?)(?:  |$)", tree, re.MULTILINE)
-    names = [f"pkm_fairseq/{name}" for line in inside for name in line.split()]
+    inside = re.findall(r"^( *)[├└]── (.*?)(?:  |$)", tree, re.MULTILINE)
+    names = [
+        f"pkm_fairseq/{'experiments/' if indented else ''}{name}"
+        for indented, line in inside
+        for name in line.split()
+    ]
     names += re.findall(r"^([\w/.]+)", tree, re.MULTILINE)
-    assert len(names) > 8
+    assert len(names) > 8 and "pkm_fairseq/experiments/runs/" in names
     assert not [name for name in names if not (ROOT / name).exists()]
 
 

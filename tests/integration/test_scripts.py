@@ -9,7 +9,7 @@ from typing import Any, Dict, List
 import pytest
 import torch
 
-from pkm_fairseq.demo.evaluate import evaluate, load, masked_batches
+from pkm_fairseq.experiments.demo.evaluate import evaluate, load, masked_batches
 from pkm_fairseq.models.roberta import PkmRobertaModel
 
 from .runs import ROOT, Run, run, run_well

@@ -11,7 +11,7 @@ from fairseq import checkpoint_utils, hub_utils
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from pkm_fairseq.data.prepare import load_sentencepiece, train_sentencepiece
+from pkm_fairseq.experiments.data.prepare import load_sentencepiece, train_sentencepiece
 from pkm_fairseq.models.roberta import PkmRobertaModel
 from tests.helpers import write_split
 

@@ -13,21 +13,25 @@ import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from pkm_fairseq.benchmark import (
+from pkm_fairseq.experiments.benchmark import (
     counting,
     layer,
     machine,
     models,
+    output,
     parts,
     peak,
-    report,
     subjects,
     textbook,
 )
-from pkm_fairseq.benchmark import run as benchmark_run
-from pkm_fairseq.benchmark.settings import Settings
-from pkm_fairseq.benchmark.textbook import MismatchError, TextbookMemory, check_same_read
-from pkm_fairseq.benchmark.timing import compare, interleave, quartiles
+from pkm_fairseq.experiments.benchmark import run as benchmark_run
+from pkm_fairseq.experiments.benchmark.settings import Settings
+from pkm_fairseq.experiments.benchmark.textbook import (
+    MismatchError,
+    TextbookMemory,
+    check_same_read,
+)
+from pkm_fairseq.experiments.benchmark.timing import compare, interleave, quartiles
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory
 from pkm_fairseq.memory.observe.staleness import ReadTimes
 from tests.validation.models import SCRIPTS, load_script
@@ -291,7 +295,7 @@ def test_blocks_where_memory_holds_only_one(monkeypatch):
         note = partial(lambda name, build, *args: built.append(name) or build(*args), name, build)
         monkeypatch.setattr(subjects, name, note)
     monkeypatch.setattr(layer, "check_same_read", lambda *_: checked.append(1))
-    found = report.Report({}, tell=lambda _: None)
+    found = output.Report({}, tell=lambda _: None)
     settings = Settings(("layer",), (8,), (32,), pairs=3)
     monkeypatch.setattr(subjects, "OTHERS", (subjects.ADAM,))
     layer.measure(settings, found)
@@ -304,7 +308,7 @@ def test_blocks_where_memory_holds_only_one(monkeypatch):
 def test_what_does_not_fit_into_memory_is_skipped_with_a_reason(part, monkeypatch):
     monkeypatch.setattr(layer, "available_bytes", lambda: 2**30)
     settings = Settings(tokens=(8, 16), n_keys=(32,), pairs=1)
-    found = report.Report({}, tell=lambda _: None)
+    found = output.Report({}, tell=lambda _: None)
     more = [machine.Memcpy(1 << 20)] if part is parts else []
     part.measure(settings, found, *more)
     assert len(found.entries) == part.count(settings)
@@ -558,14 +562,14 @@ def test_quick_from_end_to_end(script, tmp_path, monkeypatch, capsys):
         Settings(tokens=(8, 16), n_keys=(32,), quick=True)
     )
     page = files["md"].read_text()
-    for title in (*report.TITLES.values(), report.PARTS):
+    for title in (*output.TITLES.values(), output.PARTS):
         assert page.count(f"### {title}\n") == 1
     assert page.count("not installed") == 2 + 2  # tokens: forward, training
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert (
         len(tables)
         == benchmark_run.count(Settings(tokens=(8, 16), n_keys=(32,), quick=True))
-        + 2 * len(report.TITLES)
+        + 2 * len(output.TITLES)
         + 2
     )
     assert files["svg"].read_text().startswith("<?xml")
@@ -630,12 +634,12 @@ def test_what_was_measured_is_saved_when_interrupted(monkeypatch):
 
 
 def test_a_plot_of_what_was_skipped_says_so(tmp_path):
-    found = report.Report({}, tell=lambda _: None)
+    found = output.Report({}, tell=lambda _: None)
     found.skip(layer.TRAIN, 8, 32, subjects.PACKAGE, "not installed")
     numbers = compare([1.0, 1.0], [2.0, 4.0])
     found.result(layer.TRAIN, 8, 32, subjects.OURS, subjects.ADAM, **numbers)
     for suffix in ("svg", "png"):
-        report.plot(found.entries, tmp_path / f"plot.{suffix}")
+        output.plot(found.entries, tmp_path / f"plot.{suffix}")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "plot.svg"]
 

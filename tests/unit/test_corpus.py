@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pkm_fairseq.data import corpus
-from pkm_fairseq.data.corpus import RegistryCorpus, fetch_corpus, read_documents, split_documents
+from pkm_fairseq.experiments.data import corpus
+from pkm_fairseq.experiments.data.corpus import (
+    RegistryCorpus,
+    fetch_corpus,
+    read_documents,
+    split_documents,
+)
 
 
 def write_archive(file: Path) -> str:

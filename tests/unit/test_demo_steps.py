@@ -2,9 +2,9 @@
 
 import pytest
 
-from pkm_fairseq.demo import train
-from pkm_fairseq.demo.presets import PRESETS
-from pkm_fairseq.demo.steps import begin, finish, is_finished
+from pkm_fairseq.experiments.demo import train
+from pkm_fairseq.experiments.demo.presets import PRESETS
+from pkm_fairseq.experiments.runs.folders import begin, finish, is_finished
 
 
 def test_a_finished_step_is_reused_and_another_one_kept_aside(tmp_path, capsys):

@@ -22,8 +22,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import ConfigKeyError
 
-from pkm_fairseq.glue.presets import load_preset
-from pkm_fairseq.glue.tasks import TASKS
+from pkm_fairseq.experiments.glue.presets import load_preset
+from pkm_fairseq.experiments.glue.tasks import TASKS
 from pkm_fairseq.models.roberta import PkmRobertaModel
 from pkm_fairseq.optim.pkm_adam import PkmAdam
 from tests.helpers import small_dictionary, write_split

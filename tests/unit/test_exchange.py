@@ -2,7 +2,7 @@
 
 import pytest
 
-from pkm_fairseq.benchmark.exchange import (
+from pkm_fairseq.experiments.benchmark.exchange import (
     Table,
     even_tokens,
     measure,

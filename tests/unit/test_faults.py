@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from pkm_fairseq import faults
-from pkm_fairseq.faults import Choices, differing
 from pkm_fairseq.memory.observe.log import FILE, INITIAL_VALUES
+from tests import faults
+from tests.faults import Choices, differing
 
 INTERVAL = 5
 LOSSES = {"train_inner": {update: update / 10 for update in range(1, 101)}, "valid": {}}

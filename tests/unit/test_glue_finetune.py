@@ -9,15 +9,15 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from pkm_fairseq.glue import finetune as finetune_module
-from pkm_fairseq.glue.data import (
+from pkm_fairseq.experiments.glue import finetune as finetune_module
+from pkm_fairseq.experiments.glue.data import (
     PreparedTask,
     load_dictionary,
     majority_baseline,
     prepared_tasks,
 )
-from pkm_fairseq.glue.finetune import Choices, parse_flags, plan
-from pkm_fairseq.glue.presets import (
+from pkm_fairseq.experiments.glue.finetune import Choices, parse_flags, plan
+from pkm_fairseq.experiments.glue.presets import (
     PRESETS,
     check_further,
     flags_of,
@@ -25,8 +25,8 @@ from pkm_fairseq.glue.presets import (
     parse_overrides,
     settings_of,
 )
-from pkm_fairseq.glue.start import read_arms
-from pkm_fairseq.glue.tasks import TASKS
+from pkm_fairseq.experiments.glue.start import read_arms
+from pkm_fairseq.experiments.glue.tasks import TASKS
 from pkm_fairseq.models.checkpoints import dictionary_sha256, options_of
 from tests.helpers import build, model_args, small_dictionary, write_split
 

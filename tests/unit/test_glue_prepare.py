@@ -11,13 +11,13 @@ from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode, get_encoder
 from omegaconf import OmegaConf
 
-from pkm_fairseq.data.prepare import load_sentencepiece, train_sentencepiece
-from pkm_fairseq.glue import prepare as module
-from pkm_fairseq.glue.data import prepared_tasks
-from pkm_fairseq.glue.prepare import prepare
-from pkm_fairseq.glue.read import read_task
-from pkm_fairseq.glue.tasks import TASKS
-from pkm_fairseq.glue.tokenizers import Tokenizer, saved_tokenizer
+from pkm_fairseq.experiments.data.prepare import load_sentencepiece, train_sentencepiece
+from pkm_fairseq.experiments.glue import prepare as module
+from pkm_fairseq.experiments.glue.data import prepared_tasks
+from pkm_fairseq.experiments.glue.prepare import prepare
+from pkm_fairseq.experiments.glue.read import read_task
+from pkm_fairseq.experiments.glue.tasks import TASKS
+from pkm_fairseq.experiments.glue.tokenizers import Tokenizer, saved_tokenizer
 from pkm_fairseq.tasks.sentence_prediction import (
     PkmSentencePredictionConfig,
     PkmSentencePredictionTask,

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pkm_fairseq.glue.read import read_file, read_task
-from pkm_fairseq.glue.tasks import TASKS, SplitFile
+from pkm_fairseq.experiments.glue.read import read_file, read_task
+from pkm_fairseq.experiments.glue.tasks import TASKS, SplitFile
 from tests.glue_data import write_glue, write_tsv
 
 # where sentences and label are by position, from 0: in labelled files, and in test files

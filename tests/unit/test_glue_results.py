@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-from pkm_fairseq.glue.results import (
+from pkm_fairseq.experiments.glue.results import (
     collect,
     memory_rows,
     print_results,
-    read_dev_log,
     summarise,
     to_markdown,
     write_results,
@@ -85,18 +84,3 @@ def test_the_terminal_shows_spread_and_baseline(capsys):
     printed = capsys.readouterr().out
     for text in ("44.0 [40.0-50.0]", "[lowest-highest]", "68.4", "majority class", "62.5%"):
         assert text in printed, text
-
-
-def test_the_log_of_a_dev_split(tmp_path):
-    log = tmp_path / "train.log"
-    assert read_dev_log(log, "valid") == {}
-    log.write_text(
-        'x | valid | {"valid_mcc": "1.5", "valid_num_updates": "5"}\n'
-        'x | valid1 | {"valid1_mcc": "2.5", "valid1_num_updates": "5"}\n'
-        'x | valid | {"valid_mcc": "3.5", "valid_gini": null, "valid_num_updates": "10"}\n'
-        'x | valid | {"valid_mcc": "4.5", "valid_num_updates": "5"}\n'  # after an interruption
-        'x | valid | {"valid_mcc": '
-    )
-    valid = read_dev_log(log, "valid")
-    assert {at: numbers["mcc"] for at, numbers in valid.items()} == {5: 4.5, 10: 3.5}
-    assert [numbers["mcc"] for numbers in read_dev_log(log, "valid1").values()] == [2.5]

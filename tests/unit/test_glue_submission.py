@@ -9,17 +9,22 @@ import torch
 from fairseq.data import data_utils
 from omegaconf import OmegaConf
 
-from pkm_fairseq.glue.predict import (
+from pkm_fairseq.experiments.glue.predict import (
     Example,
     Finetuned,
     best_checkpoint,
     predict_lines,
     predict_tests,
 )
-from pkm_fairseq.glue.prepare import prepare
-from pkm_fairseq.glue.submission import label_text, missing_files, prediction_file, write_zip
-from pkm_fairseq.glue.tasks import TASKS
-from pkm_fairseq.glue.tokenizers import Tokenizer, load_dictionary, saved_tokenizer
+from pkm_fairseq.experiments.glue.prepare import prepare
+from pkm_fairseq.experiments.glue.submission import (
+    label_text,
+    missing_files,
+    prediction_file,
+    write_zip,
+)
+from pkm_fairseq.experiments.glue.tasks import TASKS
+from pkm_fairseq.experiments.glue.tokenizers import Tokenizer, load_dictionary, saved_tokenizer
 from pkm_fairseq.tasks.sentence_prediction import (
     PkmSentencePredictionConfig,
     PkmSentencePredictionTask,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pkm_fairseq.glue.submission import missing_files
-from pkm_fairseq.glue.tasks import TASKS, load_task_spec, task_names
+from pkm_fairseq.experiments.glue.submission import missing_files
+from pkm_fairseq.experiments.glue.tasks import TASKS, load_task_spec, task_names
 
 EXAMPLE = Path(__file__).parents[2] / "user_dir_examples" / "glue" / "task_spec_example.yaml"
 OWN = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pkm_fairseq import runs
-from pkm_fairseq.runs import Children, run_to_end
+from pkm_fairseq.experiments.runs import processes
+from pkm_fairseq.experiments.runs.processes import Children, run_to_end
 
 LONG = 600  # seconds, of what is waited for or should be ended
 SLEEP = [sys.executable, "-S", "-c", f"import time; time.sleep({LONG})"]
@@ -52,7 +52,7 @@ def out(tmp_path):
 @pytest.fixture(autouse=True)
 def handlers():
     """Pytest's own, whoever started it; afterwards they must be what they were."""
-    before = {number: signal.getsignal(number) for number in runs.SIGNALS}
+    before = {number: signal.getsignal(number) for number in processes.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -70,11 +70,11 @@ def started(monkeypatch, interrupt):
             pids.append(self.pid)
             interrupt()
 
-    monkeypatch.setattr(runs.subprocess, "Popen", Popen)
+    monkeypatch.setattr(processes.subprocess, "Popen", Popen)
     return pids
 
 
-@pytest.mark.parametrize("number", runs.SIGNALS)
+@pytest.mark.parametrize("number", processes.SIGNALS)
 def test_a_process_that_is_interrupted_while_it_starts_is_not_left_behind(monkeypatch, out, number):
     pids = started(monkeypatch, lambda: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt), Children() as children:
@@ -115,13 +115,13 @@ def test_an_interrupt_lost_in_a_destructor_is_raised_again(out):
 
 @pytest.mark.parametrize("is_second", [False, True])
 def test_an_interrupt_while_processes_are_ended_keeps_none_alive(monkeypatch, out, is_second):
-    pids, send = started(monkeypatch, lambda: None), runs.Child.send
+    pids, send = started(monkeypatch, lambda: None), processes.Child.send
 
     def send_and_interrupt(child, number):
         os.kill(os.getpid(), signal.SIGINT)
         send(child, number)
 
-    monkeypatch.setattr(runs.Child, "send", send_and_interrupt)
+    monkeypatch.setattr(processes.Child, "send", send_and_interrupt)
     with pytest.raises(KeyboardInterrupt), Children() as children:
         children.start([sys.executable, "-S", "-c", FAMILY.format("child.wait()")], out)
         wait_for(lambda: Path(out.name).read_text().endswith("\n"))

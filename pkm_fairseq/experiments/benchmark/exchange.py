@@ -1,0 +1,150 @@
+"""Bytes that data-parallel workers exchange for a value table."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from ...memory import ColumnShards, ValueTable
+from ...memory.gradient import average
+
+LOOPBACK = Path("/proc/self/net/dev")
+
+
+class Table(NamedTuple):
+    """A value table and how it is read."""
+
+    n_slots: int
+    v_dim: int
+    reads: int  # of a token: heads * knn
+
+
+def factor_bytes(table: Table, tokens: float) -> float:
+    """Bytes of one worker's factors: slots and weights, gradients and a count for each token."""
+    return tokens * (8 * table.reads + 4 * table.v_dim + 4)
+
+
+def received_bytes(table: Table, tokens: int, workers: int) -> Dict[str, float]:
+    """What each worker receives for so many tokens of each, by formula.
+
+    Args:
+        table: the table.
+        tokens: of each worker.
+        workers: W.
+
+    Returns:
+        "factors": from all others, once an update; "dense": a ring's all-reduce, once an update;
+        "shards": of a table that is split over all workers, look-ups and columns in the forward
+        pass, and columns and the gradients of weights in the backward pass.
+    """
+    others, dense = workers - 1, 4 * table.n_slots * table.v_dim
+    look_up = (4 + 4 + 4) * table.reads  # slots and weights; the gradient of weights
+    columns = 2 * 4 * table.v_dim / workers  # of what was read, and their gradient
+    return {
+        "factors": others * (factor_bytes(table, tokens) + 16),  # 16: how many there are
+        "dense": 2 * others / workers * dense,
+        "shards": others * (tokens * (look_up + columns) + 8),  # 8: how many tokens there are
+    }
+
+
+def plan_bytes(table: Table, tokens: int, workers: int, shards: int) -> Dict[str, float]:
+    """Bytes for workers in groups, each of which splits a table over its members, by formula.
+
+    Args:
+        table: the table.
+        tokens: of each worker in one update.
+        workers: W.
+        shards: members of a group, a divisor of W; 1 for no split.
+
+    Returns:
+        "held": a worker's part of the table and of two moments; "group": received by each in
+        reads; "factors" and "dense": received by each from the other groups, either way.
+    """
+    columns, groups = table._replace(v_dim=table.v_dim // shards), workers // shards
+    between = received_bytes(columns, tokens * shards, groups)
+    return {
+        "held": 3 * 4 * table.n_slots * columns.v_dim,
+        "group": received_bytes(table, tokens, shards)["shards"],
+        "factors": between["factors"],
+        "dense": between["dense"],
+    }
+
+
+def even_tokens(table: Table) -> float:
+    """Tokens of all workers in one update from which on a dense all-reduce sends fewer bytes."""
+    return 2 * 4 * table.n_slots * table.v_dim / factor_bytes(table, 1)
+
+
+def measure(table: Table, tokens: int, workers: int, way: str) -> Dict[str, float]:
+    """Let processes exchange what one read of a table takes, over gloo.
+
+    Args:
+        table: the table.
+        tokens: of each worker.
+        workers: how many.
+        way: "factors", "dense" or "shards", as in :func:`received_bytes`.
+
+    Returns:
+        Bytes per worker: "sent", of all tensors handed to collectives; "received", what the
+        loopback device carried, whoever used it meanwhile, headers included.
+    """
+    with TemporaryDirectory() as folder:
+        spawn(  # daemons end with this process, whatever ends it
+            _work, args=(folder, table, tokens, workers, way), nprocs=workers, daemon=True
+        )
+        found: Dict[str, float] = torch.load(Path(folder, "found.pt"), weights_only=True)
+        return found
+
+
+def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, way: str) -> None:
+    torch.set_num_threads(1)
+    method = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=workers)
+    shards = ColumnShards(workers) if way == "shards" else None
+    values = ValueTable(table.n_slots, table.v_dim, shards=shards)
+    values.factored = True
+    slots = torch.randint(table.n_slots, (tokens, 1, table.reads))
+    weights = torch.rand(tokens, 1, table.reads, requires_grad=True)
+    dist.barrier()
+    before, sent = _loopback(), _count_bytes()
+    dist.barrier()
+    values(slots, weights).sum().backward()
+    if way == "dense":
+        dist.all_reduce(torch.zeros_like(values.weight))
+    else:
+        average(values.weight)
+    dist.barrier()
+    if rank == 0:
+        found = {"sent": sum(sent), "received": (_loopback() - before) / workers}
+        torch.save(found, Path(folder, "found.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _count_bytes() -> "list[int]":
+    """From now on the sizes of tensors that this worker hands to collectives."""
+    sent, to_all = [], (dist.all_gather, dist.all_reduce, dist.all_to_all_single)
+    all_gather, all_reduce, all_to_all = to_all
+
+    def gather(out: Any, x: Any, group: Any = None) -> None:
+        sent.append(x.nbytes)
+        all_gather(out, x, group=group)
+
+    def reduce(x: Any, group: Any = None) -> None:
+        sent.append(x.nbytes)
+        all_reduce(x, group=group)
+
+    def exchange(out: Any, x: Any, *sizes: Any, group: Any = None) -> None:
+        sent.append(x.nbytes)
+        all_to_all(out, x, *sizes, group=group)
+
+    dist.all_gather, dist.all_reduce, dist.all_to_all_single = gather, reduce, exchange
+    return sent
+
+
+def _loopback() -> int:
+    lines = LOOPBACK.read_text().splitlines() if LOOPBACK.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))

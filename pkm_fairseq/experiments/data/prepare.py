@@ -1,0 +1,96 @@
+"""Tokens: a sentencepiece model, encoded splits, and fairseq's binary data."""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+import sentencepiece
+
+from ..runs.processes import run_to_end
+from .corpus import split_documents
+
+SPLITS = ("train", "valid", "test")
+
+
+def prepare_corpus(documents: Sequence[List[str]], folder: Path, vocabulary: int) -> None:
+    """Split a corpus, train sentencepiece on its training text, encode and binarise it.
+
+    Writes ``spm.model``, ``{train,valid,test}.{txt,pieces}`` and ``bin/`` into the folder.
+
+    Args:
+        documents: the lines of each.
+        folder: exists.
+        vocabulary: number of sentencepiece pieces.
+
+    Raises:
+        ValueError: the text is too small.
+    """
+    splits = split_documents(documents)
+    (folder / "spm.model").write_bytes(train_sentencepiece(splits["train"], vocabulary))
+    tokenizer = load_sentencepiece(folder / "spm.model")
+    for split, lines in splits.items():
+        _write_lines(folder / f"{split}.txt", lines)
+        encoded = tokenizer.encode(lines, out_type=str)
+        _write_lines(folder / f"{split}.pieces", [" ".join(pieces) for pieces in encoded])
+    binarise({split: folder / f"{split}.pieces" for split in SPLITS}, folder / "bin")
+
+
+def train_sentencepiece(lines: Sequence[str], vocabulary: int) -> bytes:
+    """Train a unigram sentencepiece model; the contents of its file.
+
+    Raises:
+        ValueError: the text is too small for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocabulary,
+            hard_vocab_limit=False,  # a small text gets as many as it has
+            character_coverage=0.9999,
+            max_sentence_length=1 << 16,  # bytes; longer lines would be left out
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"sentencepiece cannot make {vocabulary} pieces of {len(lines)} lines: {reason}"
+        ) from None
+    return model.getvalue()
+
+
+def load_sentencepiece(model: Path) -> sentencepiece.SentencePieceProcessor:
+    """Load a sentencepiece model.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not model.is_file():
+        raise ValueError(f"sentencepiece model {model}: no such file")
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+def binarise(pieces: Dict[str, Path], out: Path) -> None:
+    """Run fairseq-preprocess over encoded splits; the dictionary is that of train.
+
+    Raises:
+        ValueError: it failed.
+    """
+    shutil.rmtree(out, ignore_errors=True)  # fairseq-preprocess replaces no dictionary
+    command = [str(Path(sys.executable).parent / "fairseq-preprocess"), "--only-source"]
+    command += ["--destdir", str(out), "--workers", "1"]
+    for split, file in pieces.items():
+        command += [f"--{split}pref", str(file)]
+    done = run_to_end(command)
+    missing = [split for split in pieces if not (out / f"{split}.bin").is_file()]
+    if done.returncode or missing:
+        lines = done.stderr.strip().splitlines() or [f"no data for {', '.join(missing)}"]
+        raise ValueError(f"fairseq-preprocess failed: {lines[-1]}")
+
+
+def _write_lines(file: Path, lines: List[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

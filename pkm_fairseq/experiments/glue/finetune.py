@@ -1,0 +1,293 @@
+"""Finetune pretrained checkpoints on prepared tasks, by fairseq-train, over several seeds."""
+
+import io
+import json
+import math
+import os
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+from fairseq import options, utils
+from fairseq import tasks as fairseq_tasks
+
+from ...memory.files import write_file
+from ...memory.observe.log import INITIAL_VALUES
+from ..runs.folders import PACKAGE, begin, finish, is_finished, key_of
+from ..runs.logs import last_line, logged_by_update, read_log
+from ..runs.processes import Child, Children
+from ..runs.progress import RunsProgress
+from ..runs.trainings import LAST, LOG, run_all, start_training, updates_of
+from .data import PreparedTask, dev_name
+from .memory import measure_memory
+from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
+from .start import Arm
+
+MINUTES = 300.0  # seconds between two lines about a run where there is no terminal
+BEST = "checkpoint_best.pt"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user chose.
+
+    Attributes:
+        out: gets ``<arm>/<task>/seed<k>/``.
+        seeds: one run for each.
+        preset: as :func:`presets.load_preset` reads it.
+        overrides: settings that win over the preset.
+        further: flags of fairseq-train, as they are.
+        workers: runs at once.
+        keep_last: whether finished runs keep what is needed to train on.
+        memory_tokens: dev tokens on which memories are compared; 0 for none.
+    """
+
+    out: Path
+    seeds: Tuple[int, ...]
+    preset: Dict[str, Settings]
+    overrides: Settings
+    further: Tuple[str, ...] = ()
+    workers: int = 1
+    keep_last: bool = False
+    memory_tokens: int = 20_000
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """One finetuning: an arm on a task with a seed.
+
+    Attributes:
+        arm: what it starts from.
+        task: the data.
+        seed: of the new head, dropout, and the order of the examples.
+        folder: gets checkpoints, log and result.
+        flags: of fairseq-train, but for the seed and the folder.
+        updates: how many there will be.
+        warmup: how many of them the learning rate rises.
+        key: hash of what decides the result.
+    """
+
+    arm: Arm
+    task: PreparedTask
+    seed: int
+    folder: Path
+    flags: Tuple[str, ...]
+    updates: int
+    warmup: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Of the run, for the user."""
+        return f"{self.arm.name} {self.task.name} seed {self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its result is there, made with the same settings."""
+        return is_finished(self.folder, self.key) and (self.folder / RESULT).is_file()
+
+
+# --- planning: nothing is started before all of it is known to be right -------------------------
+
+
+def plan(arms: Sequence[Arm], tasks: Sequence[PreparedTask], choices: Choices) -> List[Finetuning]:
+    """All runs: every task, with every seed, of every arm.
+
+    Raises:
+        ValueError: fairseq-train would refuse a setting.
+    """
+    check_further(choices.further)
+    if not any(arm.has_memory for arm in arms):
+        for key in choices.overrides:
+            if key.startswith("memory_"):
+                raise ValueError(f"--set {key}: no checkpoint has a memory")
+    runs = []
+    for task in tasks:
+        planned = {arm: _plan(arm, task, choices) for arm in arms}
+        for seed in choices.seeds:
+            for arm, (flags, updates, warmup) in planned.items():
+                key = key_of(flags, seed, arm.sha256, task.key, choices.memory_tokens)
+                folder = choices.out.resolve() / arm.name / task.name / f"seed{seed}"
+                runs.append(Finetuning(arm, task, seed, folder, flags, updates, warmup, key))
+    return runs
+
+
+def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> "tuple[Tuple[str, ...], int, int]":
+    """Flags, number of updates, and of those that warm up."""
+    settings = settings_of(choices.preset, task.name, arm.has_memory, choices.overrides)
+    ratio = _ratio(settings.pop(WARMUP_RATIO, 0.0))
+    fixed, chosen = _fixed_flags(arm, task), [*flags_of(settings), *choices.further]
+    args = parse_flags([*fixed, *chosen])
+    updates = count_updates(args)
+    warmup = round(ratio * updates)
+    schedule = ["--warmup-updates", str(warmup)]
+    if args.lr_scheduler == "polynomial_decay":
+        schedule += ["--total-num-update", str(updates)]
+    parse_flags([*fixed, *schedule, *chosen])  # not every schedule knows of a warm-up
+    interval = ["--log-interval", str(max(1, updates // 50))]
+    return (*fixed, *schedule, *interval, *chosen), updates, warmup
+
+
+def _ratio(value: Any) -> float:
+    try:
+        ratio = float(value)
+    except (TypeError, ValueError):
+        ratio = -1.0
+    if not 0 <= ratio < 1:
+        raise ValueError(f"warmup_ratio is {value}, must be from 0 to below 1")
+    return ratio
+
+
+def _fixed_flags(arm: Arm, task: PreparedTask) -> List[str]:
+    """The flags that follow from checkpoint, task and machine."""
+    values = {
+        "user-dir": PACKAGE,
+        "task": "pkm_sentence_prediction",
+        "criterion": "pkm_sentence_prediction",
+        "glue-metrics": ",".join(task.metrics),
+        **_positive_label(task),
+        "num-classes": 1 if task.is_regression else len(task.labels),
+        "init-token": 0,  # <s> a </s></s> b </s>, as RoBERTa
+        "separator-token": 2,
+        "shorten-method": "truncate",
+        "max-positions": arm.max_positions,
+        "valid-subset": ",".join(task.dev_splits),
+        "best-checkpoint-metric": task.metrics[0],
+        "optimizer": "pkm_adam" if arm.has_memory else "adam",
+        "finetune-from-model": arm.file,  # on a fresh run only
+        "distributed-world-size": 1,
+        "log-format": "json",
+    }
+    flags = [str(task.folder)]
+    flags += [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    flags += ["--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", *arm.flags]
+    flags += ["--regression-target"] if task.is_regression else []
+    return flags if torch.cuda.is_available() else [*flags, "--cpu", "--num-workers", "0"]
+
+
+def _positive_label(task: PreparedTask) -> Dict[str, str]:
+    """The label that F1 is of, where it is not the option's default."""
+    is_asked = "f1" in task.metrics and task.positive != "1"
+    return {"glue-positive-label": task.positive} if is_asked else {}
+
+
+def parse_flags(flags: Sequence[str]) -> Any:
+    """Parse flags as fairseq-train would.
+
+    Raises:
+        ValueError: it would refuse them.
+    """
+    stderr = io.StringIO()
+    try:
+        with redirect_stderr(stderr):
+            return options.parse_args_and_arch(options.get_training_parser(), list(flags))
+    except SystemExit:
+        said = (stderr.getvalue().strip().splitlines() or ["it prints a help text"])[-1]
+        raise ValueError(f"fairseq-train refuses a setting: {said.split('error: ')[-1]}") from None
+
+
+def count_updates(args: Any) -> int:
+    """How many updates fairseq-train will do, by the batches that it will make of the data."""
+    if args.max_epoch is None or args.max_epoch < 1:
+        raise ValueError(f"max_epoch is {args.max_epoch}, must be at least 1")
+    task = fairseq_tasks.setup_task(args)
+    for split in args.valid_subset.split(","):  # before hours of training rather than after
+        task.check(split)
+    task.check("train")
+    batches = task.get_batch_iterator(
+        task.load_dataset("train"),
+        max_tokens=args.max_tokens,
+        max_sentences=args.batch_size,
+        max_positions=utils.resolve_max_positions(task.max_positions(), args.max_tokens),
+        ignore_invalid_inputs=True,
+        required_batch_size_multiple=args.required_batch_size_multiple,
+        seed=args.seed,
+    )
+    updates = args.max_epoch * math.ceil(len(batches) / args.update_freq[0])
+    return min(updates, args.max_update or updates)
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lambda: None) -> None:
+    """Do the runs that are not finished; an interrupted one continues at its last checkpoint.
+
+    Args:
+        runs: as :func:`plan` made them.
+        choices: what the user chose.
+        after_each: called when a run is finished.
+
+    Raises:
+        ValueError: a run failed; the others were stopped.
+    """
+    waiting = [run for run in runs if not run.is_finished]
+
+    def start(children: Children, run: Finetuning, worker: int) -> Child:
+        begin(run.folder, run.key)
+        flags = [*run.flags, "--seed", str(run.seed)]
+        return start_training(children, run.folder, flags, _environment(worker, choices.workers))
+
+    def finish_one(run: Finetuning, status: int) -> None:
+        result = _finish(run, status, choices)
+        after_each()
+        progress.end(run.name, _told(result["dev"]))
+
+    with RunsProgress(len(runs), len(runs) - len(waiting), MINUTES) as progress:
+        run_all(waiting, choices.workers, start, lambda run: _show(run, progress), finish_one)
+
+
+def _environment(worker: int, workers: int) -> Dict[str, str]:
+    """Threads of one of several runs at once, and the GPU it is to take."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    n_gpus = torch.cuda.device_count()
+    if n_gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[worker % n_gpus]
+    return environment
+
+
+def _show(run: Finetuning, progress: RunsProgress) -> None:
+    trained = read_log(run.folder / LOG, "train_inner")
+    updates = int(trained[-1]["num_updates"]) if trained else 0
+    metric = run.task.metrics[0]
+    found = [dev[metric] for dev in read_log(run.folder / LOG, "valid")]
+    state = f"best {metric} {max(found):.1f}" if found else "no dev score yet"
+    progress.show(run.name, updates, run.updates, state)
+
+
+def _finish(run: Finetuning, status: int, choices: Choices) -> Dict[str, Any]:
+    """Check what a process left behind, and write the result."""
+    best, log = run.folder / BEST, run.folder / LOG
+    if status or not best.is_file():
+        raise ValueError(f"{run.name} failed with status {status}, see {log}: {last_line(log)}")
+    at = updates_of(best)
+    logs = {split: logged_by_update(log, split) for split in run.task.dev_splits}
+    dev = {
+        dev_name(metric, split): logs[split][at][metric]
+        for split in run.task.dev_splits
+        for metric in run.task.metrics
+    }
+    memory = None
+    if run.arm.has_memory and choices.memory_tokens:
+        task = fairseq_tasks.setup_task(parse_flags(run.flags))
+        memory = measure_memory(run.arm.file, best, task, choices.memory_tokens)
+    result = {
+        **{"arm": run.arm.name, "task": run.task.name, "seed": run.seed, "dev": dev},
+        **{"best_update": at, "updates": run.updates, "warmup_updates": run.warmup},
+        "memory": memory,
+    }
+    write_file(run.folder / RESULT, json.dumps(result, indent=2))
+    if not choices.keep_last:
+        for name in (LAST, INITIAL_VALUES):  # large, and only needed to go on
+            (run.folder / name).unlink(missing_ok=True)
+    finish(run.folder, run.key)
+    return result
+
+
+def _told(dev: Dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in dev.items())

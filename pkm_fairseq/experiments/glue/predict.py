@@ -1,0 +1,300 @@
+"""Predictions of finetuned models: of test sets, and of a user's own sentences."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple, Union
+
+import torch
+from fairseq.data import Dictionary, data_utils
+from torch import Tensor
+
+from ...models.checkpoints import (
+    compare_dictionary,
+    load_dictionary,
+    load_model_and_task,
+    read_checkpoint,
+)
+from ...models.labels import label_names
+from ..runs.progress import progress_bars
+from .read import numbered_lines, split_line
+from .submission import label_text, prediction_file
+from .tasks import TASKS, TaskSpec
+from .tokenizers import Tokenizer, encode
+
+BATCH_SIZE = 32
+HEAD = re.compile(r"classification_heads\.([^.]+)\.out_proj\.weight")
+
+
+class Example(NamedTuple):
+    """Token ids as the model was finetuned on them, and whether they were shortened."""
+
+    tokens: Tensor  # (T,)
+    is_shortened: bool
+
+
+@dataclass
+class Finetuned:
+    """A finetuned model, ready to predict.
+
+    Attributes:
+        model: in eval mode.
+        task: fairseq's task that it was finetuned on.
+        head: the name of its classification head.
+        spec: the GLUE task.
+        labels: what the outputs of the head stand for, in their order; empty for regression.
+    """
+
+    model: Any
+    task: Any
+    head: str
+    spec: TaskSpec
+    labels: Tuple[str, ...]
+
+    def example(self, sentences: Sequence[Tensor]) -> Example:
+        """Join one or two sentences, (T,) each with its end, as fairseq's sentence_prediction.
+
+        Args:
+            sentences: what is too long is cut off at the end, as ``--shorten-method truncate``.
+        """
+        cfg = self.task.cfg
+        starts = [cfg.init_token, cfg.separator_token][: len(sentences)]
+        parts = [
+            part
+            for start, sentence in zip(starts, sentences, strict=True)
+            for part in ([] if start is None else [torch.tensor([start])]) + [sentence.long()]
+        ]
+        tokens, longest = torch.cat(parts), self.model.max_positions()
+        return Example(tokens[:longest], len(tokens) > longest)
+
+    @torch.no_grad()
+    def outputs(self, examples: Sequence[Example], title: str) -> Tensor:
+        """What the head makes of examples, (N, classes) or (N, 1).
+
+        Raises:
+            ValueError: an output is not finite.
+        """
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
+        batches = [order[at : at + BATCH_SIZE] for at in range(0, len(order), BATCH_SIZE)]
+        device, pad = next(self.model.parameters()).device, self.task.source_dictionary.pad()
+        results: Dict[int, Tensor] = {}
+        with progress_bars() as progress:
+            for batch in progress.track(batches, description=title):
+                tokens = data_utils.collate_tokens([examples[i].tokens for i in batch], pad)
+                out, _ = self.model(
+                    tokens.to(device), features_only=True, classification_head_name=self.head
+                )  # (B, classes)
+                results.update(zip(batch, out.float().cpu(), strict=True))
+        made = torch.stack([results[i] for i in range(len(examples))])
+        if not made.isfinite().all():
+            raise ValueError(f"{title}: the model's outputs are not finite numbers")
+        return made
+
+    def predictions(self, outputs: Tensor) -> List[Union[str, float]]:
+        """Labels, or scores in the task's own range, not clipped."""
+        if self.spec.label_range is None:
+            return [self.labels[best] for best in outputs.argmax(dim=-1).tolist()]
+        low, high = self.spec.label_range
+        return (low + outputs[:, 0].double() * (high - low)).tolist()
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def load_finetuned(checkpoint: Path, data: Path, spec: TaskSpec) -> Finetuned:
+    """Load a finetuned model with its head.
+
+    Args:
+        checkpoint: of fairseq-train with (pkm_)sentence_prediction.
+        data: a task's prepared folder.
+        spec: the task.
+
+    Raises:
+        ValueError: a file is missing, or the checkpoint is not one of this task.
+    """
+    _check_prepared(data, spec)
+    stored = read_checkpoint(str(checkpoint), "checkpoint")
+    head = _head(stored["model"], checkpoint, spec)
+    _check_task(stored, checkpoint, spec)
+    labels = _labels(stored, checkpoint, data, spec)
+    dictionary = load_dictionary(str(data / "input0" / "dict.txt"))
+    compare_dictionary(stored, dictionary, str(checkpoint))
+    model, _, task = load_model_and_task(str(checkpoint), stored, data=str(data))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Finetuned(model.to(device).eval(), task, head, spec, labels)
+
+
+def _check_prepared(data: Path, spec: TaskSpec) -> None:
+    file = data / "task.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; prepare {spec.name} with prepare_glue.py")
+    made = json.loads(file.read_text())
+    own = {"labels": list(spec.labels), "is_pair": spec.is_pair}
+    own["label_range"] = list(spec.label_range) if spec.label_range else None
+    for key, value in own.items():
+        if made[key] != value:
+            raise ValueError(f"{file} has {key} {made[key]}, the task has {value}: prepare it anew")
+
+
+def _head(state: Dict[str, Tensor], checkpoint: Path, spec: TaskSpec) -> str:
+    heads = {match[1]: len(state[match[0]]) for match in map(HEAD.fullmatch, state) if match}
+    if not heads:
+        raise ValueError(f"{checkpoint} has no classification head: it is not finetuned")
+    if len(heads) > 1:
+        raise ValueError(f"{checkpoint} has {len(heads)} heads ({', '.join(heads)}), must have one")
+    ((head, n_classes),) = heads.items()
+    expected = 1 if spec.is_regression else len(spec.labels)
+    if n_classes != expected:
+        raise ValueError(f"{checkpoint} has a head of {n_classes}, {spec.name} needs {expected}")
+    return head
+
+
+def _check_task(stored: Dict[str, Any], checkpoint: Path, spec: TaskSpec) -> None:
+    """The folder of the training data is named for the task, if it was prepared for GLUE."""
+    finetuned_on = _training_data(stored).name
+    if finetuned_on in TASKS and finetuned_on != spec.name:
+        raise ValueError(f"{checkpoint} was finetuned on {finetuned_on}, not on {spec.name}")
+
+
+def _training_data(stored: Dict[str, Any]) -> Path:
+    options = (stored.get("cfg") or {}).get("task") or stored.get("args")
+    data = options.get("data") if isinstance(options, dict) else getattr(options, "data", None)
+    return Path(data or "")
+
+
+def _labels(
+    stored: Dict[str, Any], checkpoint: Path, data: Path, spec: TaskSpec
+) -> Tuple[str, ...]:
+    """What the outputs of the head stand for, in their order.
+
+    The order is that of the label dictionary of the training data, which fairseq-preprocess sorts
+    by frequency. pkm_sentence_prediction stores it; for other checkpoints it is read from the
+    training data if they are still there, else that of the prepared data is assumed.
+    """
+    if spec.is_regression:
+        return ()
+    labels = (stored.get("task_state") or {}).get("labels")
+    if labels is None:
+        file = _training_data(stored) / "label" / "dict.txt"
+        if not file.is_file():
+            file = data / "label" / "dict.txt"
+            print(
+                f"warning: {checkpoint} does not say in which order it has its labels: assumed is "
+                f"that of {file}",
+                file=sys.stderr,
+            )
+        labels = label_names(Dictionary.load(str(file)))
+    if sorted(labels) != sorted(spec.labels):
+        raise ValueError(
+            f"{checkpoint} was finetuned on labels {', '.join(labels)}, {spec.name} has "
+            f"{', '.join(spec.labels)}"
+        )
+    return tuple(labels)
+
+
+def best_checkpoint(folder: Path, spec: TaskSpec) -> Path:
+    """The checkpoint of the seed with the best first metric on dev.
+
+    Args:
+        folder: of a finetuned task, with ``seed*[0-9]/result.json``.
+        spec: the task.
+
+    Raises:
+        ValueError: there is no finished seed.
+    """
+    metric = spec.metrics[0]
+    found: List[Tuple[float, Path]] = []
+    for result in sorted(folder.glob("seed*[0-9]/result.json")):
+        score = json.loads(result.read_text())["dev"].get(metric)
+        if score is not None:
+            found.append((score, result.with_name("checkpoint_best.pt")))
+    if not found:
+        raise ValueError(f"{folder}: no seed*/result.json with {metric} on dev")
+    score, best = max(found, key=lambda seed: seed[0])
+    print(f"{spec.name}: {best}, {metric} on dev {score:.1f}, best of {len(found)}")
+    return best
+
+
+# --- predicting -------------------------------------------------------------------------------
+
+
+def predict_tests(finetuned: Finetuned, data: Path) -> Dict[str, str]:
+    """Predict the test sets of a task.
+
+    Args:
+        finetuned: the model.
+        data: the task's prepared folder.
+
+    Returns:
+        By the name of the file for GLUE's server, its contents; in the order of the test file.
+
+    Raises:
+        ValueError: the task was prepared without a test file.
+    """
+    spec, contents = finetuned.spec, {}
+    dictionary = finetuned.task.source_dictionary
+    for split, file in spec.files.items():
+        if not file.submission or not (data / f"{split}.index").is_file():
+            continue
+        indices = (data / f"{split}.index").read_text(encoding="utf-8").split("\n")[:-1]
+        inputs = [
+            data_utils.load_indexed_dataset(str(data / f"input{number}" / split), dictionary)
+            for number in range(1 + spec.is_pair)
+        ]
+        examples = [
+            finetuned.example([part[row] for part in inputs]) for row in range(len(indices))
+        ]
+        title = f"{spec.name} {split}"
+        _warn_of_shortened(examples, title, finetuned)
+        outputs = finetuned.outputs(examples, title)
+        contents[file.submission] = prediction_file(indices, finetuned.predictions(outputs), spec)
+    if not contents:
+        raise ValueError(f"{data} was prepared without a test file")
+    return contents
+
+
+def predict_lines(finetuned: Finetuned, stream: BinaryIO, tokenizer: Tokenizer) -> List[str]:
+    """Predict a user's own sentences.
+
+    Args:
+        finetuned: the model.
+        stream: UTF-8, an example a line; the two sentences of a pair are separated by a tab.
+        tokenizer: of the prepared data.
+
+    Returns:
+        For each line, the label and its probability separated by a tab, or the score.
+
+    Raises:
+        ValueError: a line is not UTF-8 or has the wrong number of sentences; there is no line.
+    """
+    spec, to_symbols = finetuned.spec, tokenizer.load()
+    dictionary = finetuned.task.source_dictionary
+    examples = []
+    for number, line in numbered_lines(stream):
+        try:
+            texts = split_line(line, 1 + spec.is_pair)
+        except ValueError as error:
+            raise ValueError(f"line {number} of the input: {error}") from None
+        ids = [torch.tensor(encode(to_symbols(text), dictionary)) for text in texts]
+        examples.append(finetuned.example(ids))
+    if not examples:
+        raise ValueError("the input has no line")
+    _warn_of_shortened(examples, "the input", finetuned)
+    outputs = finetuned.outputs(examples, spec.name)
+    answers = [label_text(prediction, spec) for prediction in finetuned.predictions(outputs)]
+    if spec.is_regression:
+        return answers
+    sure = outputs.softmax(dim=-1).max(dim=-1).values.tolist()
+    return [f"{label}\t{share:.4f}" for label, share in zip(answers, sure, strict=True)]
+
+
+def _warn_of_shortened(examples: Sequence[Example], title: str, finetuned: Finetuned) -> None:
+    n_shortened = sum(example.is_shortened for example in examples)
+    if n_shortened:
+        print(
+            f"warning: {title}: {n_shortened} of {len(examples)} inputs are longer than "
+            f"{finetuned.model.max_positions()} tokens and were cut off at the end",
+            file=sys.stderr,
+        )

@@ -1,0 +1,113 @@
+"""Hyper-parameters of finetuning: yaml files of fairseq's options, and what overrides them."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+import yaml
+
+PRESETS = Path(__file__).parent
+PARTS = ("all", "memory", "tasks")
+WARMUP_RATIO = "warmup_ratio"  # the only key that is no option of fairseq-train
+MEMORY_PREFIX = "memory_"
+# what the script decides itself
+RESERVED = {
+    "data",
+    "user_dir",
+    "save_dir",
+    "seed",
+    "restore_file",
+    "init_from",
+    "task",
+    "criterion",
+}
+RESERVED |= {"arch", "num_classes", "regression_target", "finetune_from_model", "valid_subset"}
+RESERVED |= {"glue_metrics", "glue_positive_label", "log_format", "classification_head_name"}
+RESERVED |= {"best_checkpoint_metric", "maximize_best_checkpoint_metric", "max_positions"}
+RESERVED |= {"distributed_world_size"}
+
+Settings = Dict[str, Any]
+
+
+def load_preset(name: str) -> Dict[str, Settings]:
+    """Read a preset.
+
+    Args:
+        name: ``roberta``, ``small``, or a yaml file with the parts ``all``, ``memory`` (for arms
+            with a memory) and ``tasks`` (by task).
+
+    Raises:
+        ValueError: it is missing, no yaml, or has another form.
+    """
+    file = PRESETS / f"{name}.yaml" if "/" not in name and "." not in name else Path(name)
+    try:
+        preset = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"preset {name}: no such file {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"preset {file} is no yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(preset, dict) or not set(preset) <= set(PARTS):
+        raise ValueError(f"preset {file} must hold nothing but the parts {', '.join(PARTS)}")
+    preset = {part: preset.get(part) or {} for part in PARTS}
+    for part in (preset["all"], preset["memory"], preset["tasks"], *preset["tasks"].values()):
+        if not isinstance(part, dict):
+            raise ValueError(f"preset {file}: {part!r} must be keys and values, as in lr: 1e-5")
+    for part in (preset["all"], preset["memory"], *preset["tasks"].values()):
+        _refuse_reserved(part, f"preset {file}")
+    return preset
+
+
+def parse_overrides(pairs: Sequence[str]) -> Settings:
+    """The settings of ``--set``: ``["lr=1e-4"]``.
+
+    Raises:
+        ValueError: a pair is none, or names what the script decides.
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {pair}: must be KEY=VALUE, as in lr=1e-5")
+        settings[key.strip().replace("-", "_")] = value
+    _refuse_reserved(settings, "--set")
+    return settings
+
+
+def check_further(flags: Sequence[str]) -> None:
+    """Refuse further flags of fairseq-train that the script decides itself."""
+    names = [flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    _refuse_reserved(dict.fromkeys(names), "behind --")
+
+
+def _refuse_reserved(settings: Settings, where: str) -> None:
+    for key in settings:
+        if key in RESERVED:
+            raise ValueError(f"{where}: {key} is decided by this script, leave it out")
+
+
+def settings_of(
+    preset: Dict[str, Settings], task: str, has_memory: bool, overrides: Settings
+) -> Settings:
+    """The settings of one arm on one task; later ones win: all, memory, task, overrides.
+
+    Overrides that begin with ``memory_`` are for arms with a memory only.
+    """
+    settings = {**preset["all"], **(preset["memory"] if has_memory else {})}
+    settings |= preset["tasks"].get(task, {})
+    settings |= {
+        key: value
+        for key, value in overrides.items()
+        if has_memory or not key.startswith(MEMORY_PREFIX)
+    }
+    return settings
+
+
+def flags_of(settings: Settings) -> List[str]:
+    """Flags of fairseq-train; true is a bare flag, false is none."""
+    flags = []
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if str(value).lower() == "true":
+            flags.append(flag)
+        elif str(value).lower() != "false":
+            flags += [flag, str(value)]
+    return flags

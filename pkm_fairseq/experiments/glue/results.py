@@ -1,0 +1,174 @@
+"""Results of finetuning: medians over seeds, as json, markdown and on the terminal."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Dict, List, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ...memory.files import write_file
+
+BASELINE = "majority class"
+NOTE = (
+    "Dev scores in per cent: median over seeds [lowest-highest] of the checkpoints that were best "
+    "on dev by each task's first metric. Average: over tasks, of the mean of each task's medians."
+)
+
+
+def summarise(values: Sequence[float]) -> Dict[str, Any]:
+    """Median and extremes of one metric over seeds."""
+    return {
+        **{"median": median(values), "min": min(values), "max": max(values)},
+        "seeds": list(values),
+    }
+
+
+def collect(
+    arms: Sequence[Dict[str, Any]],
+    tasks: Dict[str, Dict[str, Any]],
+    results: Sequence[Dict[str, Any]],
+) -> Dict[str, Any]:
+    """Put the results of runs together.
+
+    Args:
+        arms: ``name`` and whatever else is to be said of each.
+        tasks: by name ``n_train`` and ``baseline``, dev scores by metric.
+        results: the ``result.json`` of each finished run.
+
+    Returns:
+        ``note``, ``tasks``, ``arms``: each with ``tasks``, of each of which ``dev`` by metric, as
+        :func:`summarise` says, ``seeds``, ``updates`` and ``memory``; and ``average``, None unless
+        all tasks are there.
+    """
+    rows = []
+    for arm in arms:
+        by_task = {}
+        for task in tasks:
+            runs = [r for r in results if (r["arm"], r["task"]) == (arm["name"], task)]
+            if runs:
+                by_task[task] = _of_seeds(sorted(runs, key=lambda run: run["seed"]))
+        medians = [mean(d["median"] for d in t["dev"].values()) for t in by_task.values()]
+        average = mean(medians) if len(medians) == len(tasks) else None
+        rows.append({**arm, "average": average, "tasks": by_task})
+    return {"note": NOTE, "tasks": tasks, "arms": rows}
+
+
+def _of_seeds(runs: List[Dict[str, Any]]) -> Dict[str, Any]:
+    metrics = runs[0]["dev"]
+    return {
+        "seeds": [run["seed"] for run in runs],
+        "updates": runs[0]["updates"],
+        "warmup_updates": runs[0]["warmup_updates"],
+        "dev": {name: summarise([run["dev"][name] for run in runs]) for name in metrics},
+        "memory": [run["memory"] for run in runs] if runs[0]["memory"] else None,
+    }
+
+
+def memory_rows(results: Dict[str, Any]) -> List[List[str]]:
+    """One row for each arm, task and layer with a memory; numbers are medians over seeds."""
+    rows = []
+    for arm in results["arms"]:
+        for task, found in arm["tasks"].items():
+            for at, layer in enumerate((found["memory"] or [{"drift": []}])[0]["drift"]):
+                seeds = found["memory"]
+                rows.append([arm["name"], task, str(layer["layer"]), *_memory_cells(seeds, at)])
+    return rows
+
+
+MEMORY_COLUMNS = ("arm", "task", "layer", "tokens", "top-1 usage (ceiling)", "KL, nats")
+MEMORY_COLUMNS += ("same top-1", "top-k overlap", "values moved")
+
+
+def _memory_cells(seeds: List[Dict[str, Any]], at: int) -> List[str]:
+    def of(part: str, key: str, text: str) -> str:
+        values = [seed[part][at][key] for seed in seeds if seed[part][at][key] is not None]
+        return format(median(values), text) if values else "-"
+
+    return [
+        of("before", "tokens", ",.0f"),
+        f"{of('before', 'top1_usage', '.1%')} -> {of('after', 'top1_usage', '.1%')} "
+        f"({of('before', 'top1_ceiling', '.1%')})",
+        f"{of('before', 'kl_weighted', '.2f')} -> {of('after', 'kl_weighted', '.2f')}",
+        of("drift", "top1_same", ".1%"),
+        of("drift", "topk_jaccard", ".1%"),
+        of("drift", "values_moved", ".2%"),
+    ]
+
+
+def _columns(results: Dict[str, Any]) -> List["tuple[str, str]"]:
+    return [(task, m) for task, about in results["tasks"].items() for m in about["baseline"]]
+
+
+def _cell(arm: Dict[str, Any], task: str, metric: str) -> str:
+    if task not in arm["tasks"]:
+        return "-"
+    dev = arm["tasks"][task]["dev"][metric]
+    if len(dev["seeds"]) == 1:
+        return f"{dev['median']:.1f}"
+    return f"{dev['median']:.1f} [{dev['min']:.1f}-{dev['max']:.1f}]"
+
+
+def _average(arm: Dict[str, Any]) -> str:
+    return "-" if arm["average"] is None else f"{arm['average']:.1f}"
+
+
+def to_markdown(results: Dict[str, Any]) -> str:
+    """The results as markdown tables: arms are rows."""
+    columns = _columns(results)
+    heads = [f"{task} {metric}" for task, metric in columns]
+    rows = [
+        [arm["name"], *(_cell(arm, *column) for column in columns), _average(arm)]
+        for arm in results["arms"]
+    ]
+    tasks = results["tasks"]
+    rows.append([BASELINE, *(f"{tasks[t]['baseline'][m]:.1f}" for t, m in columns), ""])
+    parts = ["# GLUE dev results", results["note"], _markdown(["arm", *heads, "average"], rows)]
+    updates = [
+        [arm["name"], task, f"{tasks[task]['n_train']:,}", f"{found['updates']:,}",
+         f"{found['warmup_updates']:,}", ", ".join(map(str, found["seeds"]))]
+        for arm in results["arms"] for task, found in arm["tasks"].items()
+    ]  # fmt: skip
+    parts += ["## Runs"]
+    parts += [_markdown(["arm", "task", "examples", "updates", "warm-up", "seeds"], updates)]
+    memory = memory_rows(results)
+    if memory:
+        parts += ["## Memory on dev, before -> after finetuning"]
+        parts += [_markdown(list(MEMORY_COLUMNS), memory)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(heads: List[str], rows: List[List[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_results(out: Path, results: Dict[str, Any]) -> None:
+    """Write results.json and results.md."""
+    write_file(out / "results.json", json.dumps(results, indent=2))
+    write_file(out / "results.md", to_markdown(results))
+
+
+def print_results(results: Dict[str, Any]) -> None:
+    """Print the results: here arms are columns, as there are fewer of them than metrics."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(
+        "task", "metric", title=r"GLUE dev, median \[lowest-highest] over seeds, per cent"
+    )
+    for name in (*(arm["name"] for arm in results["arms"]), BASELINE):
+        table.add_column(name, justify="right")
+    for task, metric in _columns(results):
+        baseline = results["tasks"][task]["baseline"][metric]
+        cells = [_cell(arm, task, metric) for arm in results["arms"]]
+        table.add_row(task, metric, *(c.replace("[", r"\[") for c in cells), f"{baseline:.1f}")
+    table.add_section()
+    table.add_row("average", "", *map(_average, results["arms"]))
+    console.print(table)
+    memory = memory_rows(results)
+    if memory:
+        drift = Table(*MEMORY_COLUMNS, title="memory on dev, before -> after finetuning")
+        for row in memory:
+            drift.add_row(*row)
+        console.print(drift)

@@ -1,0 +1,105 @@
+"""What finetuning starts from: pretrained checkpoints, and their architecture as flags."""
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_MODEL_REGISTRY
+
+from ...models.checkpoints import (
+    architecture_of,
+    compare_dictionary,
+    has_memory,
+    is_roberta,
+    options_of,
+    read_checkpoint,
+)
+
+# options of a model that finetuning decides, or that are given in another way
+NOT_CARRIED = {"init_from", "load_checkpoint_heads", "max_positions", "memory_freeze", "help"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A pretrained checkpoint to be finetuned.
+
+    Attributes:
+        name: of its folder and row.
+        file: the checkpoint.
+        sha256: of the file.
+        has_memory: whether its model has a memory.
+        max_positions: the longest input, in tokens.
+        flags: its architecture, as flags of fairseq-train.
+    """
+
+    name: str
+    file: Path
+    sha256: str
+    has_memory: bool
+    max_positions: int
+    flags: Tuple[str, ...]
+
+
+def read_arms(texts: Sequence[str], dictionary: Dictionary) -> List[Arm]:
+    """Read the checkpoints of ``[ARM=]FILE`` texts, each of which must fit the dictionary.
+
+    Args:
+        texts: without an arm, its name is that of the file's folder.
+        dictionary: of the prepared data, with ``<mask>``.
+
+    Raises:
+        ValueError: a file is missing, no checkpoint, no RoBERTa or of another dictionary, or two
+            arms have one name.
+    """
+    arms: List[Arm] = []
+    for text in texts:
+        name, equals, path = text.partition("=")
+        file = Path(path if equals else text)
+        name = name if equals else file.resolve().parent.name
+        if not name or "/" in name or name.startswith(".") or name.endswith(".old"):
+            raise ValueError(f"--checkpoint {text}: {name!r} can be no name of an arm")
+        if name in (arm.name for arm in arms):
+            raise ValueError(f"--checkpoint names arm {name} twice: say another=FILE")
+        arms.append(_read_arm(name, file.resolve(), dictionary))
+    return arms
+
+
+def _read_arm(name: str, file: Path, dictionary: Dictionary) -> Arm:
+    checkpoint = read_checkpoint(str(file), "--checkpoint")
+    options, arch = options_of(checkpoint, "model"), architecture_of(checkpoint)
+    if not is_roberta(checkpoint):
+        raise ValueError(f"--checkpoint {file} is a model {arch!r}, must be a RoBERTa")
+    if arch not in ARCH_MODEL_REGISTRY:  # of somebody's own user-dir: a name for sizes
+        arch = "pkm_roberta" if has_memory(checkpoint) else "roberta"
+    compare_dictionary(checkpoint, dictionary, f"--checkpoint {file}")
+    return Arm(
+        name,
+        file,
+        _sha256(file),
+        has_memory(checkpoint),
+        int(options.get("max_positions") or options["tokens_per_sample"]),
+        tuple(arch_flags(arch, options)),
+    )
+
+
+def arch_flags(arch: str, options: Dict[str, Any]) -> List[str]:
+    """The options of an architecture as flags, so that nobody has to repeat them."""
+    parser = argparse.ArgumentParser()
+    ARCH_MODEL_REGISTRY[arch].add_args(parser)
+    flags = ["--arch", arch]
+    for action in parser._actions:
+        value = options.get(action.dest)
+        if action.dest in NOT_CARRIED or value is None or value == action.default:
+            continue
+        flags.append(action.option_strings[0])
+        if action.nargs != 0:
+            flags.append(str(value))
+    return flags
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

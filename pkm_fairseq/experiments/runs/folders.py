@@ -1,0 +1,78 @@
+"""Folders that know which settings they were made with, so that no stale one is reused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict
+
+from ...memory.files import write_file
+
+MARKER = "made_with.json"
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def key_of(*settings: Any) -> str:
+    """A hash of settings made of plain data."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def key_of_files(*files: Path) -> str:
+    """A hash of the contents of files, in their order."""
+    return key_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def key_of_code(*parts: str) -> str:
+    """A hash of the code of some parts of this package."""
+    return key_of_files(*sorted(file for part in parts for file in (PACKAGE / part).rglob("*.py")))
+
+
+def begin(folder: Path, key: str) -> bool:
+    """Make a folder ready for a step.
+
+    What the same settings have begun is kept, to be continued; what others made is moved away,
+    to a folder ``*.old``, where only the latest is kept.
+
+    Args:
+        folder: made if needed.
+        key: hash of everything that decides what the step makes.
+
+    Returns:
+        Whether there is work to do; False if the step is finished.
+
+    Raises:
+        ValueError: the folder holds files that are not this program's.
+    """
+    made_with = _made_with(folder)
+    if made_with.get("key") == key:
+        return not made_with["finished"]
+    if made_with:
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        print(f"{folder} was made with other settings, text or code: moved to {old}", flush=True)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and not of our making: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    _mark(folder, key, finished=False)
+    return True
+
+
+def is_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds what a finished step made with these settings."""
+    return _made_with(folder) == {"key": key, "finished": True}
+
+
+def finish(folder: Path, key: str) -> None:
+    """Say that a step is finished."""
+    _mark(folder, key, finished=True)
+
+
+def _made_with(folder: Path) -> Dict[str, Any]:
+    marker = folder / MARKER
+    return json.loads(marker.read_text()) if marker.is_file() else {}
+
+
+def _mark(folder: Path, key: str, finished: bool) -> None:
+    write_file(folder / MARKER, json.dumps({"key": key, "finished": finished}))

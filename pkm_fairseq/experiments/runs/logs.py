@@ -1,0 +1,40 @@
+"""What fairseq-train logged as JSON lines."""
+
+import json
+import re
+from pathlib import Path
+from typing import Dict, List
+
+
+def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
+    """The numbers logged under a tag, by the number of finished updates, in their order.
+
+    What an interrupted run logged and its continuation logged again counts once.
+
+    Args:
+        file: a log; a missing one counts as empty.
+        tag: ``train_inner``, ``train`` or a validation subset; the prefix ``<tag>_`` is taken off.
+    """
+    if not file.is_file():
+        return {}
+    line = re.compile(rf"\| {re.escape(tag)} \| (\{{.*\}})$", re.MULTILINE)
+    found: Dict[int, Dict[str, float]] = {}
+    for text in line.findall(file.read_text(encoding="utf-8", errors="replace")):
+        numbers = {
+            name.removeprefix(f"{tag}_"): float(number)
+            for name, number in json.loads(text).items()
+            if number is not None  # what was logged before, but not since
+        }
+        found[int(numbers["num_updates"])] = numbers
+    return dict(sorted(found.items()))
+
+
+def read_log(file: Path, tag: str) -> List[Dict[str, float]]:
+    """The numbers of :func:`logged_by_update`, one dict for each logged update."""
+    return list(logged_by_update(file, tag).values())
+
+
+def last_line(file: Path) -> str:
+    """What a process said last."""
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
