@@ -1,0 +1,1 @@
+"""What every experiment needs: processes, folders, logs, trainings, progress."""
