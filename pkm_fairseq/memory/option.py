@@ -5,7 +5,7 @@ A field made by :func:`option` carries its declaration. Help texts, fairseq's fl
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Mapping, Optional, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Union
 
 OUR_CHOICE = "our choice"
 LAMPLE = "Lample et al. 2019"
@@ -27,7 +27,7 @@ class Option:
         help: what it does, a phrase without a full stop.
         source: where the default is from, or "our choice".
         choices: the texts it may be, each with its meaning; a function is called whenever they are
-            needed, so that kinds which are registered later are among them.
+            needed, and not before, so that kinds which are registered later are among them.
         test: given the option's name and a value, raises a ValueError that names both and says
             what is right.
         default_text: the default in words, where the value says too little.
@@ -109,8 +109,29 @@ def field_of(declared: Option, default: Any, default_in_words: Optional[str] = N
         default: of the field.
         default_in_words: what the help text calls the default; None takes the declared one.
     """
-    metadata = {"option": declared, "help": declared.help_text(default_in_words)}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=_Metadata(declared, default_in_words))
+
+
+class _Metadata(Mapping[str, Any]):
+    """What a field carries: the declaration and a help text, which is made when it is asked for.
+
+    Then all modules are imported, and all kinds of a choice registered.
+    """
+
+    def __init__(self, declared: Option, default_in_words: Optional[str]) -> None:
+        self._declared = declared
+        self._default = default_in_words
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "help":
+            return self._declared.help_text(self._default)
+        return {"option": self._declared}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("option", "help"))
+
+    def __len__(self) -> int:
+        return 2
 
 
 def declared_in(config: Any) -> Dict[str, Option]:

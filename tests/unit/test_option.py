@@ -49,12 +49,22 @@ def test_a_choice_that_is_registered_later_is_allowed_described_and_parsed(monke
     monkeypatch.setitem(KINDS, "b", "")
     check_options(Settings, Settings(my_kind="b"))
     assert kind.meaning("`") == "what it is: `a` (the first), `b`"
+    (metadata,) = [f.metadata for f in fields(Settings) if f.name == "my_kind"]
+    assert metadata["help"] == "what it is: a (the first), b (default: a; our choice)"
+    assert dict(metadata) == {"option": kind, "help": metadata["help"]}
     parser = argparse.ArgumentParser()
     ParserWithChoices(parser, Settings).add_argument("--my-kind", type=str)
     ParserWithChoices(parser, Settings).add_argument("--my-size", "-m", type=int)
     assert vars(parser.parse_args(["--my-kind", "b", "-m", "7"])) == {"my_kind": "b", "my_size": 7}
     with pytest.raises(SystemExit):
         parser.parse_args(["--my-kind", "c"])
+
+
+def test_a_declaration_asks_for_no_choice():
+    """The module that registers kinds may import the one that declares the option."""
+    asked = []
+    option("a", "what it is", OUR_CHOICE, choices=lambda: asked.append(1) or KINDS)
+    assert not asked
 
 
 def test_an_object_that_lacks_an_option_has_its_default():
