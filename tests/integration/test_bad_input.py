@@ -149,15 +149,11 @@ HYDRA = {
 @pytest.mark.parametrize("mistake", HYDRA)
 def test_hydra_ends_with_the_same_line(data_bin: Path, tmp_path: Path, mistake: str) -> None:
     overrides, message = HYDRA[mistake]
-    done = run_alike(
-        *(
-            BIN / "fairseq-hydra-train",
-            "--config-dir",
-            ROOT / "user_dir_examples/pretraining/config",
-        ),
-        *("--config-name", "resm_tiny", f"common.user_dir={USER_DIR}", f"task.data={data_bin}"),
-        *(f"hydra.run.dir={tmp_path}", "optimization.max_update=1", "common.cpu=true", *overrides),
-    )
+    command = [BIN / "fairseq-hydra-train", "--config-name", "resm_tiny"]
+    command += ["--config-dir", ROOT / "user_dir_examples/pretraining/config"]
+    command += [f"common.user_dir={USER_DIR}", f"task.data={data_bin}", "common.cpu=true"]
+    command += [f"hydra.run.dir={tmp_path}", "optimization.max_update=1"]
+    done = run_alike(*command, *overrides)
     assert message in last_line(done)
 
 
@@ -177,10 +173,9 @@ def test_fairseq_validate_ends_with_the_same_line(
     options, message = VALIDATE[mistake]
     data = data_bin if options else tmp_path
     checkpoint = resm_run[0] / "checkpoint_last.pt"
-    done = run_alike(
-        *(BIN / "fairseq-validate", data, "--user-dir", USER_DIR, "--path", checkpoint, "--cpu"),
-        *("--task", "pkm_masked_lm", "--tokens-per-sample", "32", "--batch-size", "8", *options),
-    )
+    command = [BIN / "fairseq-validate", data, "--user-dir", USER_DIR, "--path", checkpoint]
+    command += ["--cpu", "--task", "pkm_masked_lm", "--tokens-per-sample", "32"]
+    done = run_alike(*command, "--batch-size", "8", *options)
     assert message in last_line(done)
 
 

@@ -23,13 +23,12 @@ def losses(run: Run) -> Dict[str, str]:
 
 def command_line(data: Path, save_dir: Path, *options: str) -> Dict[str, str]:
     """Losses of fairseq-train with the settings of the tiny configurations, shortened."""
-    done = run_well(
-        *(BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, "--save-dir", save_dir),
-        *("--tokens-per-sample", "64", "--batch-size", "16", "--seed", "1"),
-        *("--adam-betas", "(0.9,0.98)", "--adam-eps", "1e-6", "--clip-norm", "1"),
-        *("--lr-scheduler", "polynomial_decay", "--warmup-updates", "1"),
-        *("--total-num-update", "3", "--max-update", "3", *options),
-    )
+    command = [BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, "--save-dir", save_dir]
+    command += ["--tokens-per-sample", "64", "--batch-size", "16", "--seed", "1"]
+    command += ["--adam-betas", "(0.9,0.98)", "--adam-eps", "1e-6", "--clip-norm", "1"]
+    command += ["--lr-scheduler", "polynomial_decay", "--warmup-updates", "1"]
+    command += ["--total-num-update", "3", "--max-update", "3"]
+    done = run_well(*command, *options)
     assert len(losses(done)) == 3
     return losses(done)
 

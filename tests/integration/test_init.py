@@ -67,11 +67,9 @@ def test_a_resumed_run_ignores_init_from_and_does_not_need_the_file(
     resumed = train(data_bin, tmp_path / "run", *options, "--max-update", "4")
     assert f"--init-from {copy} ignored: the run resumes from" in resumed.output
     assert [log["num_updates"] for log in resumed.logged("train_inner")] == ["3", "4"]
-    run_well(
-        *(BIN / "fairseq-validate", data_bin, "--path", tmp_path / "run/checkpoint_last.pt"),
-        *("--user-dir", USER_DIR, "--task", "pkm_masked_lm", "--cpu", "--batch-size", "8"),
-        cwd=tmp_path,
-    )
+    command = [BIN / "fairseq-validate", data_bin, "--path", tmp_path / "run/checkpoint_last.pt"]
+    command += ["--user-dir", USER_DIR, "--task", "pkm_masked_lm", "--cpu", "--batch-size", "8"]
+    run_well(*command, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["pkm", "resm"])
@@ -107,13 +105,12 @@ def test_without_memory_layers_the_run_equals_stock_roberta(
 def test_a_pretrained_memory_finetunes_on_sentences(
     sentences_bin: Path, resm_run: "tuple[Path, Run]", tmp_path: Path
 ) -> None:
-    run = run_well(
-        *(BIN / "fairseq-train", sentences_bin, *TRAIN, *MODEL, *MEMORY, "--save-dir", tmp_path),
-        *("--task", "pkm_sentence_prediction", "--criterion", "pkm_sentence_prediction"),
-        *("--num-classes", "2", "--init-token", "0", "--max-positions", "32"),
-        *("--finetune-from-model", resm_run[0] / "checkpoint_last.pt", "--lr", "3e-3"),
-        *("--arch", "resm_roberta_tiny", "--max-epoch", "8"),
-    )
+    command = [BIN / "fairseq-train", sentences_bin, *TRAIN, *MODEL, *MEMORY]
+    command += ["--task", "pkm_sentence_prediction", "--criterion", "pkm_sentence_prediction"]
+    command += ["--num-classes", "2", "--init-token", "0", "--max-positions", "32"]
+    command += ["--finetune-from-model", resm_run[0] / "checkpoint_last.pt", "--lr", "3e-3"]
+    command += ["--arch", "resm_roberta_tiny", "--max-epoch", "8", "--save-dir", tmp_path]
+    run = run_well(*command)
     valid = run.logged("valid")[-1]
     assert float(valid["valid_accuracy"]) > 90  # the label is a word of the sentence
     assert float(valid["valid_memory1_tokens"]) > 0
@@ -128,9 +125,8 @@ def sentences_bin(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         (folder / f"{split}.input0").write_text("\n".join(lines) + "\n")
         (folder / f"{split}.label").write_text("".join(f"label{i % 2}\n" for i in range(n_lines)))
     for part, dictionary in (("input0", ["--srcdict", data_bin / "dict.txt"]), ("label", [])):
-        run_well(
-            *(BIN / "fairseq-preprocess", "--only-source", "--destdir", folder / "bin" / part),
-            *("--trainpref", folder / f"train.{part}", "--validpref", folder / f"valid.{part}"),
-            *dictionary,
-        )
+        command = [BIN / "fairseq-preprocess", "--only-source", "--destdir", folder / "bin" / part]
+        command += ["--trainpref", folder / f"train.{part}"]
+        command += ["--validpref", folder / f"valid.{part}"]
+        run_well(*command, *dictionary)
     return folder / "bin"

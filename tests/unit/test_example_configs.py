@@ -124,10 +124,8 @@ def test_every_architecture_is_a_name_for_hydra(arch: str, data: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    [
-        *(f"+{part}.mistyped=1" for part in ("model", "task", "criterion", "optimizer")),
-        *("common.mistyped=1", "model.mistyped=1"),
-    ],
+    [f"+{part}.mistyped=1" for part in ("model", "task", "criterion", "optimizer")]
+    + ["common.mistyped=1", "model.mistyped=1"],
 )
 def test_a_mistyped_option_is_refused(override: str, data: Path) -> None:
     with pytest.raises(REFUSALS, match="mistyped"):

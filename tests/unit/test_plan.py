@@ -184,13 +184,10 @@ def test_an_optimizer_is_known_by_its_name_and_those_of_its_groups():
 
 def test_a_bare_model_trained_with_shards_or_init_asks_for_neither_later(data: Path) -> None:
     """Built by the task as fairseq's trainer does, from the configuration that is saved."""
-    cfg = composed(
-        EXAMPLES / "pretraining/config/resm_tiny.yaml",
-        data,
-        *("model._name=pkm_roberta", "++model.encoder_layers=2", "++model.memory_layers=[1]"),
-        *("model.memory_n_keys=8", "model.memory_knn=4", "++model.encoder_embed_dim=48"),
-        *("++model.init_from=gone.pt", f"checkpoint.save_dir='{data}'"),
-    )
+    overrides = ["model._name=pkm_roberta", "++model.encoder_layers=2", "++model.memory_layers=[1]"]
+    overrides += ["model.memory_n_keys=8", "model.memory_knn=4", "++model.encoder_embed_dim=48"]
+    overrides += ["++model.init_from=gone.pt", f"checkpoint.save_dir='{data}'"]
+    cfg = composed(EXAMPLES / "pretraining/config/resm_tiny.yaml", data, *overrides)
     (data / "checkpoint_last.pt").write_bytes(b"")  # so that the run resumes
     assert cfg.model.init_from == "gone.pt"
     task = tasks.setup_task(cfg.task)

@@ -382,20 +382,6 @@ IMPOSSIBLE = [
     ({"memory_shards": 0, "optimizer": "pkm_adam"}, ["memory-shards is 0", "divisor", "is 1"]),
     ({"memory_shards": 2, "optimizer": "adam"}, ["memory-shards is 2", "--optimizer pkm_adam"]),
     ({"memory_shards": 2, "memory_layers": []}, ["memory-shards is 2, must be 1"]),
-    *(
-        (
-            {"memory_shards": 2, "optimizer": "pkm_adam", option: value},
-            ["--" + option.replace("_", "-"), "does not work with --memory-shards 2"],
-        )
-        for option, value in (
-            ("no_save_optimizer_state", True),
-            ("store_ema", True),
-            ("use_bmuf", True),
-            ("encoder_layerdrop", 0.5),
-            ("memory_freeze", "values"),
-            ("memory_freeze", "all"),
-        )
-    ),
     ({"optimizer": "pkm_adam", "tpu": True}, ["--tpu", "pkm_adam", "--optimizer adam"]),
     ({"memory_mode": "beside"}, ["memory-mode", "beside", "replace", "residual"]),
     ({"memory_knn": 6}, ["knn", "6", "5"]),
@@ -418,6 +404,21 @@ IMPOSSIBLE = [
     ({"memory_efficient_bf16": True}, ["common.memory_efficient_bf16 alone", "common.bf16=true"]),
     ({"ffn_reg_scale_factor": 0.1}, ["--ffn-reg-scale-factor", "replace"]),
     ({"ffn_blocks_to_remove": 2}, ["--ffn-blocks-to-remove", "replace"]),
+]
+NOT_WITH_SHARDS = [
+    ("no_save_optimizer_state", True),
+    ("store_ema", True),
+    ("use_bmuf", True),
+    ("encoder_layerdrop", 0.5),
+    ("memory_freeze", "values"),
+    ("memory_freeze", "all"),
+]
+IMPOSSIBLE += [
+    (
+        {"memory_shards": 2, "optimizer": "pkm_adam", option: value},
+        ["--" + option.replace("_", "-"), "does not work with --memory-shards 2"],
+    )
+    for option, value in NOT_WITH_SHARDS
 ]
 
 
