@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
-from pkm_fairseq.experiments.runs.trainings import LAST, updates_of
 
 from pkm_fairseq.experiments.runs.folders import PACKAGE
 from pkm_fairseq.experiments.runs.logs import read_log
 from pkm_fairseq.experiments.runs.processes import Children
+from pkm_fairseq.experiments.runs.trainings import LAST, updates_of
 from pkm_fairseq.memory.files import write_file
 from pkm_fairseq.memory.observe.log import FILE, load_initial_values, read_usage_log
 from pkm_fairseq.models.checkpoints import read_checkpoint

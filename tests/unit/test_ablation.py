@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pkm_fairseq.demo.evaluate import ablations, evaluate
+from pkm_fairseq.experiments.demo.evaluate import ablations, evaluate
 from pkm_fairseq.memory.ablation import ABLATIONS, ablated
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 

@@ -42,7 +42,7 @@ import pkm_fairseq
 from pkm_fairseq import compat
 from pkm_fairseq.compat.checkpoints import copy_whole_files, save_whole_files
 from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
-from pkm_fairseq.data.prepare import load_sentencepiece, train_sentencepiece
+from pkm_fairseq.experiments.data.prepare import load_sentencepiece, train_sentencepiece
 from tests.helpers import batch, build, small_dictionary, write_split
 
 pkm_fairseq.register()

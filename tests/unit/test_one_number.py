@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pkm_fairseq.experiments.demo.evaluate import evaluate
 
 from pkm_fairseq.analysis.checkpoints import Opened, count_tokens, first_tokens
 from pkm_fairseq.analysis.examine import examine, tokens_for
 from pkm_fairseq.criterions.masked_lm import PkmMaskedLmLoss
+from pkm_fairseq.experiments.demo.evaluate import evaluate
 from pkm_fairseq.memory.observe.log import FILE, read_usage_log
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 

@@ -3,11 +3,11 @@
 import sys
 
 import pytest
-from pkm_fairseq.experiments.runs.trainings import LOG, run_all, start_training
 
 from pkm_fairseq.experiments.runs import trainings
 from pkm_fairseq.experiments.runs.logs import last_line, logged_by_update, read_log
 from pkm_fairseq.experiments.runs.progress import RunsProgress
+from pkm_fairseq.experiments.runs.trainings import LOG, run_all, start_training
 
 
 def test_the_log_of_a_subset(tmp_path):
