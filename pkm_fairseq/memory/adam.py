@@ -331,8 +331,17 @@ def memory_param_groups(
 
     Returns:
         The group of everything else, and that of values if there is one.
+
+    Raises:
+        ValueError: a value table is sharded by FSDP or tensor parallelism.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, ValueTable)}
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, ValueTable)}
+    for table in tables.values():
+        if kernels.is_wrapped(table):
+            raise ValueError(
+                f"a value table is a {type(table).__name__}, must be whole: tell FSDP, "
+                "fully_shard(..., ignored_params={memory.values.weight}), or use torch's AdamW"
+            )
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: List[Dict[str, Any]] = [
         {

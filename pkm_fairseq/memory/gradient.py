@@ -134,6 +134,10 @@ class FactoredGradient(Tensor):
             weights: (N, T).
             grad_read: (N, V).
         """
+        if kernels.is_compiled():
+            return kernels.outside_graphs(cls.of_read)(values, slots, weights, grad_read)
+        if kernels.is_wrapped(grad_read):
+            raise RuntimeError(REFUSAL.format("a vectorised or traced backward pass"))
         n, reads = slots.shape
         bags = torch.arange(n, device=slots.device).repeat_interleave(reads)
         part = Entries(
@@ -168,7 +172,7 @@ class FactoredGradient(Tensor):
     def dense(self) -> Tensor:
         """The gradient as an ordinary tensor, (n_slots, V)."""
         dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for rows, of_rows in self.rows():
+        for rows, of_rows in () if self.is_meta else self.rows():
             dense[rows] = of_rows.to(self.dtype)
         return dense
 

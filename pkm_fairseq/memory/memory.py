@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FREEZABLE, MemoryConfig
+from .kernels import is_compiled, is_plain, is_traced, outside_graphs
 from .lookup import Lookup, Observation, Observer, restore
 from .query import BatchQueryNorm, build_query_norm
 from .registry import OUTPUTS, QUERIES, VALUES
@@ -90,7 +91,7 @@ class ProductKeyMemory(nn.Module):
         self._check_input(x, padding_mask)
         tokens = x.reshape(-1, self.input_dim)  # (all, input_dim)
         real = None if padding_mask is None else ~padding_mask.reshape(-1).bool()  # (all,)
-        if real is not None and _drops_padding(self.training, x.device):
+        if real is not None and _drops_padding(self.training, tokens):
             tokens = tokens[real]  # (N, input_dim)
         slots, weights = self.search(tokens)  # (N, H, K)
         read = self.values(slots, weights, tokens).to(x.dtype)  # (N, v_dim)
@@ -99,12 +100,13 @@ class ProductKeyMemory(nn.Module):
         if not (return_lookup or self.observers):
             return read
         seen = Observation(x, padding_mask, slots, weights, self.training, self.run)
-        self._show(seen)
+        if self.observers:
+            (outside_graphs(self._show) if is_compiled() else self._show)(seen)
         return (read, seen.lookup()) if return_lookup else read
 
     @torch.no_grad()
     def _show(self, seen: Observation) -> None:
-        if self.run.is_dummy or is_repeated():
+        if self.run.is_dummy or is_repeated() or is_traced():  # what is traced is no batch
             return
         for observer in tuple(self.observers):  # one may take itself off the list
             observer.observe(seen)
@@ -192,10 +194,10 @@ def build_values(
     return VALUES.build(config.values, input_dim, config, shards, keeps_dtype)
 
 
-def _drops_padding(training: bool, device: torch.device) -> bool:
+def _drops_padding(training: bool, tokens: Tensor) -> bool:
     """Whether padding leaves the batch, or its read is computed and then overwritten.
 
     It must leave where statistics are taken. Where they are not, a GPU would have to tell the host
-    how many tokens remain, and the host to wait for it.
+    how many tokens remain, and the host to wait for it; what traces would not know their number.
     """
-    return training or device.type == "cpu"
+    return training or (tokens.device.type == "cpu" and is_plain(tokens))

@@ -196,7 +196,7 @@ class LayerQueryNorm(nn.LayerNorm):
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over each k_dim."""
         (k_dim,) = self.normalized_shape
-        per_head = at_least_float32(query)
-        per_head = per_head.view(len(query), query.shape[-1] // k_dim, k_dim)  # (N, H, k_dim)
+        heads = query.shape[-1] // k_dim
+        per_head = at_least_float32(query).view(query.shape[0], heads, k_dim)  # (N, H, k_dim)
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
         return F.layer_norm(per_head, (k_dim,), weight, bias, self.eps).flatten(-2)

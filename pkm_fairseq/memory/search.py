@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels import compute_dtype
+from .kernels import compute_dtype, is_plain, without_autocast
 
 
 def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
@@ -30,16 +30,18 @@ def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]
         with equal scores is kept is not specified.
 
     Raises:
-        ValueError: shapes do not fit, knn is out of range, or, on the CPU, a score is NaN. On a
-            GPU, where looking would make the host wait, the NaN is returned among the scores.
+        ValueError: shapes do not fit, knn is out of range, or, on the CPU, the best score of a
+            head is not finite: the softmax would be NaN. On a GPU, where looking would make the
+            host wait, and where torch traces, such scores are returned.
     """
     _check_search(query, keys, knn)
     dtype = torch.promote_types(compute_dtype(query.dtype), compute_dtype(keys.dtype))
     tokens = query.reshape(-1, *query.shape[-3:]).to(dtype)  # (N, H, 2, D)
     keys = keys.to(dtype)
-    scores, slots = _Search.apply(tokens, keys, knn)  # type: ignore[no-untyped-call]  # (N, H, K)
-    if scores.device.type == "cpu" and scores.isnan().any():
-        raise ValueError(_where_nan_comes_from(tokens, keys))
+    search = _Search.apply if is_plain(tokens, keys) else _search
+    scores, slots, *_ = search(tokens, keys, knn)  # (N, H, K)
+    if scores.device.type == "cpu" and is_plain(scores):
+        _check_scores(scores, tokens, keys)
     shape = (*query.shape[:-2], knn)
     return scores.view(shape), slots.view(shape)
 
@@ -49,11 +51,8 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
-        half = half_scores(query, keys).permute(1, 2, 0, 3)  # (H, 2, N, S)
-        ranks = candidate_ranks(knn, query.device)
-        scores, index1, index2 = kernels.topk_pairs(half, knn, *ranks)  # each (N, H, K)
+        scores, slots, index1, index2 = _search(query, keys, knn)
         ctx.save_for_backward(query, keys, index1, index2)
-        slots = slot_of(index1, index2, keys.shape[2])
         ctx.mark_non_differentiable(slots)
         return scores, slots
 
@@ -63,6 +62,14 @@ class _Search(torch.autograd.Function):
         query, keys, index1, index2 = ctx.saved_tensors
         grads = kernels.score_gradients(query, keys, index1, index2, grad_scores)
         return (*grads, None)
+
+
+def _search(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, slots, and their sub-keys of the first and of the second half; each (N, H, K)."""
+    half = half_scores(query, keys).permute(1, 2, 0, 3)  # (H, 2, N, S)
+    ranks = candidate_ranks(knn, query.device)
+    scores, index1, index2 = kernels.topk_pairs(half, knn, *ranks)
+    return scores, slot_of(index1, index2, keys.shape[2]), index1, index2
 
 
 def half_scores(query: Tensor, keys: Tensor) -> Tensor:
@@ -77,7 +84,7 @@ def half_scores(query: Tensor, keys: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(compute_dtype(query.dtype), compute_dtype(keys.dtype))
     query, keys = query.to(dtype), keys.to(dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         by_half = query.permute(1, 2, 0, 3) @ keys.transpose(-1, -2)  # (H, 2, N, S)
     return by_half.permute(2, 0, 1, 3)
 
@@ -116,25 +123,42 @@ def product_topk_of(query: Tensor, keys: Tensor, kept: Tensor, knn: int) -> Tupl
     return scores, slot_of(index1, index2, keys.shape[2])
 
 
-@lru_cache(maxsize=64)
 def candidate_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     """The pairs of ranks (i, j) with (i + 1)(j + 1) <= knn, as two index vectors."""
+    return _kept_ranks(knn, device) if is_plain() else _new_ranks(knn, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """As :func:`candidate_ranks`, kept: a GPU need not get them again with every batch."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():  # usable in any context
+        return _new_ranks(knn, device)
+
+
+def _new_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
     pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
-    with torch.inference_mode(False):  # cached: must also be usable under autograd
-        ranks = torch.tensor(pairs, device=device)
-        return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
+    ranks = torch.tensor(pairs, device=device)
+    return ranks[:, 0].contiguous(), ranks[:, 1].contiguous()
 
 
-def _where_nan_comes_from(query: Tensor, keys: Tensor) -> str:
-    """A message for scores that are not a number; query (N, H, 2, D)."""
+def _check_scores(scores: Tensor, query: Tensor, keys: Tensor) -> None:
+    """Complain of scores (N, H, K), descending, whose softmax is NaN; query (N, H, 2, D)."""
+    best = scores[..., 0]  # NaN, if any score is
+    if best.isfinite().all():
+        return
+    n_nan, n_infinite = int(best.isnan().sum()), int(best.isinf().sum())
+    counts = (n_nan, "NaN"), (n_infinite, "infinite")
+    found = " and ".join(f"{n} are {kind}" for n, kind in counts if n)
     n_queries = int((~query.isfinite()).flatten(1).any(dim=1).sum())
     n_keys = int((~keys.isfinite()).any(dim=-1).sum())
-    if not n_queries + n_keys:
-        return "scores are NaN: infinite half scores were added, queries or keys are too large"
-    return (
-        f"scores are NaN: {n_queries} of {len(query)} queries and {n_keys} of "
-        f"{keys[..., 0].numel()} sub-keys are not finite"
+    reason = (
+        f"{n_queries} of {len(query)} queries and {n_keys} of {keys[..., 0].numel()} sub-keys are "
+        "not finite, has the training diverged?"
+        if n_queries + n_keys
+        else f"queries reach {float(query.abs().max()):.1e} and sub-keys "
+        f"{float(keys.abs().max()):.1e}, too large for {str(keys.dtype).removeprefix('torch.')}"
     )
+    raise ValueError(f"of {best.numel()} best scores {found}: {reason}")
 
 
 def _check_search(query: Tensor, keys: Tensor, knn: int) -> None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather, all_gather_rows, narrow
+from .kernels import is_traced
 
 ROWS = 8192  # of a table, sent or drawn at once
 
@@ -84,7 +85,16 @@ class ColumnShards:
         return self
 
     def count_tokens(self, tokens: int, device: torch.device) -> List[int]:
-        """How many tokens each worker of the group has, of this worker's ``tokens``."""
+        """How many tokens each worker of the group has, of this worker's ``tokens``.
+
+        Raises:
+            RuntimeError: torch traces, which cannot follow the workers.
+        """
+        if is_traced():
+            raise RuntimeError(
+                "a value table that is split over workers cannot be traced, exported or compiled: "
+                "load its checkpoint into a model without shards"
+            )
         counts = all_gather(torch.tensor([tokens], device=device), self.group)
         return [int(count) for count in counts]
 

@@ -195,9 +195,11 @@ class ValueTable(nn.Module):
     def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Read the columns that are here: (N, T) and (N, T) to (N, columns)."""
         values = self.weight
-        is_trained = weights.requires_grad or values.requires_grad
-        if not (torch.is_grad_enabled() and is_trained):
-            return kernels.gather_sum(values, slots, weights)
+        is_trained = _needs_gradient(weights, values)
+        if is_trained and self.factored and kernels.is_compiled():
+            return kernels.outside_graphs(self._read)(slots, weights)  # no graph has factors
+        if not (is_trained and kernels.is_plain(values, slots, weights)):
+            return kernels.gather_sum(values, slots, weights)  # traced, torch differentiates it
         kernels.check_reads(slots, weights, len(values))
         weights = weights.to(compute_dtype(values.dtype))
         if self.factored or weights.dtype != values.dtype:
@@ -205,6 +207,10 @@ class ValueTable(nn.Module):
                 weights, slots, values, self.factored and values.is_leaf
             )
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
@@ -241,6 +247,11 @@ class _Read(torch.autograd.Function):
 
 def _dot(values: Tensor, slots: Tensor, x: Tensor, factored: bool) -> Tensor:
     """Dot products (N, T) of rows of a table with x (N, V), for slots (N, T)."""
+    is_trained = _needs_gradient(x, values)
+    if is_trained and factored and kernels.is_compiled():
+        return kernels.outside_graphs(_dot)(values, slots, x, factored)
+    if not (is_trained and kernels.is_plain(values, slots, x)):
+        return kernels.gather_dot(values, slots, x)
     dots: Tensor = _Dot.apply(x, slots, values, factored and values.is_leaf)  # type: ignore[no-untyped-call]
     return dots
 

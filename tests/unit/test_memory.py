@@ -1,6 +1,7 @@
 """ProductKeyMemory as a whole."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -458,16 +459,31 @@ def test_padding_that_stays_in_the_batch_changes_nothing_in_evaluation(monkeypat
 
 
 def test_padding_leaves_the_batch_wherever_statistics_are_taken_or_waiting_is_free():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cpu, gpu = torch.zeros(1), SimpleNamespace(device=torch.device("cuda"))
     drops = memory_module._drops_padding
     assert (drops(True, gpu), drops(False, gpu), drops(False, cpu)) == (True, False, True)
+
+
+@pytest.mark.parametrize("key_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_padding_holds_is_no_error(number, training, key_dropout):
+    memory = memory_of(key_dropout=key_dropout, query_norm="layer").train(training)
+    x, mask = inputs(4), torch.tensor([False, True, False, True])
+    torch.manual_seed(3)
+    right = memory(x, mask)
+    x[mask] = number
+    torch.manual_seed(3)
+    assert torch.equal(memory(x, mask), right)
+    with pytest.raises(ValueError, match="best scores"):
+        memory(x)
 
 
 def test_input_that_is_not_a_number_is_an_error_that_says_where_it_is_from():
     memory = memory_of(query_norm="layer")
     x = inputs(4)
     x[2, 0] = float("nan")
-    with pytest.raises(ValueError, match="scores are NaN: 1 of 4 queries and 0 of"):
+    with pytest.raises(ValueError, match="are NaN: 1 of 4 queries and 0 of"):
         memory(x)
     x[2, 0] = 0
     memory(x)

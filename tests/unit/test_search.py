@@ -143,12 +143,82 @@ def test_scores_carry_gradient_to_query_and_keys():
 
 
 def test_a_search_without_gradient_does_not_spoil_a_later_one_with_gradient():
-    candidate_ranks.cache_clear()
+    search._kept_ranks.cache_clear()
     keys = torch.randn(1, 2, 6, 4, requires_grad=True)
     with torch.inference_mode():
         product_topk(torch.randn(2, 1, 2, 4), keys, 5)
     product_topk(torch.randn(2, 1, 2, 4), keys, 5)[0].sum().backward()
     assert keys.grad is not None
+
+
+# --- scores whose softmax is NaN --------------------------------------------------------------
+
+
+def huge(n=3, value=1e30):
+    """Queries and sub-keys, the products of some of which overflow float32."""
+    query, keys = torch.randn(n, 2, 2, 4), torch.randn(2, 2, 6, 4)
+    query[1, 0, 0] = value
+    keys[0, 0, 3] = 1e20
+    return query, keys
+
+
+def search_of_all(query, keys):
+    return search.product_topk(query, keys, 3)
+
+
+def search_of_kept(query, keys):
+    kept = torch.arange(5).expand(2, 2, 5)  # the sub-key that overflows among them
+    return search.product_topk_of(query, keys, kept, 3)
+
+
+@pytest.mark.parametrize("find", [search_of_all, search_of_kept])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_infinite_scores_are_an_error_that_counts_them_and_says_why(monkeypatch, backend, find):
+    monkeypatch.setenv("PKM_BACKEND", backend)
+    with pytest.raises(ValueError) as error:
+        find(*huge())
+    assert str(error.value) == (
+        "of 6 best scores 1 are infinite: queries reach 1.0e+30 and sub-keys 1.0e+20, too large "
+        "for float32"
+    )
+    find(*huge(value=1e10))
+
+
+@pytest.mark.parametrize("find", [search_of_all, search_of_kept])
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [
+        (float("nan"), "of 6 best scores 1 are NaN: 1 of 3 queries and 0 of"),
+        (float("inf"), "1 of 3 queries and 0 of"),
+        (float("-inf"), "1 of 3 queries and 0 of"),
+    ],
+)
+def test_a_query_that_is_not_finite_is_an_error_that_counts_it(find, number, named):
+    query, keys = torch.randn(3, 2, 2, 4), torch.randn(2, 2, 6, 4)
+    query[1, 0, 0, 2] = number
+    with pytest.raises(ValueError, match=named):
+        find(query, keys)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_minus_infinity_is_a_score_like_others_unless_it_is_the_best(monkeypatch, backend):
+    monkeypatch.setenv("PKM_BACKEND", backend)
+    query, keys = torch.ones(2, 1, 2, 2), torch.zeros(1, 2, 4, 2)
+    keys[0, 0, 1:] = float("-inf")
+    scores, slots = product_topk(query, keys, 4)
+    assert torch.equal(scores, torch.zeros(2, 1, 4)) and torch.equal(
+        slots.sort().values[0, 0], torch.arange(4)
+    )
+    keys[0, 1, 1:] = float("-inf")  # one slot is left with a finite score
+    scores, slots = product_topk(query, keys, 4)
+    assert torch.equal(scores.softmax(-1), torch.tensor([1.0, 0, 0, 0]).expand(2, 1, 4))
+    assert (slots[..., 0] == 0).all()
+    keys[0, 1] = float("-inf")
+    with pytest.raises(
+        ValueError,
+        match=r"of 2 best scores 2 are infinite: 0 of 2 queries and 7 of 8 sub-keys are not finite",
+    ):
+        product_topk(query, keys, 4)
 
 
 @pytest.mark.parametrize(

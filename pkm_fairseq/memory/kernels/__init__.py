@@ -5,17 +5,21 @@ for CUDA. The fastest one that can run is taken, and logged once per device and 
 environment variable PKM_BACKEND forces one, which then must be able to run.
 
 The shapes: N tokens, H heads, K = knn, S = n_keys, D = k_dim / 2, V = v_dim, T = H * K reads per
-token, C candidate pairs, E entries of a gradient. Nothing here is differentiable: the two autograd
-functions that use these operations are in ``search`` and ``values``.
+token, C candidate pairs, E entries of a gradient. On plain data nothing here is differentiable: the
+two autograd functions that use these operations are in ``search`` and ``values``. Where tensors are
+not plain data (:func:`is_plain`: traced, exported, compiled, fake or wrapped ones), all operations
+are torch's own, what reads tables and scores is differentiable, and no number is looked at.
 """
 
+from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Callable, Tuple, TypeVar, cast
+from typing import Any, Callable, ContextManager, Tuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .backends import backend_for
+from . import torch_backend
+from .backends import is_compiled, is_plain, is_traced, is_wrapped, needs_torch, outside_graphs, run
 from .tables import Entries, allocate, at_least_float32, compute_dtype, is_half
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -25,27 +29,38 @@ __all__ = [
     "adam_rows",
     "allocate",
     "at_least_float32",
-    "backend_for",
     "check_reads",
     "compute_dtype",
     "gather_dot",
     "gather_sum",
+    "is_compiled",
     "is_half",
+    "is_plain",
+    "is_traced",
+    "is_wrapped",
+    "outside_graphs",
     "score_gradients",
     "squared_norm",
     "topk_pairs",
+    "without_autocast",
 ]
 
 
-def _without_autocast(operation: Operation) -> Operation:
+def without_autocast(device: torch.device) -> ContextManager[Any]:
     """Operations choose their precision themselves, also where a model is run under autocast."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
+
+def _without_autocast(operation: Operation) -> Operation:
     @wraps(operation)
-    def run(x: Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+    def run_operation(x: Tensor, *args: Any) -> Any:
+        with without_autocast(x.device):
             return operation(x, *args)
 
-    return cast(Operation, run)
+    return cast(Operation, run_operation)
 
 
 @_without_autocast
@@ -62,10 +77,12 @@ def topk_pairs(
 
     Returns:
         Scores, descending, and the sub-keys of the first and of the second half, int64; each
-        (N, H, K). Where a half score is NaN, so is at least one score of that token and head.
+        (N, H, K). Where a half score is NaN, so is the first score of that token and head.
     """
+    if needs_torch(half_scores, rank1, rank2):
+        return torch_backend.topk_pairs(half_scores, knn, rank1, rank2)
     half_scores = half_scores.detach().contiguous()
-    return backend_for(half_scores).topk_pairs(half_scores, knn, rank1, rank2)  # type: ignore[no-any-return]
+    return run(half_scores, "topk_pairs", half_scores, knn, rank1, rank2)  # type: ignore[no-any-return]
 
 
 @_without_autocast
@@ -84,8 +101,10 @@ def score_gradients(
     Returns:
         Gradients shaped as query and as keys.
     """
-    given = [x.detach().contiguous() for x in (query, keys, index1, index2, grad_scores)]
-    return backend_for(given[0]).score_gradients(*given)  # type: ignore[no-any-return]
+    given = query, keys, index1, index2, grad_scores
+    if needs_torch(*given):
+        return torch_backend.score_gradients(*given)
+    return run(query, "score_gradients", *(x.detach().contiguous() for x in given))  # type: ignore[no-any-return]
 
 
 @_without_autocast
@@ -106,9 +125,11 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """
     _check_table(values)
     check_reads(slots, weights, len(values))
-    weights = weights.detach().to(compute_dtype(values.dtype)).contiguous()
-    backend = backend_for(values)
-    return backend.gather_sum(values.detach(), slots.contiguous(), weights)  # type: ignore[no-any-return]
+    weights = weights.to(compute_dtype(values.dtype))
+    if needs_torch(values, slots, weights):
+        return torch_backend.gather_sum_at_once(values, slots, weights)
+    weights = weights.detach().contiguous()
+    return run(values, "gather_sum", values.detach(), slots.contiguous(), weights)  # type: ignore[no-any-return]
 
 
 @_without_autocast
@@ -128,14 +149,16 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     """
     _check_table(values)
     _check_slots(slots, len(values))
-    if tuple(grad_read.shape) != (len(slots), values.shape[1]):
+    if tuple(grad_read.shape) != (slots.shape[0], values.shape[1]):
         raise ValueError(
             f"the gradient of what was read has shape {tuple(grad_read.shape)}, must be "
             f"{(len(slots), values.shape[1])}"
         )
-    grad_read = grad_read.detach().to(compute_dtype(values.dtype)).contiguous()
-    backend = backend_for(values)
-    return backend.gather_dot(values.detach(), slots.contiguous(), grad_read)  # type: ignore[no-any-return]
+    grad_read = grad_read.to(compute_dtype(values.dtype))
+    if needs_torch(values, slots, grad_read):
+        return torch_backend.gather_dot_at_once(values, slots, grad_read)
+    grad_read = grad_read.detach().contiguous()
+    return run(values, "gather_dot", values.detach(), slots.contiguous(), grad_read)  # type: ignore[no-any-return]
 
 
 @_without_autocast
@@ -165,7 +188,11 @@ def adam_rows(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, an entry is out of range.
+        RuntimeError: tensors are not plain data.
     """
+    if is_compiled():
+        given = values, exp_avg, exp_avg_sq, entries, step_size, betas, eps
+        return outside_graphs(adam_rows)(*given)
     for table in (values, exp_avg, exp_avg_sq):
         _check_table(table)
     if not exp_avg.shape == exp_avg_sq.shape == values.shape:
@@ -180,8 +207,9 @@ def adam_rows(
                 f"for values in {values.dtype}"
             )
     _check_entries(values, entries)
+    _check_numbers(values, exp_avg, exp_avg_sq, *entries)
     tables = (values.detach(), exp_avg, exp_avg_sq)
-    backend_for(values).adam_rows(*tables, entries, step_size, betas, eps)
+    run(values, "adam_rows", *tables, entries, step_size, betas, eps)
     torch.autograd.graph.increment_version(values)  # kernels write past torch
 
 
@@ -198,9 +226,13 @@ def squared_norm(values: Tensor, entries: Entries) -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, an entry is out of range.
+        RuntimeError: tensors are not plain data.
     """
+    if is_compiled():
+        return outside_graphs(squared_norm)(values, entries)
     _check_entries(values, entries)
-    return backend_for(values).squared_norm(entries, len(values))  # type: ignore[no-any-return]
+    _check_numbers(*entries)
+    return run(entries.grads, "squared_norm", entries, len(values))  # type: ignore[no-any-return]
 
 
 def _check_table(table: Tensor) -> None:
@@ -262,11 +294,21 @@ def _check_entries(values: Tensor, entries: Entries) -> None:
     _check_index("bags", "bag", bags, len(grads))
 
 
+def _check_numbers(*tensors: Tensor) -> None:
+    """Complain of tensors whose numbers cannot be looked at, as the gradient of a table needs."""
+    if is_traced() or any(is_wrapped(x) or x.is_meta for x in tensors):
+        kinds = ", ".join(sorted({type(x).__name__ for x in tensors}))
+        raise RuntimeError(
+            f"the gradient of a value table needs tensors with numbers; given are {kinds} on "
+            f"{tensors[0].device}, traced, wrapped or without data"
+        )
+
+
 def _check_index(names: str, name: str, index: Tensor, size: int) -> None:
-    """Complain of a wrong dtype, and on the CPU, where looking is free, of a wrong number."""
+    """Complain of a wrong dtype, and where looking is free, on the CPU, of a wrong number."""
     if index.dtype != torch.int64:
         raise ValueError(f"{names} have dtype {index.dtype}, must be torch.int64")
-    if index.device.type == "cpu" and index.numel():
+    if index.device.type == "cpu" and is_plain(index) and index.numel():
         least, most = (int(x) for x in index.aminmax())
         if least < 0 or most >= size:
             wrong = least if least < 0 else most

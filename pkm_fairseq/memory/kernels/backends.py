@@ -1,28 +1,121 @@
-"""Which backend runs: the choice, forced or not, and the line in the log."""
+"""Which backend runs: what is plain data, the choice, forced or not, and the line in the log."""
 
 import logging
 import os
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Optional
+from typing import Any, Callable, Dict, Optional, Set, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+_get_mode = torch._C._get_dispatch_mode
 
 BACKENDS = ("torch", "numba", "triton")
 FASTEST = {"cpu": "numba", "cuda": "triton"}  # elsewhere torch
+PLAIN = (Tensor, nn.Parameter)
+TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+PROCESS = os.getpid()  # that imported this
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_given_up: Dict[str, str] = {}  # backends that turned out not to run here, and why
+_said: Set[str] = set()  # lines of the log
 
 
-def backend_for(x: Tensor) -> ModuleType:
-    """The module that runs operations on tensors of this device and dtype.
+class CannotRunError(Exception):
+    """A backend cannot run here; it has done nothing yet."""
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether tensors are plain data, which kernels may read and write behind torch's back.
+
+    They are not while torch traces, exports, compiles or transforms, while a mode watches torch's
+    operations (``FakeTensorMode``, ``make_fx``, ``FlopCounterMode``), and if they are wrapped
+    (``FakeTensor``, ``DTensor``, ``vmap``). Without tensors: whether new ones would be.
+    """
+    if is_traced() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not any(map(is_wrapped, tensors))
+
+
+def is_traced() -> bool:
+    """Whether operations are recorded or transformed, so that no number may be looked at."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(map(_get_mode, TRACING_MODES))
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor is more than its memory."""
+    return type(x) not in PLAIN or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` traces, whose graph may break; that of an export must not."""
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has it not
+    return torch.compiler.is_dynamo_compiling() and not is_exporting()
+
+
+def outside_graphs(function: Function) -> Function:
+    """A function that ``torch.compile`` calls and does not look into."""
+    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def needs_torch(*tensors: Tensor) -> bool:
+    """Whether operations on these tensors must be torch's own; outside of tracing it is logged."""
+    if is_plain(*tensors):
+        return False
+    if not is_traced():
+        kinds = sorted({type(x).__name__ for x in tensors if is_wrapped(x)})
+        reason = f"of tensors of type {kinds[0]}" if kinds else "a mode watches torch's operations"
+        _say(logging.WARNING, f"memory kernels: torch, which is slower, because {reason}")
+    return True
+
+
+def run(x: Tensor, operation: str, *args: Any) -> Any:
+    """Run an operation with the backend for x, and with torch where that turns out unable to.
 
     Raises:
         RuntimeError: PKM_BACKEND names a backend that does not exist or cannot run.
     """
+    backend = backend_for(x)
+    try:
+        return getattr(backend, operation)(*args)
+    except CannotRunError as error:
+        name = _name(backend)
+        give_up(name, f"{name} cannot run here ({one_line(error)})")
+        return run(x, operation, *args)
+
+
+def backend_for(x: Tensor) -> ModuleType:
+    """The module that runs operations on plain tensors of this device and dtype.
+
+    Under a mode that watches torch's operations it is torch.
+
+    Raises:
+        RuntimeError: PKM_BACKEND names a backend that does not exist or cannot run.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return _load("torch")
     return _choose(os.environ.get("PKM_BACKEND") or None, x.device.type, x.dtype)
+
+
+def give_up(name: str, reason: str) -> None:
+    """Do without a backend from now on."""
+    _given_up[name] = reason
+    _choose.cache_clear()
+
+
+def choose_anew() -> None:
+    """Forget all choices, and which backends were given up."""
+    _given_up.clear()
+    _said.clear()
+    _choose.cache_clear()
 
 
 @cache
@@ -35,25 +128,43 @@ def _choose(forced: Optional[str], device: str, dtype: torch.dtype) -> ModuleTyp
         raise RuntimeError(f"PKM_BACKEND is {forced}, but {problem}")
     where = f"on {device} in {str(dtype).removeprefix('torch.')}"
     if problem:
-        logger.warning("memory kernels: torch %s, which is slower: %s", where, problem)
+        _say(logging.WARNING, f"memory kernels: torch {where}, which is slower: {problem}")
         name = "torch"
     else:
-        logger.info("memory kernels: %s %s", name, where)
+        _say(logging.INFO, f"memory kernels: {name} {where}")
     return _load(name)
+
+
+def _say(level: int, line: str) -> None:
+    """Log a line, once."""
+    if line not in _said:
+        _said.add(line)
+        logger.log(level, "%s", line)
 
 
 def _load(name: str) -> ModuleType:
     return import_module(f".{name}_backend", __package__)
 
 
+def _name(backend: ModuleType) -> str:
+    return backend.__name__.rpartition(".")[2].removesuffix("_backend")
+
+
 def _problem(name: str, device: str, dtype: torch.dtype) -> Optional[str]:
     """Why a backend cannot run; None if it can."""
+    if name in _given_up:
+        return _given_up[name]
     try:
         backend = _load(name)
     except Exception as error:  # numba raises RuntimeError where it finds no folder for its cache
-        return f"{name} cannot be imported ({error})"
+        return f"{name} cannot run here ({one_line(error)})"
     if device not in backend.DEVICES:
         return f"{name} does not run on {device}"
     if dtype not in backend.DTYPES:
         return f"{name} does not know {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or what it is, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -12,9 +12,15 @@ except ImportError:  # no Unix
     fcntl = None  # type: ignore[assignment]
 
 import numba
+import numba.np.ufunc.parallel
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import backends
+
+if numba.config.DISABLE_JIT:
+    raise RuntimeError("NUMBA_DISABLE_JIT is set")
 
 from . import numba_kernels as loops
 from .tables import Entries
@@ -25,6 +31,12 @@ DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of tables
 
 TASKS_PER_THREAD = 4
+NUMBERS = {
+    torch.float32: np.dtype(np.float32).str,
+    torch.float64: np.dtype(np.float64).str,
+    torch.bfloat16: np.dtype(np.uint16).str,
+    torch.int64: np.dtype(np.int64).str,
+}
 logger = logging.getLogger(__name__)
 logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output drowns all other
 _one_at_a_time = threading.Lock()  # numba's simplest thread pool aborts when entered twice
@@ -36,8 +48,8 @@ def topk_pairs(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """See :func:`pkm_fairseq.memory.kernels.topk_pairs`."""
     heads, _, n, _ = half_scores.shape
-    scores = torch.empty(n, heads, knn, dtype=half_scores.dtype)
-    index1, index2 = torch.empty(2, n, heads, knn, dtype=torch.int64)
+    scores = half_scores.new_empty(n, heads, knn)
+    index1, index2 = rank1.new_empty(2, n, heads, knn)
     _run(loops.topk_pairs, *map(_array, (half_scores, rank1, rank2, scores, index1, index2)))
     return scores, index1, index2
 
@@ -89,7 +101,7 @@ def squared_norm(entries: Entries, n_slots: int) -> Tensor:
     rows, *given = _row_entries(entries, n_slots)
     squares = np.empty(len(rows), dtype=np.float64)
     _run(loops.row_squares, *given, squares)
-    return torch.tensor(squares.sum())
+    return torch.tensor(squares.sum(), device=entries.grads.device)
 
 
 def _row_entries(entries: Entries, n_slots: int) -> Tuple[Array, ...]:
@@ -98,10 +110,29 @@ def _row_entries(entries: Entries, n_slots: int) -> Tuple[Array, ...]:
     return rows, starts, order, *map(_array, (entries.bags, entries.weights, entries.grads))
 
 
+class _Memory:
+    """What numpy asks of an object that has memory; bfloat16 looks like uint16.
+
+    ``Tensor.numpy`` would forbid torch to free the memory early or to resize it, for good: FSDP
+    does both to parameters that it has gathered.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.__array_interface__ = {
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * x.element_size() for stride in x.stride()),
+            "typestr": NUMBERS[x.dtype],
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
+
+
 def _array(x: Tensor) -> Array:
-    """The tensor's memory as numpy sees it; bfloat16 as uint16."""
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    """The tensor's memory as numpy sees it."""
+    if x.numel() and not x.data_ptr():
+        raise RuntimeError(f"the memory of a tensor of shape {tuple(x.shape)} has been freed")
+    return np.asarray(_Memory(x))
 
 
 def _group(slots: Tensor, n_slots: int) -> Tuple[Array, Array, Array]:
@@ -113,15 +144,12 @@ def _group(slots: Tensor, n_slots: int) -> Tuple[Array, Array, Array]:
 
 def _run(kernel: Callable[..., None], *args: Any) -> None:
     """Run a kernel on as many threads as torch uses."""
-    threads = torch.get_num_threads()
-    used = min(threads, numba.config.NUMBA_NUM_THREADS)
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    args = (*args, threads * TASKS_PER_THREAD)
+    _compile(kernel, args)
     with _one_at_a_time:
-        numba.set_num_threads(used)
-        args = (*args, used * TASKS_PER_THREAD)
-        _compile(kernel, args)
+        numba.set_num_threads(threads)
         kernel(*args)
-    if torch.get_num_threads() != threads:  # when numba starts, it sets OpenMP's for all
-        torch.set_num_threads(threads)
 
 
 def _compile(kernel: Any, args: Tuple[Any, ...]) -> None:
@@ -129,14 +157,20 @@ def _compile(kernel: Any, args: Tuple[Any, ...]) -> None:
 
     Two processes that compile one function for different types can leave numba's cache on disk
     naming the code of one as that of the other, which then computes nonsense without an error.
+
+    Raises:
+        CannotRunError: it can be neither compiled nor loaded; nothing has run yet.
     """
     kinds = [
         (x.dtype.char, x.flags.c_contiguous) if isinstance(x, np.ndarray) else type(x) for x in args
     ]
     kind = (kernel, *kinds)
     if kind not in _compiled:
-        with _cache_locked(kernel.stats.cache_path):
-            kernel.compile(tuple(map(numba.typeof, args)))
+        try:
+            with _cache_locked(kernel.stats.cache_path):
+                kernel.compile(tuple(map(numba.typeof, args)))
+        except Exception as error:
+            raise backends.CannotRunError(backends.one_line(error)) from error
         _compiled.add(kind)
 
 
@@ -157,4 +191,30 @@ def _cache_locked(folder: Optional[str]) -> Iterator[None]:
             )
         yield
     finally:
-        os.close(file)  # unlocks
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a child forked meanwhile has the file open, too
+        os.close(file)
+
+
+def _start_threads() -> None:
+    """Start numba's threads. numba also sets how many torch has, which is put back."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(1)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def _after_fork() -> None:
+    """Do without threads in a forked child: those of its parent do not live on in it.
+
+    numba's OpenMP would kill the child, torch's would wait for its threads for ever.
+    """
+    backends.give_up("numba", "this process was forked from one that ran numba")
+    torch.set_num_threads(1)
+
+
+if os.getpid() != backends.PROCESS and numba.np.ufunc.parallel._is_initialized:
+    raise RuntimeError("this process was forked from one that ran numba")
+_start_threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

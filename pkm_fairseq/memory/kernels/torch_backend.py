@@ -36,8 +36,8 @@ def score_gradients(
 ) -> Tuple[Tensor, Tensor]:
     """See :func:`pkm_fairseq.memory.kernels.score_gradients`."""
     index = torch.stack((index1, index2), dim=2)  # (N, H, 2, K)
-    grad_half = query.new_zeros(*query.shape[:3], keys.shape[2])  # (N, H, 2, S)
-    grad_half.scatter_add_(-1, index, grad_scores.unsqueeze(2).expand_as(index))
+    no_gradient = query.new_zeros(*query.shape[:3], keys.shape[2])  # (N, H, 2, S)
+    grad_half = no_gradient.scatter_add(-1, index, grad_scores.unsqueeze(2).expand_as(index))
     grad_half = grad_half.permute(1, 2, 0, 3)  # (H, 2, N, S)
     grad_query = (grad_half @ keys).permute(2, 0, 1, 3)  # (N, H, 2, D)
     return grad_query, grad_half.transpose(-1, -2) @ query.permute(1, 2, 0, 3)
@@ -47,22 +47,36 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
-    out = weights.new_empty(len(slots), values.shape[1])
-    for start in range(0, len(slots), _rows(slots.shape[1] * values.shape[1])):
-        part = slice(start, start + _rows(slots.shape[1] * values.shape[1]))
-        rows = values[slots[part]].to(weights.dtype)  # (n, T, V)
-        out[part] = torch.bmm(weights[part].unsqueeze(1), rows).squeeze(1)
-    return out
+    step = _rows(slots.shape[1] * values.shape[1])
+    parts = zip(torch.split(slots, step), torch.split(weights, step), strict=True)
+    return torch.cat([gather_sum_at_once(values, *part) for part in parts])
+
+
+def gather_sum_at_once(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """As :func:`gather_sum`, differentiable, and the same operations for any number of tokens.
+
+    A table in half precision costs the memory of all rows that are read.
+    """
+    if values.dtype == weights.dtype:
+        return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+    rows = values[slots].to(weights.dtype)  # (N, T, V)
+    return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
 
 
 def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
-    out = grad_read.new_empty(slots.shape)
-    for start in range(0, len(slots), _rows(slots.shape[1] * values.shape[1])):
-        part = slice(start, start + _rows(slots.shape[1] * values.shape[1]))
-        rows = values[slots[part]].to(grad_read.dtype)  # (n, T, V)
-        out[part] = torch.bmm(rows, grad_read[part].unsqueeze(2)).squeeze(2)
-    return out
+    step = _rows(slots.shape[1] * values.shape[1])
+    parts = zip(torch.split(slots, step), torch.split(grad_read, step), strict=True)
+    return torch.cat([gather_dot_at_once(values, *part) for part in parts])
+
+
+def gather_dot_at_once(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
+    """As :func:`gather_dot`, differentiable, and the same operations for any number of tokens.
+
+    It costs the memory of all rows that are read.
+    """
+    rows = values[slots].to(grad_read.dtype)  # (N, T, V)
+    return torch.bmm(rows, grad_read.unsqueeze(2)).squeeze(2)
 
 
 def adam_rows(
@@ -119,4 +133,4 @@ def row_gradients(entries: Entries) -> Iterator[Tuple[Tensor, Tensor]]:
 
 def _rows(width: int) -> int:
     """Rows of this width in a chunk."""
-    return max(1, CHUNK // width)
+    return max(1, CHUNK // max(1, width))
