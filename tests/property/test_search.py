@@ -95,9 +95,13 @@ def test_a_memory_of_any_size_reads_what_its_lookup_says(
 ):
     knn = data.draw(st.integers(2, n_keys), label="knn")
     v_dim = data.draw(st.none() | st.integers(1, 6), label="v_dim")
-    config = MemoryConfig(n_keys, heads, knn, 2 * half_dim, v_dim, query_norm)
+    config = MemoryConfig(
+        n_keys, heads, knn, k_dim=2 * half_dim, v_dim=v_dim, query_norm=query_norm
+    )
     memory = ProductKeyMemory(width, config).double()
-    read, lookup = memory(torch.randn(tokens, width).double(), return_lookup=True)
+    x = torch.randn(tokens, width).double()
+    read, lookup = memory(x, return_lookup=True)
     expected = naive_read(memory.values.weight, lookup.slots, lookup.weights)
-    assert torch.allclose(read, memory.output_proj(expected), rtol=1e-10, atol=1e-10)
+    expected = memory.output_proj(expected, x)
+    assert torch.allclose(read, expected, rtol=1e-10, atol=1e-10)
     assert torch.allclose(lookup.weights.sum(-1), torch.ones(tokens, heads).double())

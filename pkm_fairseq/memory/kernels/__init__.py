@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .backends import is_compiled, is_plain, is_traced, is_wrapped, needs_torch, outside_graphs, run
+from .backends import (
+    backend_for,
+    is_compiled,
+    is_plain,
+    is_traced,
+    is_wrapped,
+    needs_torch,
+    outside_graphs,
+    run,
+)
 from .tables import Entries, allocate, at_least_float32, compute_dtype, is_half
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -29,6 +38,7 @@ __all__ = [
     "adam_rows",
     "allocate",
     "at_least_float32",
+    "backend_for",
     "check_reads",
     "compute_dtype",
     "gather_dot",
