@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from ..memory.observe.log import read_usage_log
+from .draws import below
 from .plots import COLOURS, Chart, chart, plain
 
 STYLES = ("-", "--", ":", "-.")
@@ -279,7 +280,7 @@ def _draw(
     axes.set_ylim(min(0, low), 1.03 if metric.is_share else high * 1.05)
     if metric.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(handles=_legend(logs, known, layers, splits, metric), fontsize=9, loc="best")
+    below(axes, _legend(logs, known, layers, splits, metric))
 
 
 def _split_look(split: str, splits: Sequence[str]) -> Dict[str, Any]:

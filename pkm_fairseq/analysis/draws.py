@@ -1,9 +1,10 @@
 """Usage over draws per slot, as the page of usage and the demo's report draw it."""
 
 import math
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 
@@ -38,6 +39,7 @@ def draw_curves_of_draws(axes: Axes, counts: Sequence[Tuple[str, str, Dict[str, 
     below(axes)
 
 
-def below(axes: Axes) -> None:
-    """Put the legend below the axes, where it hides nothing."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=9)
+def below(axes: Axes, handles: Optional[Sequence[Line2D]] = None) -> None:
+    """Put the legend below the axes, where it hides nothing; of these lines, or of those drawn."""
+    given = {} if handles is None else {"handles": handles}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=9, **given)
