@@ -1,6 +1,7 @@
 """Scripts as the README runs them, on plain and on memory checkpoints; checkpoints of others."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Dict, List
 import pytest
 import torch
 
+import pkm_fairseq.experiments.benchmark.kinds
 from pkm_fairseq.experiments.demo.evaluate import evaluate, load, masked_batches
 from pkm_fairseq.models.roberta import PkmRobertaModel
 
@@ -273,3 +275,22 @@ def test_sequences_that_are_too_long_for_a_model_are_refused(
     batch = {"net_input": {"src_tokens": tokens}, "target": tokens}
     with pytest.raises(ValueError, match="a sequence has 600 tokens, the model takes "):
         evaluate(loaded.model, [batch], loaded.task)
+
+
+def test_kinds_are_compared_by_cost_and_by_what_they_learn(
+    finished: "tuple[Path, Run]", tmp_path: Path
+) -> None:
+    sizes = ["--n-keys", "8", "--heads", "2", "--knn", "4", "--width", "16", "--tokens", "8"]
+    lines = script("compare_kinds.py", "cost", *sizes, "--rounds", "2").output.splitlines()
+    rows = {cells[1]: cells[2:] for cells in (re.split(r" *\| *", x) for x in lines[2:])}
+    assert list(rows) == list(pkm_fairseq.experiments.benchmark.kinds.KINDS) and len(rows) == 6
+    parameters = {name: float(row[0]) for name, row in rows.items()}
+    assert parameters["values experts"] > parameters["plain"] == parameters["relu weights"]
+    assert all(float(row[column]) > 0 for row in rows.values() for column in (2, 3))
+    options = ["--preset", "quick", "--updates", "2", "--seeds", "3", "--arm", "resm"]
+    options += ["--kinds", "plain", "relu weights"]
+    options += ["--data", finished[0] / "data/bin", "--out", tmp_path]
+    lines = script("compare_kinds.py", "train", *options).output.splitlines()
+    rows = {cells[1]: cells[2:] for cells in (re.split(r" *\| *", x) for x in lines[2:])}
+    assert list(rows) == ["plain", "relu weights"] and all(r[0] == "3" for r in rows.values())
+    assert rows["plain"][1] != rows["relu weights"][1]  # the option does something

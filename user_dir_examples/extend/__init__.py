@@ -1,4 +1,4 @@
-"""A user-dir of your own on top of pkm_fairseq: an architecture, and a criterion with a penalty."""
+"""A user-dir of your own on top of pkm_fairseq: an architecture, a criterion, a kind of output."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Tuple
@@ -11,6 +11,8 @@ from fairseq.utils import safe_getattr
 
 from pkm_fairseq.criterions.masked_lm import PkmMaskedLmConfig, PkmMaskedLmLoss  # registers ours
 from pkm_fairseq.models.roberta import tiny_architecture
+
+from . import gate  # noqa: F401  registers an output
 
 
 @register_model_architecture("pkm_roberta", "my_resm_tiny")
