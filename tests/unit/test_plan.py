@@ -82,7 +82,21 @@ def planned(args):
 def test_both_drivers_lead_to_the_same_plan(data: Path) -> None:
     plan = planned(by_command_line(f"{FLAGS} {RUN}").model)
     assert plan == planned(by_hydra(data).model)
-    memory = MemoryConfig(6, 3, 2, 8, 9, "none", "zero", "bfloat16", 0.1, 0.2, 0.3, 0.4, True)
+    memory = MemoryConfig(
+        n_keys=6,
+        heads=3,
+        knn=2,
+        k_dim=8,
+        v_dim=9,
+        query_norm="none",
+        values_init="zero",
+        value_dtype="bfloat16",
+        input_dropout=0.1,
+        query_dropout=0.2,
+        read_dropout=0.3,
+        key_dropout=0.4,
+        share_values=True,
+    )
     assert plan.memory == memory
     assert (plan.memory_layers, plan.memory_mode) == ((0, 1), "replace")
     assert (plan.n_layers, plan.kept_layers) == (2, (0, 2))
