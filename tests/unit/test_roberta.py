@@ -25,6 +25,22 @@ TOKENS = batch(DICTIONARY, [7, 3, 5])
 REAL = TOKENS.ne(DICTIONARY.pad())
 SIZES = ("tiny", "base", "large")
 
+SETTINGS = dict(
+    n_keys=6,
+    heads=3,
+    knn=2,
+    k_dim=8,
+    v_dim=9,
+    query_norm="layer",
+    values_init="zero",
+    value_dtype="bfloat16",
+    input_dropout=0.1,
+    query_dropout=0.2,
+    read_dropout=0.3,
+    key_dropout=0.4,
+    share_values=True,
+)
+
 
 def outputs(model, tokens=TOKENS):
     return model(tokens)[0]
@@ -178,7 +194,7 @@ def test_an_option_wins_over_the_architecture(arch):
     model = build(arch, **chosen)
     (layer,) = model.memory_layers().values()
     assert layer.mode == chosen["memory_mode"]
-    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, 0.4, True)
+    expected = MemoryConfig(**SETTINGS)
     assert layer.memory.config == expected
 
 
@@ -208,7 +224,7 @@ def test_flags_reach_the_model():
     layer = model.memory_layers()[0]
     assert layer.mode == "residual"
     assert layer.normalize_before
-    expected = MemoryConfig(6, 3, 2, 8, 9, "layer", "zero", "bfloat16", 0.1, 0.2, 0.3, 0.4, True)
+    expected = MemoryConfig(**SETTINGS)
     assert layer.memory.config == expected
     assert model.memory_layers()[2].memory.values is layer.memory.values
 
