@@ -10,6 +10,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.models.ema.ema import EMA
+from fairseq.tasks import FairseqTask
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -548,7 +549,7 @@ def test_a_dummy_batch_of_an_idle_worker_is_no_data(ignore_grad, query_norm):
     model.set_num_updates(0)
     (layer,) = model.memory_layers().values()
 
-    class Step:
+    class Step(FairseqTask):
         def train_step(self, *args, **kwargs):
             asked.append((args, kwargs))
             with model.train().record_memory_usage() as usage:
@@ -559,7 +560,7 @@ def test_a_dummy_batch_of_an_idle_worker_is_no_data(ignore_grad, query_norm):
         pass
 
     args = ("sample", model, "criterion", "optimizer", 7)
-    tokens, is_dummy = Task().train_step(*args, ignore_grad=ignore_grad, more=1)
+    tokens, is_dummy = Task(None).train_step(*args, ignore_grad=ignore_grad, more=1)
     assert asked == [((*args, ignore_grad), {"more": 1})]
     assert tokens == (0 if ignore_grad else int(REAL.sum()))
     assert bool(layer.reads.last_read.any()) != ignore_grad
@@ -568,7 +569,7 @@ def test_a_dummy_batch_of_an_idle_worker_is_no_data(ignore_grad, query_norm):
         outputs(model)
     assert usage[1].tokens == int(REAL.sum())
     plain = build("roberta")
-    Task().train_step("sample", plain, "criterion", "optimizer", 7, ignore_grad)
+    Task(None).train_step("sample", plain, "criterion", "optimizer", 7, ignore_grad)
 
 
 def test_a_moving_average_keeps_the_last_layer_norm():
