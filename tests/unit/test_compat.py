@@ -75,11 +75,14 @@ def test_the_cures_are_applied_once():
 def test_checkpoints_of_fairseq_load_safely(tmp_path):
     saved = {"args": argparse.Namespace(arch="roberta"), "cfg": OmegaConf.create({"a": [1, "b"]})}
     torch.save(saved, tmp_path / "c.pt")
-    with torch.serialization.safe_globals([]):
-        assert torch.load(tmp_path / "c.pt", weights_only=True) == saved
-        torch.serialization.clear_safe_globals()
+    assert torch.load(tmp_path / "c.pt", weights_only=True) == saved
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
         with pytest.raises(UnpicklingError, match="Unsupported global"):
             torch.load(tmp_path / "c.pt", weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
 
 
 @pytest.mark.parametrize("part", ["arch", "task", "criterion"])

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.tasks import FairseqTask
 
 from pkm_fairseq.criterions.masked_lm import PkmMaskedLmLoss
 from pkm_fairseq.memory.observe.log import (
@@ -255,14 +256,14 @@ def test_a_validation_set_that_is_too_small_is_counted_whole_and_said(tmp_path, 
 
 
 def test_a_task_of_the_plugin_has_it_counted_before_the_checkpoint_is_saved(tmp_path):
-    class Builds:
+    class Builds(FairseqTask):
         def build_criterion(self, criterion):
             return criterion
 
     class Task(TellsEndOfValidation, Builds):
         pass
 
-    task, model = Task(), model_of()
+    task, model = Task(None), model_of()
     criterion = task.build_criterion(criterion_of(tmp_path, memory_usage_tokens=100))
     update(criterion, model, 0)
     validate(criterion, model, sample_of())
