@@ -7,9 +7,7 @@ Equal means equal to the bit: parameters, buffers, moments and step counts. Stat
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +15,8 @@ from typing import Any, Dict, Iterator, Tuple
 
 import torch
 from _script import run
+
+from pkm_fairseq.experiments.runs.processes import run_to_end
 
 ARMS = {
     "plain": ("--arch", "resm_roberta_tiny", "--memory-layers", "[]"),
@@ -37,8 +37,8 @@ def train(checkout: Path, data: Path, arm: str, updates: int, folder: Path) -> D
     command += ["--user-dir", str(checkout.resolve() / "pkm_fairseq"), "--cpu", *ARMS[arm]]
     command += OPTIONS.split()
     command += ["--max-update", str(updates), "--save-dir", str(folder), "--disable-validation"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout.resolve())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout.resolve())}
+    done = run_to_end(command, environment)
     file = folder / "checkpoint_last.pt"
     if done.returncode or not file.is_file():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -158,15 +158,21 @@ def end_all(children: Sequence[Child], patience: float = PATIENCE) -> None:
         child.kill()
 
 
-def run_to_end(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def run_to_end(
+    command: Sequence[str], environment: Optional[Dict[str, str]] = None
+) -> "subprocess.CompletedProcess[str]":
     """Run a command; an interrupt ends it and all that it started.
+
+    Args:
+        command: the program and its arguments.
+        environment: variables that it has besides our own.
 
     Returns:
         Its exit status, and what it printed.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with Children() as children:
-            child = children.start(command, out, err)
+            child = children.start(command, out, err, environment)
             while child.status is None:
                 children.pause()
         printed = []
