@@ -288,13 +288,14 @@ class MemoryAdam(torch.optim.Optimizer):
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """Complete groups and step counts of other kinds of Adam."""
         super().__setstate__(state)
+        own = {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch adds that
         for group in self.param_groups:
             group.pop("lazy", None)  # of version 0.1.0
-            for name, value in self.defaults.items():
+            for name, value in own.items():
                 group.setdefault(name, value)
         for param, saved in self.state.items():
             if "step" in saved:
-                saved["step"] = self._new_step(param) + float(saved["step"])
+                saved["step"] = self._new_step(param) + int(saved["step"])
         self._take_over()
 
     def _keeps_precision(self, param: Tensor) -> bool:

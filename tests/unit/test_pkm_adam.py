@@ -372,6 +372,20 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_a_state_that_was_loaded_is_saved_as_it_was(tmp_path):
+    net, optimizer = trained()
+    twin, other = resumed(net, optimizer, tmp_path)
+    _, other = resumed(twin, other, tmp_path)
+    groups = [saved.state_dict()["param_groups"] for saved in (optimizer, other)]
+    assert groups[0] == groups[1]
+    kinds = [
+        {name: (type(value), getattr(value, "dtype", None)) for name, value in state.items()}
+        for saved in (optimizer, other)
+        for state in saved.state_dict()["state"].values()
+    ]
+    assert kinds[: len(kinds) // 2] == kinds[len(kinds) // 2 :]
+
+
 def test_a_state_that_is_not_loaded_would_be_noticed(tmp_path):
     net, optimizer = trained()
     twin, other = resumed(net, optimizer, tmp_path)
