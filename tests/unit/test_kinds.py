@@ -166,7 +166,12 @@ def test_the_lazy_update_is_that_of_a_dense_gradient_on_the_rows_that_were_read(
         model(x).square().sum().backward()
         optimizer.step()
     for (name, mine), other in zip(lazy.named_parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9, msg=name)
+        told = other.grad.abs() > 1e-12  # of a gradient that is noise Adam takes the sign
+        assert told.any(), name
+        torch.testing.assert_close(mine[told], other[told], rtol=1e-6, atol=1e-9, msg=name)
+        if name.startswith("values."):
+            unread = ~other.grad.any(-1)
+            assert unread.any() and torch.equal(mine[unread], other[unread]), name
 
 
 def test_experts_have_two_tables_and_values_of_zero_are_the_up_vectors():
