@@ -59,9 +59,9 @@ second_half() {
     train resm "$updates" "$updates" "$warmup" "$lr" "${resm[@]}"
     train pkm "$updates" "$updates" "$warmup" "$lr" "${pkm[@]}"
 }
-first_half &
+start first_half
 first=$!
-second_half &
+start second_half
 second=$!
 wait -n # where one fails, the other one is ended
 wait $first
