@@ -16,6 +16,14 @@ REASON = 300  # letters of an error that fairseq covers
 RAISE = dis.opmap["RAISE_VARARGS"]
 
 
+class TrainingError(ValueError, RuntimeError):
+    """What ends a training although its state is sound.
+
+    On a ValueError within an update fairseq writes ``crash.pt`` beside the checkpoints, on a
+    RuntimeError it does not.
+    """
+
+
 def running_command() -> bool:
     """Whether a command of fairseq runs here: fairseq-train, -validate, -hydra-train or another.
 

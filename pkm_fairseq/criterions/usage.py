@@ -13,6 +13,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from omegaconf import II
 
+from ..errors import TrainingError
 from ..memory.hosts import HasMemories, merge_read_times, observing, with_memories
 from ..memory.observe.count import Count
 from ..memory.observe.log import (
@@ -156,7 +157,7 @@ class UsageReports(FairseqCriterion):
             group = distributed_utils.get_data_parallel_group()
             problem = distributed_utils.broadcast_object(problem, 0, group)
         if problem:
-            raise ValueError(f"memory usage: {problem}")
+            raise TrainingError(f"memory usage: {problem}")
         atexit.register(self._finish_at_exit)  # after the last one no training follows
 
     def _close_window(self, model: HasMemories, updates: int, device: torch.device) -> None:
@@ -245,7 +246,7 @@ class UsageReports(FairseqCriterion):
         try:
             self._log.append(record)
         except OSError as error:
-            raise ValueError(f"memory usage: {self._log.file}: {error.strerror}") from None
+            raise TrainingError(f"memory usage: {self._log.file}: {error.strerror}") from None
 
 
 def _to_log(count: Count) -> Dict[str, float]:

@@ -9,6 +9,7 @@ from fairseq.models import BaseFairseqModel, register_model, register_model_arch
 from fairseq.models.roberta import RobertaHubInterface, RobertaModel
 from omegaconf import OmegaConf, open_dict
 
+from ..errors import TrainingError
 from ..memory import MemoryUsage, RunState, ValueTable
 from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
 from .architectures import base_architecture, large_architecture, residual, tiny_architecture
@@ -142,12 +143,12 @@ class PkmRobertaModel(RobertaModel):
         """Be told, by fairseq's training, how many updates are finished.
 
         Raises:
-            ValueError: torchrun started several trainings that know nothing of each other.
+            TrainingError: torchrun started several trainings that know nothing of each other.
         """
         world = int(os.environ.get("WORLD_SIZE", 1))
         is_told = world == 1 or torch.distributed.is_initialized()
         if torch.distributed.is_torchelastic_launched() and not is_told:
-            raise ValueError(
+            raise TrainingError(
                 f"pkm_roberta: torchrun started {world} workers, but fairseq was told of 1: "
                 f"give --distributed-world-size {world} (see docs/distributed.md)"
             )

@@ -13,6 +13,7 @@ from fairseq import optim
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer
 from torch import Tensor, nn
 
+from ..errors import TrainingError
 from ..memory.gradient import is_table
 
 
@@ -32,7 +33,7 @@ class _ValuesApart(optim.FairseqOptimizer):
 
         Raises:
             OverflowError: a gradient is not finite; fairseq catches it and skips the update.
-            ValueError: the same without CUDA, where fairseq cannot.
+            TrainingError: the same without CUDA, where fairseq cannot.
         """
         getattr(self, self._of_values).multiply_values(self._multiply_factor)
         try:
@@ -40,7 +41,7 @@ class _ValuesApart(optim.FairseqOptimizer):
         except OverflowError as error:
             if torch.cuda.is_available():
                 raise
-            raise ValueError(
+            raise TrainingError(
                 f"fp16: a gradient is not finite, and fairseq cannot skip an update without CUDA "
                 f"({error}): use a smaller --fp16-init-scale, bfloat16 or full precision"
             ) from None
