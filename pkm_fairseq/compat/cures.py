@@ -20,6 +20,7 @@ from . import (
     processes,
     quantization,
     registries,
+    requirements,
     validation,
     whole_words,
     workers,
@@ -27,6 +28,7 @@ from . import (
 
 FAIRSEQ = "0.12.3"  # ve-fairseq 0.12.3 and fairseq-fixed 0.12.3.1, whose text code is identical
 TESTS = "tests/unit/test_compat.py::"
+OPTIONS = "tests/integration/test_options.py::"
 PRECISION = "tests/unit/test_mixed_precision.py::"
 
 
@@ -132,6 +134,21 @@ CURES: Tuple[Cure, ...] = (
         FAIRSEQ,
         TESTS + "test_whole_words_need_to_know_where_words_begin",
         replace=registries.give_each_name_a_configuration,
+    ),
+    Cure(
+        "fairseq.dataclass.utils.override_module_args",
+        "--write-checkpoints-asynchronously without iopath trains nothing and ends with status 0; "
+        "--profile, --use-plasma-view and --optimizer composite end in tracebacks",
+        FAIRSEQ,
+        OPTIONS + "test_it_is_refused_in_one_line",
+        replace=requirements.refuse_what_cannot_work,
+    ),
+    Cure(
+        "fairseq.checkpoint_utils.load_ema_from_checkpoint",
+        "--ema-seed-model with a checkpoint that holds no average ends with: KeyError: 'ema'",
+        FAIRSEQ,
+        OPTIONS + "test_it_is_refused_in_one_line",
+        replace=requirements.name_a_checkpoint_without_average,
     ),
     Cure(
         "fairseq.tasks.masked_lm.MaskedLMTask.load_dataset",

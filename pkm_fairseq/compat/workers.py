@@ -38,9 +38,8 @@ def start_workers_on_the_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
         training = cfg.distributed_training
-        if not cfg.common.cpu or training.distributed_world_size == 1:
-            return stock(cfg, main, **kwargs)
-        if training.distributed_no_spawn:
+        is_one = training.distributed_world_size == 1 and not training.distributed_init_method
+        if not cfg.common.cpu or is_one or training.distributed_no_spawn:
             return stock(cfg, main, **kwargs)
         if training.distributed_backend == "nccl":
             raise ValueError(

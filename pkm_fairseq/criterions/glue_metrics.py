@@ -30,6 +30,11 @@ SCORE_METRICS: Dict[str, Metric] = {
     "pearson": lambda targets, scores: _of_varying(lambda *x: pearsonr(*x)[0], targets, scores),
     "spearman": lambda targets, scores: _of_varying(lambda *x: spearmanr(*x)[0], targets, scores),
 }
+REPORTS = {  # fairseq's options, and what to use in their place
+    "report_mcc": "mcc",
+    "report_acc_and_f1": "accuracy,f1",
+    "report_pearson_and_spearman": "accuracy",
+}
 
 
 def score(metric: str, predictions: Any, targets: Any, positive: Any = 1) -> float:
@@ -88,6 +93,7 @@ class GlueMetrics(FairseqCriterion):
         super().__init__(cfg, task)
         names = safe_getattr(cfg, "glue_metrics") or ""
         self._glue_metrics = _checked(names, cfg.regression_target, task)
+        _check_reports(cfg, task)
         self._positive = None  # the class of the label that f1 is of
         if "f1" in self._glue_metrics:
             self._positive = _class_of(safe_getattr(cfg, "glue_positive_label", "1"), task)
@@ -148,6 +154,19 @@ def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
     if "f1" in chosen and task.cfg.num_classes != 2:
         raise ValueError(f"--glue-metrics f1 needs --num-classes 2, not {task.cfg.num_classes}")
     return chosen
+
+
+def _check_reports(cfg: Any, task: Any) -> None:
+    """fairseq's own reports take the labels of a classification for numbers."""
+    for option, metrics_here in REPORTS.items():
+        if not safe_getattr(cfg, option) or cfg.regression_target:
+            continue
+        for label in label_names(task.label_dictionary):
+            if not label.lstrip("-").isdecimal():
+                raise ValueError(
+                    f"--{option.replace('_', '-')} needs labels that are whole numbers, but one "
+                    f"is {label!r}: use --glue-metrics {metrics_here}"
+                )
 
 
 def _class_of(label: str, task: Any) -> int:

@@ -35,6 +35,11 @@ class PkmMaskedLMTask(MemoryTrainStep, TellsEndOfValidation, MaskedLMTask):
     def setup_task(cls, cfg: PkmMaskedLMConfig, **kwargs: Any) -> "PkmMaskedLMTask":
         """Load the dictionary; stop with one line if it is missing."""
         forget_previous_training()
+        if cfg.d2v2_multi:
+            raise ValueError(
+                "pkm_masked_lm: --d2v2-multi makes batches for data2vec, which holds several "
+                "models; leave it out"
+            )
         return super().setup_task(cfg, **kwargs)
 
     @classmethod

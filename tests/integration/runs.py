@@ -155,11 +155,16 @@ def train(data: Path, save_dir: Path, *options: Any) -> Run:
     return run_well(*command, *options)
 
 
-def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subprocess.Popen[str]]":
-    """Start fairseq-train in two processes that exchange gradients."""
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        return int(free.getsockname()[1])
+
+
+def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subprocess.Popen[str]]":
+    """Start fairseq-train in two processes that exchange gradients."""
+    address = f"tcp://127.0.0.1:{free_port()}"
     command = [BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, *MODEL, "--save-dir", save_dir]
     command += ["--distributed-world-size", "2", "--distributed-backend", "gloo"]
     command += ["--distributed-init-method", address, "--distributed-no-spawn"]

@@ -1,6 +1,7 @@
 """user_dir_examples/four_arms: five trainings, and what their logs and checkpoints say together."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -42,5 +43,6 @@ def test_a_failed_arm_stops_with_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = run(RUN, tmp_path / "empty", tmp_path / "arms", "30")
     assert done.status != 0
-    first = r"^(plain|resm) failed: no dictionary at .*empty/dict.txt"  # of the two that start at once
+    # one of the two that start at once
+    first = r"^(plain|resm) failed: no dictionary at .*empty/dict.txt"
     assert re.search(first, done.output, re.MULTILINE)
