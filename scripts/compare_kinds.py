@@ -3,11 +3,12 @@
 
 import argparse
 from pathlib import Path
+from typing import Dict, Tuple
 
 from _script import run
 
 from pkm_fairseq.experiments.benchmark.kinds import costs
-from pkm_fairseq.experiments.demo.kinds import KINDS, learned
+from pkm_fairseq.experiments.demo.kinds import KINDS, learned, spread
 from pkm_fairseq.memory import MemoryConfig
 
 
@@ -46,13 +47,22 @@ def print_costs(args: argparse.Namespace) -> None:
 
 
 def print_learned(args: argparse.Namespace) -> None:
-    """Train and print."""
+    """Train and print, at last the median and range of each kind."""
     print("| kind | seed | perplexity | top-1 usage | top-k usage | KL, weighted |")
     print("|---|--:|--:|--:|--:|--:|")
     settings = (args.data, args.out, args.arm, args.preset, args.updates)
+    rows: Dict[str, Dict[int, Tuple[float, ...]]] = {name: {} for name in args.kinds}
     for name, seed, found in learned(*settings, args.seeds, args.kinds):
         cells = " | ".join(f"{number:.4g}" for number in found)
         print(f"| {name} | {seed} | {cells} |", flush=True)
+        rows[name][seed] = found
+    print("\n| kind | perplexity | top-1 usage | top-k usage | KL, weighted | against plain |")
+    print("|---|--:|--:|--:|--:|---|")
+    for name, by_seed in rows.items():
+        cells = " | ".join(map(spread, zip(*by_seed.values(), strict=True)))
+        seeds = by_seed if "plain" in rows and name != "plain" else ()
+        against = ", ".join(f"{by_seed[k][0] - rows['plain'][k][0]:+.1f}" for k in seeds)
+        print(f"| {name} | {cells} | {against} |")
 
 
 if __name__ == "__main__":

@@ -291,6 +291,10 @@ def test_kinds_are_compared_by_cost_and_by_what_they_learn(
     options += ["--kinds", "plain", "relu weights"]
     options += ["--data", finished[0] / "data/bin", "--out", tmp_path]
     lines = script("compare_kinds.py", "train", *options).output.splitlines()
-    rows = {cells[1]: cells[2:] for cells in (re.split(r" *\| *", x) for x in lines[2:])}
+    rows = {cells[1]: cells[2:] for cells in (re.split(r" *\| *", x) for x in lines[2:4])}
     assert list(rows) == ["plain", "relu weights"] and all(r[0] == "3" for r in rows.values())
-    assert rows["plain"][1] != rows["relu weights"][1]  # the option does something
+    plain, relu = rows["plain"][1], rows["relu weights"][1]
+    assert plain != relu  # the option does something
+    assert lines[7].startswith(f"| plain | {plain} ({plain} to {plain}) |")
+    difference = float(lines[8].split(" | ")[-1].strip(" |"))
+    assert difference == pytest.approx(float(relu) - float(plain), abs=0.1)

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 from ..runs.folders import PACKAGE
@@ -14,6 +15,7 @@ KINDS: Dict[str, List[str]] = {
     "plain": [],
     "query mlp": ["--memory-query", "mlp"],
     "relu weights": ["--memory-score-activation", "relu"],
+    "learned scale": ["--memory-learn-score-scale"],
     "output swilu": ["--memory-output", "swilu"],
     "values experts": ["--memory-values", "experts"],
     "value lr follows": ["--memory-value-lr-schedule", "follow"],
@@ -67,6 +69,11 @@ def learned(
                 if not found or found[-1]["num_updates"] != updates:
                     raise ValueError(f"a training ended without a validation: see {log}")
                 yield name, seed, tuple(found[-1][key] for key in FOUND)
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """The median, and from where to where the numbers go."""
+    return f"{median(numbers):.4g} ({min(numbers):.4g} to {max(numbers):.4g})"
 
 
 def _run(children: Children, command: List[str], log: Path) -> None:
