@@ -87,17 +87,47 @@ class MemoryConfig:
         test=integer(1),
         default_text="the encoder's width",
     )
-    query: str = option(
-        "linear",
-        "the query network",
-        LAMPLE,
-        choices=QUERIES.meanings,
-    )
     query_norm: str = option(
         "batch",
         "normalisation of the query",
         f"recommended by {LAMPLE}",
         choices=QUERY_NORMS,
+    )
+    values_init: str = option(
+        "normal",
+        "what values start with",
+        LAMPLE_CODE,
+        choices=VALUES_INITS,
+    )
+    value_dtype: str = option(
+        "float32",
+        "what values are stored in, in mixed precision too",
+        OUR_CHOICE,
+        choices=VALUE_DTYPES,
+    )
+    input_dropout: float = option(
+        0.0, "dropout on what the query network sees", OUR_CHOICE, test=share
+    )
+    query_dropout: float = option(0.0, "dropout on the normalised query", OUR_CHOICE, test=share)
+    read_dropout: float = option(
+        0.0, "dropout on what was read, before the model's own dropout", OUR_CHOICE, test=share
+    )
+    key_dropout: float = option(
+        0.0,
+        "share of each head's sub-keys of each half that a training step searches without, other "
+        "ones in every step, so that their neighbours learn",
+        "structured dropout on keys is future work of Kim & Jung 2020 by a secondary source, the "
+        "form is our choice",
+        test=share,
+    )
+    share_values: bool = option(
+        False, "one value table for all memory layers of a model", BERGES, test=switch
+    )
+    query: str = option(
+        "linear",
+        "the query network",
+        LAMPLE,
+        choices=QUERIES.meanings,
     )
     score_activation: str = option(
         "softmax",
@@ -123,41 +153,11 @@ class MemoryConfig:
         LAMPLE,
         choices=VALUES.meanings,
     )
-    values_init: str = option(
-        "normal",
-        "what values start with",
-        LAMPLE_CODE,
-        choices=VALUES_INITS,
-    )
     output: str = option(
         "linear",
         "what stands after the read",
         OUR_CHOICE,
         choices=OUTPUTS.meanings,
-    )
-    value_dtype: str = option(
-        "float32",
-        "what values are stored in, in mixed precision too",
-        OUR_CHOICE,
-        choices=VALUE_DTYPES,
-    )
-    input_dropout: float = option(
-        0.0, "dropout on what the query network sees", OUR_CHOICE, test=share
-    )
-    query_dropout: float = option(0.0, "dropout on the normalised query", OUR_CHOICE, test=share)
-    read_dropout: float = option(
-        0.0, "dropout on what was read, before the model's own dropout", OUR_CHOICE, test=share
-    )
-    key_dropout: float = option(
-        0.0,
-        "share of each head's sub-keys of each half that a training step searches without, other "
-        "ones in every step, so that their neighbours learn",
-        "structured dropout on keys is future work of Kim & Jung 2020 by a secondary source, the "
-        "form is our choice",
-        test=share,
-    )
-    share_values: bool = option(
-        False, "one value table for all memory layers of a model", BERGES, test=switch
     )
 
     def __post_init__(self) -> None:

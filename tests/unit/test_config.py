@@ -94,6 +94,12 @@ def test_values_at_the_edge_of_the_allowed_are_taken(settings):
     assert {name: getattr(config, name) for name in settings} == settings
 
 
+def test_places_are_those_of_the_first_release():
+    names = "n_keys heads knn k_dim v_dim query_norm values_init value_dtype input_dropout "
+    names += "query_dropout read_dropout key_dropout share_values"
+    assert [f.name for f in fields(MemoryConfig)][:13] == names.split()
+
+
 def test_derived_sizes():
     config = MemoryConfig(n_keys=7, knn=3, k_dim=10)
     assert (config.n_slots, config.half_dim) == (49, 5)
