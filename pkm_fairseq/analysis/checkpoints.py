@@ -86,10 +86,11 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
     if not has_memory(checkpoint):
         raise ValueError(f"--checkpoint {file}: the model has no memory")
     dictionary = dictionary_of(args, checkpoint)
+    # before loading, which adds what an older version did not save
     has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])
+    origins = origins_of(checkpoint)
     model = load_model(checkpoint, dictionary, str(file))
     updates, masking = updates_of(checkpoint), masking_of(checkpoint)
-    origins = origins_of(checkpoint)
     return Opened(name, file, model, dictionary, updates, has_read_times, masking, origins)
 
 

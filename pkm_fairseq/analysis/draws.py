@@ -41,5 +41,7 @@ def draw_curves_of_draws(axes: Axes, counts: Sequence[Tuple[str, str, Dict[str, 
 
 def below(axes: Axes, handles: Optional[Sequence[Line2D]] = None) -> None:
     """Put the legend below the axes, where it hides nothing; of these lines, or of those drawn."""
-    given = {} if handles is None else {"handles": handles}
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=9, **given)
+    shown = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.get_figure(root=True).legend(
+        handles=shown, loc="outside lower center", ncols=2, fontsize=9
+    )

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import List
+from typing import List, Tuple
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -29,6 +29,21 @@ def page(analysis: Analysis) -> str:
     """The page as HTML, with all charts in it."""
     report = analysis.report
     checkpoints = report["checkpoints"]
+    by_head = ("checkpoint", "layer", "head")
+    usage, weights = _split(
+        by_head, tables.USAGE_COLUMNS, "50/90/99 % in", tables.usage_rows(checkpoints)
+    )
+    staleness, first_choices = _split(
+        by_head[:2], tables.STALENESS_COLUMNS, "never top-1", tables.staleness_rows(checkpoints)
+    )
+    drifts, values = _split(
+        ("checkpoints", "layer", "head"), tables.DRIFT_COLUMNS, "values moved",
+        tables.drift_rows(report["drift"]),
+    )  # fmt: skip
+    last, last_weights = _split(
+        ("log", "memories", "layer", *tables.LOG_COLUMNS[:2]), tables.LOG_COLUMNS[2:], "KL",
+        tables.log_rows(analysis.logs),
+    )  # fmt: skip
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     ).get_template("page.html")
@@ -37,16 +52,31 @@ def page(analysis: Analysis) -> str:
         colours=COLOURS,
         charts=charts_of_checkpoints(checkpoints, analysis.masses),
         curves=_curves(analysis),
-        usage=(("checkpoint", "layer", "head", *tables.USAGE_COLUMNS),
-               tables.usage_rows(checkpoints)),
+        usage=usage,
+        weights=weights,
         curve=(("checkpoint", "layer", *tables.CURVE_COLUMNS), tables.curve_rows(checkpoints)),
-        staleness=(("checkpoint", "layer", *tables.STALENESS_COLUMNS),
-                   tables.staleness_rows(checkpoints)),
-        drifts=(("checkpoints", "layer", "head", *tables.DRIFT_COLUMNS),
-                tables.drift_rows(report["drift"])),
-        last=(("log", "memories", "layer", *tables.LOG_COLUMNS), tables.log_rows(analysis.logs)),
+        staleness=staleness,
+        first_choices=first_choices,
+        drifts=drifts,
+        values=(values[0], [row for row in values[1] if row[2] == tables.LAST_HEAD]),
+        last=last,
+        last_weights=last_weights,
         last_head=tables.LAST_HEAD,
     )  # fmt: skip
+
+
+Content = Tuple[Tuple[str, ...], List[List[str]]]  # of a table: its columns and its rows
+
+
+def _split(
+    keys: Tuple[str, ...], columns: Tuple[str, ...], second: str, rows: List[List[str]]
+) -> Tuple[Content, Content]:
+    """Two tables, which a narrow window shows whole; the second begins with this column."""
+    n, at = len(keys), columns.index(second)
+    return (
+        ((*keys, *columns[:at]), [row[: n + at] for row in rows]),
+        ((*keys, *columns[at:]), [row[:n] + row[n + at :] for row in rows]),
+    )
 
 
 def _curves(analysis: Analysis) -> List[Chart]:

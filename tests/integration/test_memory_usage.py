@@ -6,6 +6,7 @@ import runpy
 import shutil
 import signal
 import sys
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from pkm_fairseq.analysis.checkpoints import open_checkpoint
 from pkm_fairseq.analysis.drift import drift_of_checkpoints
 
 from .runs import MEMORY, ROOT, Run, binarise, load, run, run_well, train
@@ -124,6 +126,8 @@ def test_checkpoints_and_logs_together(trained: Path, evil_data: Path, tmp_path:
     page = Page(html_file.read_text())
     check_page(page)
     assert EVIL in page.text and "<i>" in page.text  # as text
+    rows = "".join(tag for tag, _ in page.tags if tag in ("tr", "th", "td")).split("tr")
+    assert max(row.count("th") + row.count("td") for row in rows) <= 11  # fits 800 pixels
     assert not [tag for tag, _ in page.tags if tag in ("script", "i")]
     figures = sum(tag == "figure" for tag, _ in page.tags)
     assert figures > 15
@@ -197,6 +201,19 @@ def test_drift_from_before_to_after_finetuning(trained: Path, tmp_path: Path) ->
     )
     assert found["keys_moved"] == pytest.approx(1)
     assert (found["topk_jaccard"], found["top1_same"], found["values_moved"]) == (1, 1, 0)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_origin(
+    trained: Path, evil_data: Path, tmp_path: Path
+) -> None:
+    checkpoint = load(trained / "checkpoint_last.pt")
+    args = Namespace(data=str(evil_data), text=None, dict=None)
+    file = tmp_path / "old.pt"
+    for has_origin in (True, False):
+        if not has_origin:
+            del checkpoint["model"]["encoder.sentence_encoder.layers.1.reads.origin"]
+        torch.save(checkpoint, file)
+        assert (open_checkpoint("old", file, args).origins is not None) == has_origin
 
 
 @pytest.mark.parametrize(
