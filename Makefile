@@ -29,7 +29,8 @@ $(INSTALLED): $(REQUIREMENTS)
 		"Python is %d.%d, must be 3.11 or 3.12: make PYTHON=python3.11 ..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/installed-*
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements/torch.txt -r requirements/base.txt
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements/torch.txt -r requirements/base.txt \
+		-r requirements/huggingface.txt
 	$(BIN)/pip uninstall -q -y --disable-pip-version-check fairseq ve-fairseq fairseq-fixed
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation \
 		--require-hashes -r requirements/fairseq-$(FAIRSEQ).txt

@@ -26,6 +26,7 @@ setup(
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "fairseq": ["ve-fairseq==0.12.3", "hydra-core>=1.3.2,<1.4", "omegaconf>=2.3,<2.4"],
+        "huggingface": ["transformers>=5.24", "safetensors", "accelerate>=1.15"],
         "cpu": ["numba>=0.68"],
         "faiss": ["faiss-cpu>=1.15", "rich", "matplotlib"],
         "plots": ["matplotlib", "jinja2", "rich", "sentencepiece"],

@@ -22,6 +22,7 @@ ALLOWED = {
     "criterions": {"memory", "models", "compat", "plugin", "errors"},
     "tasks": {"memory", "models", "compat", "plugin"},
     "optim": {"memory", "models", "compat", "plugin", "errors"},
+    "huggingface": {"memory"},
     "settings": {"memory", "models", "criterions", "optim"},
     "analysis": {"memory", "models", "__version__"},
     "experiments": set(),
@@ -37,9 +38,14 @@ FORBIDDEN = {
     "memory": {"fairseq", "omegaconf", "hydra"},
     "errors": {"fairseq", "omegaconf", "hydra", "torch"},
     "validation": {"fairseq", "omegaconf", "hydra"},
+    "huggingface": {"fairseq", "omegaconf", "hydra"},
 }
 # package -> the only part that may import it, if any
-OWNERS = {"faiss": "validation", "tests": None, "scripts": None, "_script": None}
+OWNERS = {
+    "faiss": "validation",
+    **dict.fromkeys(("transformers", "safetensors", "accelerate", "tokenizers"), "huggingface"),
+    **dict.fromkeys(("tests", "scripts", "_script")),
+}
 
 
 def imported(source, module, is_package=False):
@@ -110,6 +116,10 @@ def test_every_part_imports_only_what_the_design_allows():
         ("from ..models import roberta", "pkm_fairseq.validation.report", False),
         ("import fairseq.options", "pkm_fairseq.validation.report", False),
         ("import faiss", "pkm_fairseq.models.roberta", False),
+        ("import transformers", "pkm_fairseq.memory.memory", False),
+        ("def f():\n    import safetensors", "pkm_fairseq.experiments.demo.pipeline", False),
+        ("from ..models import roberta", "pkm_fairseq.huggingface.add", False),
+        ("import fairseq", "pkm_fairseq.huggingface.add", False),
         ("import faiss", "pkm_fairseq.experiments.demo.pipeline", False),
         ("from ..experiments import runs", "pkm_fairseq.models.roberta", False),
         ("from ..experiments.runs import logs", "pkm_fairseq.analysis.curves", False),
@@ -134,6 +144,7 @@ def test_a_forbidden_import_is_noticed(source, module, is_package):
         ("from ..memory import MemoryConfig\nimport fairseq", "pkm_fairseq.models.config", False),
         ("from ..models.init_from import f", "pkm_fairseq.tasks.common", False),
         ("import faiss", "pkm_fairseq.validation.report", False),
+        ("import transformers", "pkm_fairseq.huggingface.add", False),
         ("from ..runs import logs", "pkm_fairseq.experiments.glue.finetune", False),
         ("from . import metrics", "pkm_fairseq.experiments.glue", True),
         ("from ...analysis import svg", "pkm_fairseq.experiments.demo.page", False),

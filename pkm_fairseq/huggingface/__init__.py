@@ -1,0 +1,25 @@
+"""Memories in models of Hugging Face transformers, the second host.
+
+Importing it registers the models with memory: ``AutoConfig`` and ``AutoModel*`` of transformers
+then load what ``save_pretrained`` has written.
+"""
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "pkm_fairseq.huggingface needs transformers, safetensors and accelerate: "
+        "pip install pkm_fairseq[huggingface]"
+    ) from error
+
+from .add import add_memories
+from .architectures import Architecture
+from .models import MemoryModel, memory_class, register_architecture
+
+__all__ = [
+    "Architecture",
+    "MemoryModel",
+    "add_memories",
+    "memory_class",
+    "register_architecture",
+]

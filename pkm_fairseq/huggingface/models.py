@@ -1,0 +1,305 @@
+"""The classes of models with memory, and their registration with transformers' Auto classes."""
+
+import copy
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..memory import MemoryConfig, ProductKeyMemory, RunState, ValueTable, build_values
+from ..memory.observe.staleness import ReadTimes, origin_of
+from ..memory.query import BatchQueryNorm
+from .architectures import ARCHITECTURES, PREFIX, Architecture, architecture_of
+from .blocks import (
+    MODES,
+    BertMemoryBlock,
+    FeedForwardMemoryBlock,
+    MemoryBlock,
+    TellPadding,
+    block_class,
+    forget_padding,
+)
+from .card import write_card
+
+# what stays in float32 when a model is loaded in half precision, as parts of names
+FLOAT32 = ("memory.values", "memory.query_norm.running_mean", "memory.query_norm.running_var")
+
+
+class MemoryModel:
+    """What a model with memory has; it stands in front of transformers' own class.
+
+    Its configuration says where the memories are: ``memory_layers`` (0-based), ``memory_mode`` and
+    ``memory``, the settings of a :class:`~pkm_fairseq.memory.MemoryConfig`.
+    """
+
+    config: Any
+    base_model: Any
+    _tied_weights_keys: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not getattr(config, "memory_layers", None):
+            raise ValueError(
+                f"{type(self).__name__}: the configuration has no memory_layers: load the model "
+                "without memory, and call add_memories"
+            )
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if not self.memory_layers():  # of a head around AutoModel the base model has them
+            attach(self)
+        _complete(self)
+
+    @property
+    def run(self) -> RunState:
+        """The state of the run, which all memories read."""
+        run: RunState = next(iter(self.memory_layers().values())).memory.run
+        return run
+
+    def memory_layers(self) -> Dict[int, MemoryBlock]:
+        """The blocks with a memory, by their index."""
+        blocks = architecture_of(self.config).blocks_of(self.base_model)
+        return {i: block for i, block in enumerate(blocks) if isinstance(block, MemoryBlock)}
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, and write a model card unless there is one."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if is_main_process:  # first: what is saved may be pushed at once
+            write_card(self, Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> Dict[str, str]:
+        """Also tie the tables that layers share, whatever the configuration says of embeddings."""
+        tied: Dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
+        return {**tied, **shared_tables(self)}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, ValueTable):
+            module.reset_parameters()
+        elif isinstance(module, BatchQueryNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.running_mean)
+            nn.init.ones_(module.running_var)
+        elif isinstance(module, ProductKeyMemory):
+            bound = module.config.half_dim**-0.5
+            nn.init.uniform_(module.keys, -bound, bound)
+            if isinstance(module.score_scale, nn.Parameter):
+                nn.init.constant_(module.score_scale, module.config.score_scale)
+        elif isinstance(module, ReadTimes):
+            nn.init.zeros_(module.last_read)
+            nn.init.zeros_(module.last_top1)
+            block = next(x for x in self.memory_layers().values() if x.reads is module)
+            if not is_loaded(module.origin):
+                module.origin.copy_(origin_of(block.memory.keys, block.memory_mode))
+
+
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has loaded a tensor from a checkpoint."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def data_parallel_group() -> Any:
+    """The process group of data-parallel workers; None if there is but one."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
+def shared_tables(model: Any) -> Dict[str, str]:
+    """Names of the tables of values that layers share, each with the name it is stored under."""
+    first: Dict[int, str] = {}
+    tied = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ValueTable):
+            source = first.setdefault(id(module), name)
+            if source != name:
+                tied[f"{name}.weight"] = f"{source}.weight"
+    return tied
+
+
+# --- adding memories --------------------------------------------------------------------------
+
+
+def settings_of(config: MemoryConfig, layers: Iterable[int], mode: str) -> Dict[str, Any]:
+    """What the configuration of a model says of its memories."""
+    return {"memory_layers": sorted(layers), "memory_mode": mode, "memory": asdict(config)}
+
+
+def attach(model: Any) -> None:
+    """Put the memories that its configuration names into a model without any."""
+    base, config = model.base_model, model.config
+    if base is not model:
+        base.__class__ = memory_class(type(base))
+    settings, mode = MemoryConfig(**config.memory), config.memory_mode
+    width, run = config.hidden_size, RunState(data_parallel_group)
+    architecture = architecture_of(config)
+    dropout = float(getattr(config, architecture.dropout)) if architecture.dropout else 0.0
+    blocks = architecture.blocks_of(base)
+    shared = build_values(width, settings, keeps_dtype=True) if settings.share_values else None
+    for index in config.memory_layers:
+        memory = ProductKeyMemory(width, settings, shared, run=run, keeps_dtype=True)
+        for module in memory.modules():
+            if isinstance(module, nn.Linear):  # as every Linear of the model
+                model._init_weights(module)
+        _put(architecture, blocks[index], memory, mode, dropout)
+    parameters = list(inspect.signature(type(base).forward).parameters)
+    index = parameters.index("attention_mask") - 1  # without self
+    base.register_forward_pre_hook(TellPadding(index), with_kwargs=True)
+    base.register_forward_hook(forget_padding, always_call=True)
+
+
+def _put(
+    architecture: Architecture, block: Any, memory: ProductKeyMemory, mode: str, dropout: float
+) -> None:
+    architecture.check_block(block)
+    if architecture.ffn is None:
+        block.__class__ = block_class(type(block), BertMemoryBlock)
+        block.put_memory(memory, mode, dropout)
+    else:
+        block.__class__ = block_class(type(block), FeedForwardMemoryBlock)
+        block.put_memory_at(architecture.ffn, memory, mode, dropout)
+
+
+def _complete(model: Any) -> None:
+    """Tell transformers what memories change of how a model is saved and loaded."""
+    for part in {id(x): x for x in (model.base_model, model)}.values():
+        if tied := shared_tables(part):
+            part._tied_weights_keys = {**(part._tied_weights_keys or {}), **tied}
+        part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
+        part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "reads"}
+        if part.config.memory["value_dtype"] == "float32":
+            part._keep_in_fp32_modules_strict.update(FLOAT32)
+
+
+def change_in_place(model: Any, settings: Dict[str, Any]) -> None:
+    """Turn a model into one with memory: its classes, its configuration, its blocks."""
+    plain = model.config
+    config = copy.deepcopy(plain)
+    config.__class__ = config_class(type(plain))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    for module in model.modules():
+        if getattr(module, "config", None) is plain:
+            module.config = config
+    device, dtype = model.device, model.dtype
+    model.__class__ = memory_class(type(model))
+    attach(model)
+    for block in model.memory_layers().values():
+        for part in (block.memory, block.reads):
+            part.to(device, dtype)
+        block.train(model.training)
+    _complete(model)
+
+
+def check_model(model: Any, layers: List[int], mode: str) -> None:
+    """Complain of a model that memories cannot be added to.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"the model is a {type(model).__name__}, must be one of transformers")
+    architecture = architecture_of(model.config)
+    if isinstance(model, MemoryModel):
+        raise ValueError(f"the model has memories in layers {sorted(model.memory_layers())}")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
+    blocks = architecture.blocks_of(model.base_model)
+    wrong = [i for i in layers if not isinstance(i, int) or not 0 <= i < len(blocks)]
+    if wrong or not layers or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"layers are {layers}, must be different ones of 0 to {len(blocks) - 1}, at least one"
+        )
+    for index in layers:
+        architecture.check_block(blocks[index])
+    if getattr(model.config, "is_decoder", False):
+        raise ValueError("the model is a decoder (config.is_decoder), must be an encoder")
+    if chunk := getattr(model.config, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"config.chunk_size_feed_forward is {chunk}, must be 0: a memory normalises queries "
+            "over all tokens of a batch"
+        )
+
+
+# --- classes ----------------------------------------------------------------------------------
+
+_CLASSES: Dict[type, type] = {}
+
+
+def _keep(plain: type, made: type) -> type:
+    globals().setdefault(made.__name__, made)  # where pickle looks for it
+    _CLASSES[plain] = made
+    return made
+
+
+def config_class(plain: type) -> type:
+    """The class of the configurations of models with memory, of the type ``pkm_<type>``."""
+    if plain not in _CLASSES:
+        model_type = f"{PREFIX}{plain.model_type}"  # type: ignore[attr-defined]
+        body = {"__module__": __name__, "model_type": model_type}
+        _keep(plain, type(f"Pkm{plain.__name__}", (plain,), body))
+    return _CLASSES[plain]
+
+
+def memory_class(plain: type) -> type:
+    """The class of models with memory for one of transformers, or of your own, without.
+
+    Args:
+        plain: a class of models whose architecture is known.
+
+    Returns:
+        The class, whose ``from_pretrained`` loads what its ``save_pretrained`` has written.
+    """
+    if issubclass(plain, MemoryModel):
+        return plain
+    if plain not in _CLASSES:
+        body = {"__module__": __name__, "config_class": config_class(plain.config_class)}  # type: ignore[attr-defined]
+        _keep(plain, type(f"Pkm{plain.__name__}", (MemoryModel, plain), body))
+    return _CLASSES[plain]
+
+
+def register_architecture(
+    config: type, architecture: Architecture, models: Iterable[type] = ()
+) -> None:
+    """Make an architecture known, so that memories can be added, saved and loaded.
+
+    Args:
+        config: transformers' class of its configurations.
+        architecture: where its blocks and their feed-forwards are.
+        models: classes of models that transformers' Auto classes do not know, each of which has
+            ``config_class``; :func:`memory_class` gives their class with memory.
+
+    Raises:
+        ValueError: the architecture is known already.
+    """
+    model_type = config.model_type  # type: ignore[attr-defined]
+    if model_type in ARCHITECTURES:
+        raise ValueError(f"the architecture {model_type!r} is known already")
+    ARCHITECTURES[model_type] = architecture
+    _register(config, models)
+
+
+def _register(config: type, models: Iterable[type] = ()) -> None:
+    with_memory = config_class(config)
+    AutoConfig.register(with_memory.model_type, with_memory)  # type: ignore[attr-defined]
+    for model in models:
+        memory_class(model)
+    for auto in vars(modeling_auto).values():
+        is_auto = isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)
+        mapping: Optional[Any] = getattr(auto, "_model_mapping", None) if is_auto else None
+        if mapping is not None and config in mapping:
+            auto.register(with_memory, memory_class(mapping[config]))
+
+
+for _model_type in ARCHITECTURES:
+    _register(CONFIG_MAPPING[_model_type])
