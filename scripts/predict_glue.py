@@ -2,16 +2,21 @@
 """Predictions of finetuned models: the files for GLUE's server, or of your own sentences.
 
 --zip FILE predicts the test sets. --stdin reads an example a line, the two sentences of a pair
-separated by a tab, and prints for each its label and probability, or its score.
+separated by a tab, and prints for each its label and probability, or its score. --ablate measures
+what memories are worth: the dev metrics with values of zero, with values permuted among the slots,
+and with the first choice of each head alone.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from _script import run
 
+from pkm_fairseq.experiments.glue.ablate import ablations, dev_metrics
+from pkm_fairseq.experiments.glue.data import prepared_tasks
 from pkm_fairseq.experiments.glue.predict import (
     Finetuned,
     best_checkpoint,
@@ -22,6 +27,7 @@ from pkm_fairseq.experiments.glue.predict import (
 from pkm_fairseq.experiments.glue.submission import missing_files, write_zip
 from pkm_fairseq.experiments.glue.tasks import TASKS, TaskSpec, load_task_spec, task_names
 from pkm_fairseq.experiments.glue.tokenizers import saved_tokenizer
+from pkm_fairseq.memory.files import write_file
 
 
 def main() -> None:
@@ -32,6 +38,11 @@ def main() -> None:
         finetuned = load(args, specs[0])
         tokenizer = saved_tokenizer(args.data / "tokenizer")
         print(*predict_lines(finetuned, sys.stdin.buffer, tokenizer), sep="\n")
+        return
+    if args.ablate:
+        found = [ablate(args, spec) for spec in specs]
+        if args.json:
+            write_file(args.json, json.dumps(found, indent=2, allow_nan=False) + "\n")
         return
     contents: Dict[str, str] = {}
     for spec in specs:
@@ -67,7 +78,14 @@ def parse() -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--zip", type=Path, metavar="FILE", help="write the submission here")
     output.add_argument("--stdin", action="store_true", help="predict sentences of standard input")
-    return parser.parse_args()
+    output.add_argument("--ablate", action="store_true", help="dev metrics without memories")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what --ablate found")
+    args = parser.parse_args()
+    if args.json and not args.ablate:
+        raise ValueError("--json has no effect without --ablate")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {args.json} must be a file in a folder that exists")
+    return args
 
 
 def chosen_tasks(args: argparse.Namespace) -> List[TaskSpec]:
@@ -84,10 +102,35 @@ def chosen_tasks(args: argparse.Namespace) -> List[TaskSpec]:
     return specs
 
 
+def checkpoint_of(args: argparse.Namespace, spec: TaskSpec) -> Path:
+    """The checkpoint of a task."""
+    return args.checkpoint or best_checkpoint(args.runs / spec.name, spec)
+
+
 def load(args: argparse.Namespace, spec: TaskSpec) -> Finetuned:
     """The model of a task."""
-    checkpoint = args.checkpoint or best_checkpoint(args.runs / spec.name, spec)
-    return load_finetuned(checkpoint, args.data / spec.name, spec)
+    return load_finetuned(checkpoint_of(args, spec), args.data / spec.name, spec)
+
+
+def ablate(args: argparse.Namespace, spec: TaskSpec) -> Dict[str, Any]:
+    """Print the dev metrics of a task's model, whole and with its memories switched off in part."""
+    checkpoint = checkpoint_of(args, spec)
+    finetuned = load_finetuned(checkpoint, args.data / spec.name, spec)
+    (task,) = prepared_tasks(args.data, [spec.name])
+    whole, parts = dev_metrics(finetuned, task), ablations(finetuned, task)
+    print(f"{spec.name}: {checkpoint}: {said(whole)}")
+    if not parts:
+        print("  no memory to ablate")
+    for part, kinds in parts.items():
+        name = "all memories" if part == "all" else f"memory of layer {part}"
+        print(f"  {name} ablated: " + "; ".join(f"{kind} {said(x)}" for kind, x in kinds.items()))
+    found = {"task": spec.name, "checkpoint": str(checkpoint), "dev": whole}
+    return {**found, "ablations": parts.pop("all", None), "ablations_by_layer": parts}
+
+
+def said(metrics: Dict[str, float]) -> str:
+    """Metrics in words."""
+    return ", ".join(f"{name} {value:.1f}" for name, value in metrics.items())
 
 
 if __name__ == "__main__":

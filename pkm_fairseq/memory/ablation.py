@@ -1,7 +1,7 @@
 """Memories that are switched off in part, to see what they are worth to a model."""
 
 from contextlib import ExitStack, contextmanager
-from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from .hosts import HasMemories
 from .memory import ProductKeyMemory
 
+Measured = TypeVar("Measured")
 Reads = Tuple[Tensor, Tensor]  # slots and weights, each (N, H, K)
 
 
@@ -57,6 +58,29 @@ def ablated(
         for index in memories if layers is None else layers:
             stack.enter_context(_ablated(memories[index], kind, seed))
         yield
+
+
+def measure_ablations(
+    model: HasMemories, measure: Callable[[], Measured]
+) -> Dict[str, Dict[str, Measured]]:
+    """Measure a model with its memories switched off in part: all of them, and each alone.
+
+    Args:
+        model: a host's model.
+        measure: evaluates it.
+
+    Returns:
+        By memory layer, as text, and of all memories together as "all": by kind of
+        :func:`ablated`, what was measured.
+    """
+    parts: Dict[str, Optional[List[int]]] = {"all": None}
+    parts.update({str(layer): [layer] for layer in model.memory_layers()})
+    found: Dict[str, Dict[str, Measured]] = {part: {} for part in parts}
+    for part, layers in parts.items():
+        for kind in ABLATIONS:
+            with ablated(model, kind, layers):
+                found[part][kind] = measure()
+    return found
 
 
 @contextmanager

@@ -184,6 +184,42 @@ def test_a_checkpoint_that_does_not_name_its_labels(
         load_sst()
 
 
+def predicted_on_dev(made: Path, name: str) -> "tuple[List[Any], List[str]]":
+    """What a model says of the prepared dev set, and the labels there, computed apart."""
+    finetuned = load_finetuned(checkpoint_of(made, name), made / "data" / name, TASKS[name])
+    dictionary = finetuned.task.source_dictionary
+    file = str(made / "data" / name / "input0" / "valid")
+    inputs = data_utils.load_indexed_dataset(file, dictionary)
+    examples = [finetuned.example([row]) for row in inputs]
+    predicted = finetuned.predictions(finetuned.outputs(examples, "valid"))
+    return predicted, labels_of(made / "glue" / name / "dev.tsv")
+
+
+def test_what_a_memory_is_worth_to_a_finetuned_model(made: Path, tmp_path: Path) -> None:
+    def ablated(name: str, checkpoint: Path) -> "tuple[Any, str]":
+        file = tmp_path / "found.json"
+        options = ("--tasks", name, "--ablate", "--json", file)
+        done = predict(made, *options, checkpoint=checkpoint)
+        assert done.status == 0, done.output
+        (found,) = json.loads(file.read_text())
+        return found, done.output
+
+    found, output = ablated("SST-2", checkpoint_of(made, "SST-2"))
+    predicted, targets = predicted_on_dev(made, "SST-2")
+    assert found["dev"] == {"accuracy": pytest.approx(100 * accuracy_score(targets, predicted))}
+    assert set(found["ablations"]) == {"zero", "permuted", "top1"}
+    assert found["ablations_by_layer"] == {"1": found["ablations"]}
+    said = f"accuracy {found['dev']['accuracy']:.1f}\n  all memories ablated: zero accuracy"
+    assert said in output
+    without = load(checkpoint_of(made, "SST-2"))  # a table of zeros
+    without["model"]["encoder.sentence_encoder.layers.1.memory.values.weight"].zero_()
+    torch.save(without, tmp_path / "without.pt")
+    assert ablated("SST-2", tmp_path / "without.pt")[0]["dev"] == found["ablations"]["zero"]
+    plain, output = ablated(PLAIN, checkpoint_of(made, PLAIN))
+    assert plain["ablations"] is None and "no memory to ablate" in output
+    assert set(plain["dev"]) == {"pearson", "spearman"}
+
+
 def from_stdin(made: Path, name: str, text: bytes) -> "subprocess.CompletedProcess[bytes]":
     command = [sys.executable, ROOT / "scripts/predict_glue.py", "--data", made / "data"]
     command += ["--checkpoint", checkpoint_of(made, name), "--stdin", "--task", name]

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional
 
-from ...memory.ablation import ABLATIONS, ablated
+from ...memory.ablation import measure_ablations
 from ...memory.hosts import new_usage, observing, with_memories
 from ...memory.observe.usage import DRAWS
 from ...models.checkpoints import (
@@ -128,21 +128,12 @@ def ablations(
         task: of the batches.
 
     Returns:
-        By memory layer, as text, and of all memories together as "all": by kind of
-        :func:`pkm_fairseq.memory.ablation.ablated`, the perplexity. Empty without a memory.
+        As :func:`pkm_fairseq.memory.ablation.measure_ablations`. Empty without a memory.
     """
     host = with_memories(model)
     if host is None:
         return {}
-    parts: Dict[str, Optional[List[int]]] = {"all": None}
-    parts.update({str(layer): [layer] for layer in host.memory_layers()})
-    found: Dict[str, Dict[str, float]] = {}
-    for name, layers in parts.items():
-        found[name] = {}
-        for kind in ABLATIONS:
-            with ablated(host, kind, layers):
-                found[name][kind] = _perplexity(model, batches, task)
-    return found
+    return measure_ablations(host, lambda: _perplexity(model, batches, task))
 
 
 def _perplexity(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> float:

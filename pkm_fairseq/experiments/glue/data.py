@@ -89,12 +89,12 @@ def majority_baseline(task: PreparedTask) -> Dict[str, float]:
     Of a regression that is any constant: its correlations are 0.
     """
     scores: Dict[str, float] = {}
-    trained = Counter([] if task.is_regression else _labels(task, "train"))
+    trained = Counter([] if task.is_regression else targets_of(task, "train"))
     for split in task.dev_splits:
         if task.is_regression:
             scores |= {dev_name(metric, split): 0.0 for metric in task.metrics}
             continue
-        targets = _labels(task, split)
+        targets = targets_of(task, split)
         answers = np.full_like(targets, max(task.labels, key=trained.__getitem__))
         for metric in task.metrics:
             scores[dev_name(metric, split)] = score(metric, answers, targets, task.positive)
@@ -124,8 +124,11 @@ def _read(folder: Path) -> PreparedTask:
         raise ValueError(f"{file} is not as prepare_glue.py writes it: prepare it again") from None
 
 
-def _labels(task: PreparedTask, split: str) -> np.ndarray:
-    """The labels of a split, by name, (N,)."""
-    dictionary = Dictionary.load(str(task.folder / "label" / "dict.txt"))
-    labels = data_utils.load_indexed_dataset(str(task.folder / "label" / split), dictionary)
+def targets_of(task: PreparedTask, split: str) -> np.ndarray:
+    """The labels of a split by name, or the scores of a regression, scaled to 0..1, (N,)."""
+    folder = task.folder / "label"
+    if task.is_regression:
+        return np.loadtxt(folder / f"{split}.label", ndmin=1)
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    labels = data_utils.load_indexed_dataset(str(folder / split), dictionary)
     return np.array([dictionary[int(label[0])] for label in labels])

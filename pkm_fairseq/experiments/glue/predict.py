@@ -234,18 +234,12 @@ def predict_tests(finetuned: Finetuned, data: Path) -> Dict[str, str]:
         ValueError: the task was prepared without a test file.
     """
     spec, contents = finetuned.spec, {}
-    dictionary = finetuned.task.source_dictionary
     for split, file in spec.files.items():
         if not file.submission or not (data / f"{split}.index").is_file():
             continue
         indices = (data / f"{split}.index").read_text(encoding="utf-8").split("\n")[:-1]
-        inputs = [
-            data_utils.load_indexed_dataset(str(data / f"input{number}" / split), dictionary)
-            for number in range(1 + spec.is_pair)
-        ]
-        examples = [
-            finetuned.example([part[row] for part in inputs]) for row in range(len(indices))
-        ]
+        examples = examples_of(finetuned, data, split)
+        assert len(examples) == len(indices)
         title = f"{spec.name} {split}"
         _warn_of_shortened(examples, title, finetuned)
         outputs = finetuned.outputs(examples, title)
@@ -253,6 +247,16 @@ def predict_tests(finetuned: Finetuned, data: Path) -> Dict[str, str]:
     if not contents:
         raise ValueError(f"{data} was prepared without a test file")
     return contents
+
+
+def examples_of(finetuned: Finetuned, data: Path, split: str) -> List[Example]:
+    """The examples of a split of a task's prepared folder."""
+    dictionary = finetuned.task.source_dictionary
+    inputs = [
+        data_utils.load_indexed_dataset(str(data / f"input{number}" / split), dictionary)
+        for number in range(1 + finetuned.spec.is_pair)
+    ]
+    return [finetuned.example(list(sentences)) for sentences in zip(*inputs, strict=True)]
 
 
 def predict_lines(finetuned: Finetuned, stream: BinaryIO, tokenizer: Tokenizer) -> List[str]:
