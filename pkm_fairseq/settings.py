@@ -11,6 +11,7 @@ from typing import Dict, List
 
 from .criterions.sentence_prediction import PkmSentencePredictionConfig
 from .memory import MemoryConfig
+from .memory.finetune import FinetuneConfig
 from .memory.option import OUR_CHOICE, Option, declared_in, flag_of
 from .models.config import PkmRobertaConfig, default_by_size
 from .optim.pkm_adam import PkmAdamConfig
@@ -24,10 +25,14 @@ FIRST += ["memory_query_norm", "memory_value_dtype", "memory_value_lr", "memory_
 def declared_options() -> Dict[str, Dict[str, Option]]:
     """All options of ours, by what they belong to and by the name of their field."""
     model = declared_in(PkmRobertaConfig)
-    memory = {f"memory_{name}" for name in declared_in(MemoryConfig)}
+    parts = {
+        part: {f"memory_{name}": model[f"memory_{name}"] for name in declared_in(config)}
+        for part, config in (("memory", MemoryConfig), ("finetuning", FinetuneConfig))
+    }
+    apart = {name for part in parts.values() for name in part}
     return {
-        "model": {name: declared for name, declared in model.items() if name not in memory},
-        "memory": {name: declared for name, declared in model.items() if name in memory},
+        "model": {name: declared for name, declared in model.items() if name not in apart},
+        **parts,
         "optimizer": declared_in(PkmAdamConfig),
         "criteria": declared_in(PkmSentencePredictionConfig),
     }

@@ -13,13 +13,15 @@ from torch.optim.adamw import adamw
 
 from . import kernels
 from .collectives import all_gather
-from .gradient import average, entries_of, is_exchanged, is_table, table_state
-from .kernels import Entries, allocate, compute_dtype
+from .gradient import average, entries_that_may_move, is_exchanged, is_table, table_state
+from .kernels import Entries, allocate, at_least_float32, compute_dtype
+from .kernels.torch_backend import row_gradients
 from .values import ValueTable
 
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+VALUE_OPTIMIZERS = {"adam": "", "sgd": "values <- values - lr x gradient; no moments"}
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's Adam
 
 
@@ -35,6 +37,9 @@ class MemoryAdam(torch.optim.Optimizer):
     (the mean over workers, as DistributedDataParallel takes it), unless that has been done already.
     :func:`ignore_tables_in_ddp` keeps DistributedDataParallel from making them dense.
 
+    Of a table whose rows are chosen (:mod:`pkm_fairseq.memory.finetune`), rows that are not keep
+    value and moments, bit for bit.
+
     Args:
         params: parameters or groups, as :func:`memory_param_groups` makes them.
         lr: learning rate.
@@ -43,6 +48,8 @@ class MemoryAdam(torch.optim.Optimizer):
         weight_decay: decoupled weight decay; must be 0 in a group with a value table.
         foreach: as for torch's AdamW.
         fused: as for torch's AdamW.
+        value_optimizer: "adam", or "sgd" for values: ``values <- values - lr * gradient``, without
+            moments, of all rows that have a gradient.
         exchange: whether to exchange gradients of tables between workers.
         process_group: the workers; None means all.
 
@@ -52,6 +59,7 @@ class MemoryAdam(torch.optim.Optimizer):
 
     _exchange = True
     _process_group: Any = None
+    _value_optimizer = "adam"
 
     def __init__(
         self,
@@ -63,6 +71,7 @@ class MemoryAdam(torch.optim.Optimizer):
         *,
         foreach: Optional[bool] = None,
         fused: Optional[bool] = None,
+        value_optimizer: str = "adam",
         exchange: bool = True,
         process_group: Any = None,
     ) -> None:
@@ -71,6 +80,12 @@ class MemoryAdam(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value}, must be at least 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}, must be two numbers in [0, 1)")
+        if value_optimizer not in VALUE_OPTIMIZERS:
+            raise ValueError(
+                f"value_optimizer is {value_optimizer!r}, must be one of "
+                f"{', '.join(VALUE_OPTIMIZERS)}"
+            )
+        self._value_optimizer = value_optimizer
         self._exchange, self._process_group = exchange, process_group
         self._assembled: Dict[nn.Parameter, Dict[str, Tensor]] = {}  # moments to be saved
         self._is_compared = False  # whether the tables of all workers are known to be equal
@@ -116,8 +131,8 @@ class MemoryAdam(torch.optim.Optimizer):
             What the closure returned; None without one.
 
         Raises:
-            ValueError: a group with a value table has a weight decay, or the tables of several
-                workers differ.
+            ValueError: a group with a value table has a weight decay, the tables of several
+                workers differ, or rows are to be chosen by reads that were not counted.
         """
         loss = None
         if closure is not None:
@@ -134,7 +149,7 @@ class MemoryAdam(torch.optim.Optimizer):
                     f"a group with a value table has weight_decay {group['weight_decay']}, must be "
                     "0: use memory_param_groups, which gives tables a group of their own"
                 )
-            entries = entries_of(param)
+            entries = entries_that_may_move(param)
             if entries is not None:
                 updates.append((group, param, entries))
             param.grad = None  # what updates the rest skips it
@@ -183,14 +198,21 @@ class MemoryAdam(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["step"] = self._new_step(param)
-            for moment in MOMENTS:
+            for moment in self._value_moments():
                 state[moment] = new_moment(param).zero_()
         state["step"] += 1
+        if self._value_optimizer == "sgd":
+            sgd_rows(param, entries, float(group["lr"]))
+            return
         step, (beta1, beta2) = float(state["step"]), group["betas"]
         correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
         tables = param, state["exp_avg"], state["exp_avg_sq"]
         step_size = float(group["lr"]) * correction
         kernels.adam_rows(*tables, entries, step_size, group["betas"], group["eps"])
+
+    def _value_moments(self) -> Tuple[str, ...]:
+        """The moments that a table has."""
+        return MOMENTS if self._value_optimizer == "adam" else ()
 
     # --- several workers ----------------------------------------------------------------------
 
@@ -244,7 +266,8 @@ class MemoryAdam(torch.optim.Optimizer):
             shards, state = table_state(param).shards, self.state.get(param, {})
             assert shards is not None
             table_state(param).assembled = shards.assemble(param)
-            whole = {moment: shards.assemble(state[moment]) for moment in MOMENTS if state}
+            moments = [moment for moment in self._value_moments() if state]
+            whole = {moment: shards.assemble(state[moment]) for moment in moments}
             self._assembled[param] = {m: x for m, x in whole.items() if x is not None}
 
     def state_dict(self) -> Dict[str, Any]:
@@ -305,7 +328,12 @@ class MemoryAdam(torch.optim.Optimizer):
     def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Tensor]:
         """Copies of the moments of a parameter, or of this worker's columns of a table."""
         moments = {}
-        for moment in MOMENTS:
+        for moment in self._value_moments() if is_table(param) else MOMENTS:
+            if moment not in saved:
+                raise ValueError(
+                    f"the state holds no {moment} of values: it is of values under SGD; start "
+                    "without it, or use value_optimizer sgd"
+                )
             whole = saved[moment]
             shards = table_state(param).shards if is_table(param) else None
             if shards is not None:
@@ -357,6 +385,21 @@ def memory_param_groups(
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def sgd_rows(values: Tensor, entries: Entries, lr: float) -> None:
+    """One step of gradient descent, in place, on the rows that the entries are of.
+
+    Args:
+        values: (n_slots, V); bfloat16 is rounded to nearest.
+        entries: the gradient, on the device of the table.
+        lr: the learning rate.
+    """
+    for rows, g in row_gradients(entries):  # (R,), (R, V)
+        moves = (g != 0).any(dim=1)
+        rows, g = rows[moves], g[moves]
+        values[rows] = (at_least_float32(values[rows]) - lr * g).to(values.dtype)
 
 
 def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from . import kernels
 from .collectives import all_gather, all_gather_rows, narrow
 from .kernels import Entries, at_least_float32, compute_dtype
 from .kernels.torch_backend import row_gradients
+from .rows import RowChoice
 from .sharding import ColumnShards
 
 Number = Union[float, Tensor]
@@ -27,22 +28,27 @@ class TableState:
 
     Args:
         shards: the workers that the columns of the table are split over; None if it is whole.
+        rows: which rows an update may move; None for all that are read.
 
     Attributes:
         shards: as given.
+        rows: as given; ``MemoryAdam`` asks it in each step.
         factored: whether backward passes make a :class:`FactoredGradient` instead of a dense one.
             An optimizer that understands it sets this; a copy of a table starts without it.
         assembled: the whole table while it is being saved, if its columns are split.
     """
 
-    def __init__(self, shards: Optional[ColumnShards] = None) -> None:
+    def __init__(
+        self, shards: Optional[ColumnShards] = None, rows: Optional[RowChoice] = None
+    ) -> None:
         self.shards = shards
+        self.rows = rows
         self.factored = False
         self.assembled: Optional[Tensor] = None
 
-    def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Optional[ColumnShards]]]:
+    def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Any, ...]]:
         """Copy and pickle without what an optimizer has set."""
-        return TableState, (self.shards,)
+        return TableState, (self.shards, self.rows)
 
 
 def is_table(param: Tensor) -> bool:
@@ -63,24 +69,34 @@ class _Factors:
         parts: entries that own their memory and are never changed in place.
         scale: a scalar in at least float32. It multiplies all parts.
         exchanged: whether this is the mean over data-parallel workers.
+        counts_reads: whether there is one entry for each read.
     """
 
-    def __init__(self, parts: List[Entries], scale: Tensor, exchanged: bool = False) -> None:
+    def __init__(
+        self,
+        parts: List[Entries],
+        scale: Tensor,
+        exchanged: bool = False,
+        counts_reads: bool = True,
+    ) -> None:
         self.parts = parts
         self.scale = scale
         self.exchanged = exchanged
+        self.counts_reads = counts_reads
 
     def copy(self) -> "_Factors":
-        return _Factors(list(self.parts), self.scale.clone(), self.exchanged)
+        return _Factors(list(self.parts), self.scale.clone(), self.exchanged, self.counts_reads)
 
     def apply_scale(self) -> None:
         """Multiply the parts by the scale, which is 1 afterwards."""
         self.parts = [part._replace(weights=part.weights * self.scale) for part in self.parts]
         self.scale = torch.ones_like(self.scale)
 
-    def assign(self, parts: List[Entries], exchanged: bool = False) -> None:
+    def assign(
+        self, parts: List[Entries], exchanged: bool = False, counts_reads: bool = True
+    ) -> None:
         """Replace the parts, for all tensors that share them."""
-        self.parts, self.exchanged = parts, exchanged
+        self.parts, self.exchanged, self.counts_reads = parts, exchanged, counts_reads
         self.scale = torch.ones_like(self.scale)
 
 
@@ -202,7 +218,7 @@ class FactoredGradient(Tensor):
     def map_elements(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to each element, in place. It must map 0 to 0."""
         mapped = [entries_of_rows(rows, function(of_rows)) for rows, of_rows in self.rows()]
-        self._factors.assign(mapped, self._factors.exchanged)
+        self._factors.assign(mapped, self._factors.exchanged, counts_reads=False)
 
     def parts(self) -> List[Entries]:
         """The parts, with the scale applied. They must not be changed."""
@@ -275,14 +291,16 @@ def _add(x: Any, y: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or not _have_one_shape(x, y):
         return NotImplemented
     like = x if isinstance(x, FactoredGradient) else y
-    return FactoredGradient(_Factors([*_parts_of(x), *_parts_of(y)], _one(like)), like)
+    parts, counts_reads = [*_parts_of(x), *_parts_of(y)], _counts_reads(x) and _counts_reads(y)
+    return FactoredGradient(_Factors(parts, _one(like), counts_reads=counts_reads), like)
 
 
 def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or not _have_one_shape(x, y):
         return NotImplemented
     if isinstance(x, FactoredGradient):
-        x._factors.assign([*x.parts(), *_parts_of(y)])
+        parts, counts_reads = [*x.parts(), *_parts_of(y)], _counts_reads(x) and _counts_reads(y)
+        x._factors.assign(parts, counts_reads=counts_reads)
         return x
     for rows, of_rows in y.rows():
         x[rows] += of_rows.to(x.dtype)
@@ -295,6 +313,10 @@ def _have_one_shape(x: Any, y: Any) -> bool:
 
 def _parts_of(x: Tensor) -> List[Entries]:
     return x.parts() if isinstance(x, FactoredGradient) else [entries_of_dense(x)]
+
+
+def _counts_reads(x: Tensor) -> bool:
+    return isinstance(x, FactoredGradient) and x._factors.counts_reads
 
 
 def _multiply(x: Any, y: Any, *, out: Optional[Tensor] = None) -> Any:
@@ -328,7 +350,7 @@ def _is_number(x: Any) -> bool:
 def _copy(x: Tensor, y: Tensor, *_: Any) -> Tensor:
     """Copy from or to an ordinary tensor, as torch's DistributedDataParallel does."""
     if isinstance(x, FactoredGradient):
-        x._factors.assign(_parts_of(y), exchanged=True)
+        x._factors.assign(_parts_of(y), exchanged=True, counts_reads=_counts_reads(y))
         return x
     assert isinstance(y, FactoredGradient)
     return x.copy_(y.dense())
@@ -412,6 +434,25 @@ def entries_of(values: Tensor) -> Optional[Entries]:
     return entries_of_dense(values.grad)
 
 
+def entries_that_may_move(values: Tensor) -> Optional[Entries]:
+    """The gradient of those rows of a table that its choice of rows lets move; None if none.
+
+    Raises:
+        ValueError: rows are chosen by their reads, of which the gradient has lost count.
+    """
+    entries, rows = entries_of(values), table_state(values).rows
+    if entries is None or rows is None:
+        return entries
+    assert values.grad is not None
+    if not _counts_reads(values.grad):
+        raise ValueError(
+            "rows of a value table are chosen by their reads, but its gradient is dense, or was "
+            "clipped element by element, and has lost count of them: use ignore_tables_in_ddp, "
+            "and clip norms"
+        )
+    return rows.keep(entries, len(values))
+
+
 def gradient_is_finite(values: Tensor) -> bool:
     """Whether the gradient of a table is finite, on all workers that hold columns of it."""
     grad, shards = values.grad, table_state(values).shards
@@ -456,8 +497,9 @@ def average(values: Tensor, group: Any = None) -> None:
         if group is None:
             return
     own = entries_of(values)
+    counts_reads = values.grad is None or _counts_reads(values.grad)
     parts = _exchange(_no_entries(values) if own is None else own, len(values), group)
-    factors = _Factors([_join(parts)], _one(values) * (1 / len(parts)), exchanged=True)
+    factors = _Factors([_join(parts)], _one(values) * (1 / len(parts)), True, counts_reads)
     read = any(len(part.slots) for part in parts)
     values.grad = FactoredGradient(factors, values) if read else None
 

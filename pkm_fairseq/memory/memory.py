@@ -94,7 +94,7 @@ class ProductKeyMemory(nn.Module):
         if real is not None and _drops_padding(self.training, tokens):
             tokens = tokens[real]  # (N, input_dim)
         slots, weights = self.search(tokens)  # (N, H, K)
-        read = self.values(slots, weights, tokens).to(x.dtype)  # (N, v_dim)
+        read = self._read(slots, weights, tokens).to(x.dtype)  # (N, v_dim)
         read = self.read_dropout(self.output_proj(read, tokens))  # (N, input_dim)
         read = restore(read.to(x.dtype), real, 0).view(x.shape)
         if not (return_lookup or self.observers):
@@ -103,6 +103,16 @@ class ProductKeyMemory(nn.Module):
         if self.observers:
             (outside_graphs(self._show) if is_compiled() else self._show)(seen)
         return (read, seen.lookup()) if return_lookup else read
+
+    def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
+        """The sums of values, (N, v_dim); a dummy batch of a training reads nothing, or zeros.
+
+        So its reads are no entries of the gradient, by which workers count reads.
+        """
+        if not (self.training and self.run.is_dummy):
+            return self.values(slots, weights, tokens)  # type: ignore[no-any-return]
+        read = self.values(slots[:0], weights[:0], tokens[:0])  # with the workers of its table
+        return torch.cat([read, read.new_zeros(len(tokens), read.shape[1])])
 
     @torch.no_grad()
     def _show(self, seen: Observation) -> None:

@@ -184,6 +184,8 @@ class ValueTable(nn.Module):
         """
         shape, values = slots.shape, self.weight
         slots, x = slots.flatten(1), x.to(compute_dtype(values.dtype))  # (N, H * K)
+        if _needs_gradient(x, values):
+            self._check_choice()
         if self.shards is None:
             return _dot(values, slots, x, self.factored).view(shape)
         tokens = self.shards.count_tokens(len(slots), slots.device)
@@ -192,10 +194,19 @@ class ValueTable(nn.Module):
         partial = _dot(values, slots, columns, self.factored)
         return self.shards.sum_dots(partial, tokens).view(shape)
 
+    def _check_choice(self) -> None:
+        if self._state.rows is not None and self.weight.requires_grad and not self.factored:
+            raise ValueError(
+                "which rows of a value table may move is chosen by MemoryAdam: give it the table "
+                "before the first training step; no other optimizer can"
+            )
+
     def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Read the columns that are here: (N, T) and (N, T) to (N, columns)."""
         values = self.weight
         is_trained = _needs_gradient(weights, values)
+        if is_trained:
+            self._check_choice()
         if is_trained and self.factored and kernels.is_compiled():
             return kernels.outside_graphs(self._read)(slots, weights)  # no graph has factors
         if not (is_trained and kernels.is_plain(values, slots, weights)):

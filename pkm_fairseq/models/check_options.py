@@ -37,6 +37,8 @@ def check_plan(plan: Plan) -> None:
     declared["memory_mode"].check("memory-mode", plan.memory_mode)
     declared["memory_freeze"].check("memory-freeze", plan.freeze)
     _check_layers(plan)
+    if plan.finetune.finetune is not None:
+        _check_finetune(plan)
     if plan.memory_layers:
         _check_layerdrop(plan)
         _check_precision(plan)
@@ -63,7 +65,8 @@ def _check_layers(plan: Plan) -> None:
 
 def _check_layerdrop(plan: Plan) -> None:
     several = distributed_utils.get_data_parallel_world_size() > 1
-    takes_statistics = plan.memory.query_norm == "batch" and plan.freeze != "all"
+    is_frozen = plan.freeze == "all" or plan.finetune.finetune is not None
+    takes_statistics = plan.memory.query_norm == "batch" and not is_frozen
     if several and takes_statistics and plan.encoder_layerdrop > 0:
         raise ValueError(
             f"--encoder-layerdrop {plan.encoder_layerdrop} does not work with --memory-query-norm "
@@ -106,6 +109,25 @@ def _check_regularisation(plan: Plan) -> None:
             raise ValueError(
                 f"{flag_of(option)} does not work with --memory-mode replace: there is no FFN"
             )
+
+
+def _check_finetune(plan: Plan) -> None:
+    flag = f"--memory-finetune {plan.finetune.finetune}"
+    if not plan.memory_layers:
+        raise ValueError(f"{flag}: no layer has a memory")
+    if plan.freeze is not None:
+        raise ValueError(f"{flag} and --memory-freeze {plan.freeze} exclude each other")
+    if plan.run.optimizer != "pkm_adam":
+        raise ValueError(
+            f"{flag} does not work with --optimizer {plan.run.optimizer}, which moves rows that "
+            "were not read, too: use --optimizer pkm_adam"
+        )
+    several = distributed_utils.get_data_parallel_world_size() > 1
+    if several and plan.run.ddp_backend in ("pytorch_ddp", "c10d"):
+        raise ValueError(
+            f"{flag} does not work with --ddp-backend {plan.run.ddp_backend} on several workers: "
+            "it wants parameters besides values; use --ddp-backend legacy_ddp"
+        )
 
 
 def _check_shards(plan: Plan) -> None:

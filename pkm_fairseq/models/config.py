@@ -14,6 +14,7 @@ from omegaconf import II
 
 from ..memory import MemoryConfig
 from ..memory.config import FREEZABLE
+from ..memory.finetune import FinetuneConfig
 from ..memory.option import (
     BERGES,
     KIM,
@@ -115,6 +116,14 @@ def _memory_flags() -> List[Tuple[str, Any, Any]]:
     return found
 
 
+def _finetune_flags() -> List[Tuple[str, Any, Any]]:
+    """A field for each option of finetuning, ``memory_`` in front of its name."""
+    return [
+        (f"memory_{name}", Optional[str], field_of(declared, None))
+        for name, declared in declared_in(FinetuneConfig).items()
+    ]
+
+
 def of_run(node: str, default: Any = None) -> Any:
     """A field that fairseq's configuration has at ``node``, with its value where nobody says so."""
     return field(default=default, metadata={"node": node})
@@ -152,7 +161,10 @@ def _run_nodes() -> List[Tuple[str, Any, Any]]:
 
 _IN_THIS_MODULE = {"__module__": __name__}  # where pickle looks for a class
 MemoryFlags = make_dataclass(
-    "MemoryFlags", _memory_flags(), bases=(FairseqDataclass,), namespace=_IN_THIS_MODULE
+    "MemoryFlags",
+    [*_memory_flags(), *_finetune_flags()],
+    bases=(FairseqDataclass,),
+    namespace=_IN_THIS_MODULE,
 )
 RunNodes = make_dataclass(
     "RunNodes", _run_nodes(), bases=(FairseqDataclass,), namespace=_IN_THIS_MODULE
@@ -224,3 +236,13 @@ def memory_config(args: Any) -> MemoryConfig:
         ValueError: a setting is impossible.
     """
     return MemoryConfig(**{f.name: getattr(args, f"memory_{f.name}") for f in fields(MemoryConfig)})
+
+
+def finetune_config(args: Any) -> FinetuneConfig:
+    """What may move in this run, from fairseq's options.
+
+    Raises:
+        ValueError: an option is impossible, or has no effect.
+    """
+    given = {name: getattr(args, f"memory_{name}", None) for name in declared_in(FinetuneConfig)}
+    return FinetuneConfig(**{n: None if x is None else str(x) for n, x in given.items()})

@@ -7,8 +7,10 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf, open_dict
 
 from ..memory import MemoryConfig
+from ..memory.finetune import FinetuneConfig
+from ..memory.option import declared_in
 from .architectures import base_architecture
-from .config import RunOptions, memory_config
+from .config import RunOptions, finetune_config, memory_config
 from .prune import kept_memory_layers, layers_to_keep
 
 
@@ -22,6 +24,7 @@ class Plan:
         memory_mode: "replace" or "residual".
         memory: settings of every memory.
         freeze: the part of the memory that is not trained; None for none.
+        finetune: what alone is trained, if this is a finetuning of values.
         n_shards: workers that each value table is split over.
         init_from: the checkpoint that a fresh run starts from; None for none.
         n_layers: layers of the encoder as it is built.
@@ -37,6 +40,7 @@ class Plan:
     memory_mode: str
     memory: MemoryConfig
     freeze: Optional[str]
+    finetune: FinetuneConfig
     n_shards: int
     init_from: Optional[str]
     n_layers: int
@@ -72,6 +76,7 @@ def read_plan(args: Any) -> Plan:
         memory_mode=args.memory_mode,
         memory=memory_config(args),
         freeze=safe_getattr(args, "memory_freeze"),
+        finetune=finetune_config(args),
         n_shards=safe_getattr(args, "memory_shards", 1),
         init_from=safe_getattr(args, "init_from"),
         n_layers=args.encoder_layers if kept is None else len(kept),
@@ -88,13 +93,15 @@ def write_back(plan: Plan, args: Any) -> None:
     """Make the options those of the model that was built; the run's checkpoints will hold them.
 
     What is of this run only is cleared: nobody who loads its checkpoints is asked for the file
-    that it started from, or for as many workers, and its layers are not pruned again.
+    that it started from, for as many workers or for counts of slots, nothing is frozen that this
+    finetuning froze, and its layers are not pruned again.
 
     Args:
         plan: what was read.
         args: fairseq's model options.
     """
     changed: Dict[str, Any] = {"init_from": None, "memory_shards": 1}
+    changed.update({f"memory_{name}": None for name in declared_in(FinetuneConfig)})
     if plan.kept_layers is not None:
         changed["encoder_layers_to_keep"] = None
         changed["encoder_layers"] = plan.n_layers

@@ -1,5 +1,6 @@
 """The model ``pkm_roberta``: fairseq's RoBERTa with product-key memories."""
 
+import logging
 import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Tuple
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ..errors import TrainingError
 from ..memory import MemoryUsage, RunState, ValueTable
+from ..memory.finetune import finetune_values
 from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
 from .architectures import base_architecture, large_architecture, residual, tiny_architecture
 from .check_options import check_plan
@@ -28,6 +30,8 @@ from .init_from import apply_init_from, complete_state
 from .plan import Plan, complete_options, read_plan, write_back
 from .prune import prune_state
 
+logger = logging.getLogger(__name__)
+
 
 @register_model("pkm_roberta", dataclass=PkmRobertaConfig)
 class PkmRobertaModel(RobertaModel):
@@ -37,6 +41,7 @@ class PkmRobertaModel(RobertaModel):
     """
 
     _layers_to_keep: Optional[Tuple[int, ...]] = None
+    _finetunes: Optional[str] = None
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
@@ -60,6 +65,7 @@ class PkmRobertaModel(RobertaModel):
                 model = cls(args, MemoryRobertaEncoder(args, task.source_dictionary, plan))
             model._layers_to_keep = plan.kept_layers
             model._freeze_memory(plan.freeze)
+            model._freeze_all_but_values(plan)
             model._keep_factored_gradients_out_of_ddp(plan)
             apply_init_from(model, plan, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
@@ -120,6 +126,25 @@ class PkmRobertaModel(RobertaModel):
         if part is not None:
             for layer in self.memory_layers().values():
                 layer.memory.freeze(part)
+
+    def _freeze_all_but_values(self, plan: Plan) -> None:
+        self._finetunes = part = plan.finetune.finetune
+        memories = {index: layer.memory for index, layer in self.memory_layers().items()}
+        finetune_values(self, memories, plan.finetune)
+        if part is not None:
+            rows = f"{plan.finetune.budget} of the rows" if part == "slots" else "all rows"
+            trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+            frozen = sum(p.numel() for p in self.parameters()) - trained
+            logger.info(
+                f"--memory-finetune {part}: {trained:,} parameters of values train, in each update "
+                f"{rows} that are read; {frozen:,} are frozen"
+            )
+
+    def register_classification_head(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Add a head as fairseq does; it is trained whatever else is frozen."""
+        super().register_classification_head(name, *args, **kwargs)
+        if self._finetunes is not None:
+            logger.info(f"--memory-finetune {self._finetunes}: the head {name} is trained, too")
 
     def _keep_factored_gradients_out_of_ddp(self, plan: Plan) -> None:
         """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.

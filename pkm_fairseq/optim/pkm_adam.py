@@ -21,8 +21,14 @@ from fairseq.optim.adam import Adam, FairseqAdam
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..memory.adam import MemoryAdam
-from ..memory.gradient import average, gradient_is_finite, is_table, squared_norm
+from ..memory.adam import VALUE_OPTIMIZERS, MemoryAdam
+from ..memory.gradient import (
+    average,
+    gradient_is_finite,
+    is_table,
+    squared_norm,
+    table_state,
+)
 from ..memory.option import KIM, LAMPLE, OUR_CHOICE, at_least, check_options, option
 from ..models.config import ParserWithChoices
 from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
@@ -65,6 +71,9 @@ class PkmAdamConfig(FairseqDataclass):
         "how it changes",
         LAMPLE,
         choices=SCHEDULES,
+    )
+    memory_value_optimizer: str = option(
+        "adam", "what updates the memories' values", LAMPLE, choices=VALUE_OPTIMIZERS
     )
     memory_value_clip_norm: float = option(
         0.0,
@@ -111,8 +120,12 @@ class PkmAdam(FairseqAdam):
         groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
         if self._values:
             groups.append({"params": self._values, "weight_decay": 0.0})
-        self._optimizer = FairseqMemoryAdam(groups, **self.optimizer_config)
+        value_optimizer = cfg.memory_value_optimizer
+        self._optimizer = FairseqMemoryAdam(
+            groups, **self.optimizer_config, value_optimizer=value_optimizer
+        )
         self._pin_values()
+        self._optimizer.register_step_post_hook(lambda *_: self._log_rows())
         # schedulers that reach into the groups do not reach values
         self._optimizer.register_step_pre_hook(lambda *_: self._pin_values())
 
@@ -160,6 +173,14 @@ class PkmAdam(FairseqAdam):
             raise ValueError(
                 f"lr is {self._peak_lr}, must be above 0 with --memory-value-lr-schedule follow"
             )
+
+    def _log_rows(self) -> None:
+        """Log how many rows the update has read, and may have moved, where rows are chosen."""
+        choices = {id(rows): rows for p in self._values if (rows := table_state(p).rows)}.values()
+        if choices:
+            for name in ("read", "chosen"):
+                n_rows = sum(getattr(rows, f"n_{name}") for rows in choices)
+                metrics.log_scalar(f"value_rows_{name}", n_rows, weight=0, round=0)
 
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Average gradients over data-parallel workers; those of values as factors."""

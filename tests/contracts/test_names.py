@@ -46,6 +46,12 @@ FLAGS = {
     "--memory-read-dropout",
     "--memory-key-dropout",
     "--memory-freeze",
+    "--memory-finetune",
+    "--memory-finetune-slots",
+    "--memory-finetune-score",
+    "--memory-finetune-scope",
+    "--memory-finetune-counts",
+    "--memory-background",
     "--memory-shards",
     "--memory-share-values",
     "--memory-usage-interval",
@@ -56,6 +62,7 @@ FLAGS = {
     "--memory-value-lr",
     "--memory-value-lr-factor",
     "--memory-value-lr-schedule",
+    "--memory-value-optimizer",
     "--init-from",
     "--glue-metrics",
     "--glue-positive-label",
@@ -168,6 +175,10 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--init-from": "plain.pt",
         "--memory-share-values": None,
         "--memory-freeze": "keys",
+        "--memory-finetune": "slots",
+        "--memory-finetune-score": "count",
+        "--memory-finetune-scope": "data",
+        "--memory-value-optimizer": "sgd",
     }
     command = [*COMMAND, "--arch", arch]
     others = {"--glue-metrics", "--glue-positive-label"}  # of the other criterion

@@ -28,7 +28,7 @@ from tests.helpers import build
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = settings.declared_options()
 OPTIONS = {name: option for part in PARTS.values() for name, option in part.items()}
-MODEL = {**PARTS["model"], **PARTS["memory"]}
+MODEL = {**PARTS["model"], **PARTS["memory"], **PARTS["finetuning"]}
 SIZES = ("base", "tiny", "large")
 BY_MODE = "replace; of resm_roberta*: residual"
 
@@ -37,6 +37,15 @@ BAD = {
     "memory_layers": ([0, 3], ["memory-layers names layer 3", "0..2"]),
     "memory_mode": ("both", ["memory-mode is 'both'", "replace, residual"]),
     "memory_freeze": ("slots", ["memory-freeze is 'slots'", "values, keys, all"]),
+    "memory_finetune": ("rows", ["memory-finetune is 'rows'", "values, slots"]),
+    "memory_finetune_slots": ("0", ["memory-finetune-slots is '0'", "a number of rows"]),
+    "memory_finetune_score": ("idf", ["memory-finetune-score is 'idf'", "tf-idf, count"]),
+    "memory_finetune_scope": ("epoch", ["memory-finetune-scope is 'epoch'", "batch, data"]),
+    "memory_finetune_counts": (
+        "c.pt",
+        ["--memory-finetune-counts c.pt", "--memory-finetune slots"],
+    ),
+    "memory_background": ("b.pt", ["--memory-background b.pt", "--memory-finetune slots"]),
     "memory_shards": (2, ["memory-shards is 2", "use --optimizer pkm_adam"]),
     "init_from": ("missing.pt", ["--init-from missing.pt: no such file"]),
     "memory_n_keys": (1, ["n_keys is 1", "at least 2"]),
@@ -64,6 +73,7 @@ BAD = {
         "linear",
         ["memory-value-lr-schedule is 'linear'", "constant, follow"],
     ),
+    "memory_value_optimizer": ("rms", ["memory-value-optimizer is 'rms'", "adam, sgd"]),
     "memory_value_clip_norm": (-1.0, ["memory-value-clip-norm is -1.0", "at least 0"]),
     "memory_usage_interval": (-1, ["memory-usage-interval is -1", "at least 0"]),
     "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
@@ -106,8 +116,8 @@ def test_the_help_text_of_a_flag_is_made_from_the_declaration(name):
     default = action.help.removeprefix(start).removesuffix(end)
     if name == "memory_mode":
         assert default == BY_MODE
-    elif name == "memory_v_dim":
-        assert default == "the encoder's width"
+    elif option.default_text is not None:
+        assert default == option.default_text
     elif name in MODEL:
         values = {size: in_words(value) for size, value in sized_defaults(name).items()}
         base = values["base"]

@@ -1,0 +1,192 @@
+"""Finetuning that moves only values: the rest of a model is frozen, and perhaps most rows."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from torch import nn
+
+from .gradient import table_state
+from .memory import ProductKeyMemory
+from .observe.slot_counts import CountsFile, load_counts
+from .option import OUR_CHOICE, declared_in, flag_of, option
+from .rows import SCORES, RowBudget, RowChoice
+from .values import ValueTable
+
+LIN = "Lin et al. 2025"
+PARTS = {
+    "values": "all value tables, and nothing else but new heads",
+    "slots": "of these, in each update, only the rows that its reads choose",
+}
+SCOPES = {
+    "batch": "in each update anew, by the reads of its batch",
+    "data": "once, by --memory-finetune-counts",
+}
+SLOTS, SCORE, SCOPE = "50%", "tf-idf", "batch"  # where nobody says otherwise
+
+
+def _budget(name: str, value: Any) -> None:
+    try:
+        RowBudget.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from None
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What may move when a model with memories is finetuned.
+
+    Args:
+        the fields below, whose declarations say what they mean and where defaults are from.
+
+    Raises:
+        ValueError: a value is impossible, or has no effect; the message names it.
+    """
+
+    finetune: Optional[str] = option(
+        None, "train values only, all else frozen", f"as {LIN}", choices=PARTS
+    )
+    finetune_slots: Optional[str] = option(
+        None,
+        "rows of each table that may move: a number, or a share of the rows that are read, as 0.5 "
+        "or 50%",
+        OUR_CHOICE,
+        test=_budget,
+        default_text=SLOTS,
+    )
+    finetune_score: Optional[str] = option(
+        None, "by what they are chosen", LIN, choices=SCORES, default_text=SCORE
+    )
+    finetune_scope: Optional[str] = option(
+        None, "when they are chosen", LIN, choices=SCOPES, default_text=SCOPE
+    )
+    finetune_counts: Optional[str] = option(
+        None, "counts of slots on the new text, a file of memory_usage.py --save-counts", OUR_CHOICE
+    )
+    background: Optional[str] = option(
+        None,
+        "counts of slots on text whose slots are to be spared, a file of memory_usage.py "
+        "--save-counts",
+        OUR_CHOICE,
+    )
+
+    def __post_init__(self) -> None:
+        for name, declared in declared_in(self).items():
+            declared.check(f"memory-{name.replace('_', '-')}", getattr(self, name))
+        if self.finetune != "slots":
+            self._refuse_options_of_slots()
+            return
+        if self.by_rarity and self.background is None:
+            raise ValueError(
+                "--memory-finetune slots scores by tf-idf, which needs --memory-background FILE: "
+                "make it with memory_usage.py --save-counts, or use --memory-finetune-score count"
+            )
+        if not self.by_rarity and self.background is not None:
+            raise ValueError(
+                f"--memory-background {self.background} has no effect with "
+                "--memory-finetune-score count"
+            )
+        if self.finetune_scope == "data" and self.finetune_counts is None:
+            raise ValueError(
+                "--memory-finetune-scope data needs --memory-finetune-counts FILE: make it of the "
+                "new text with memory_usage.py --save-counts"
+            )
+        if self.finetune_scope != "data" and self.finetune_counts is not None:
+            raise ValueError(
+                f"--memory-finetune-counts {self.finetune_counts} has no effect without "
+                "--memory-finetune-scope data"
+            )
+
+    @property
+    def by_rarity(self) -> bool:
+        """Whether slots are scored by TF-IDF."""
+        return (self.finetune_score or SCORE) == "tf-idf"
+
+    @property
+    def budget(self) -> RowBudget:
+        """How many rows may move."""
+        return RowBudget.parse(self.finetune_slots or SLOTS)
+
+    def _refuse_options_of_slots(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "finetune" and value is not None:
+                raise ValueError(
+                    f"{flag_of(f'memory_{f.name}')} {value} has no effect without "
+                    "--memory-finetune slots"
+                )
+
+
+def finetune_values(
+    model: nn.Module, memories: Mapping[int, ProductKeyMemory], config: FinetuneConfig
+) -> None:
+    """Freeze a model but for its values, and restrict the rows that may move.
+
+    Queries are normalised by the running statistics from now on, in training, too, which stay as
+    they are. ``MemoryAdam`` does the restricting; no other optimizer can. What is added to the
+    model later, such as a head, is trained.
+
+    Args:
+        model: any module with memories.
+        memories: its memories, by what the files of counts call their layer.
+        config: what may move; nothing is done if ``finetune`` is None.
+
+    Raises:
+        ValueError: there is no memory, or a file of counts is of other memories.
+    """
+    if config.finetune is None:
+        return
+    if not memories:
+        raise ValueError(f"--memory-finetune {config.finetune}: no layer has a memory")
+    choices = row_choices(memories, config) if config.finetune == "slots" else {}
+    model.requires_grad_(False)
+    for memory in memories.values():
+        memory.freeze("all")
+    for layers, tables in tables_by_layers(memories).items():
+        for table in tables:
+            table.weight.requires_grad_(True)
+            table_state(table.weight).rows = choices.get(layers)
+
+
+def row_choices(
+    memories: Mapping[int, ProductKeyMemory], config: FinetuneConfig
+) -> Dict[Tuple[int, ...], RowChoice]:
+    """The choice of rows for each table, by the layers that read it; tables of one memory share it.
+
+    Raises:
+        ValueError: a file of counts is missing, no such file, or of other memories.
+    """
+    background = _counts("background", config)
+    data = _counts("finetune_counts", config)
+    choices = {}
+    for layers, tables in tables_by_layers(memories).items():
+        n_slots = tables[0].n_slots
+        given = [
+            None
+            if file is None
+            else file.of(layers, n_slots, f"{flag_of(f'memory_{name}')} {path}")
+            for file, name, path in (
+                (background, "background", config.background),
+                (data, "finetune_counts", config.finetune_counts),
+            )
+        ]
+        choices[layers] = RowChoice(config.budget, *given)
+    return choices
+
+
+def _counts(name: str, config: FinetuneConfig) -> Optional[CountsFile]:
+    path = getattr(config, name)
+    return None if path is None else load_counts(Path(path), f"{flag_of(f'memory_{name}')} {path}")
+
+
+def tables_by_layers(
+    memories: Mapping[int, ProductKeyMemory],
+) -> Dict[Tuple[int, ...], List[ValueTable]]:
+    """The value tables, by the layers that read them; layers that share values stand together."""
+    values: Dict[int, Any] = {id(memory.values): memory.values for memory in memories.values()}
+    return {
+        tuple(i for i, m in sorted(memories.items()) if id(m.values) == key): list(
+            shared.tables().values()
+        )
+        for key, shared in values.items()
+    }
