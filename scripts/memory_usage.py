@@ -19,6 +19,7 @@ from pkm_fairseq.analysis import tables
 from pkm_fairseq.analysis.analyse import analyse, check_options
 from pkm_fairseq.analysis.page import page, write_charts
 from pkm_fairseq.memory.files import write_file
+from pkm_fairseq.memory.observe.slot_counts import save_counts
 
 TEXT_OPTIONS = (
     (("--split",), "NAME", "split of --data (default: valid)"),
@@ -40,6 +41,7 @@ NUMBERS = (
     ("--tokens", "to read, in place of --draws"),
     ("--hot", "hottest slots per layer to show (default: 20)"),
     ("--probe", "tokens by which checkpoints are compared (default: 1000)"),
+    ("--counts-batch", "sequences in a batch of --save-counts (default: 16)"),
 )
 
 
@@ -84,6 +86,13 @@ def parse() -> argparse.Namespace:
         parser.add_argument(option, type=int, metavar="N", help=help_text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts there")
+    parser.add_argument(
+        "--save-counts",
+        type=Path,
+        metavar="FILE",
+        help="write there how often the text reads each slot of the checkpoint, and in how many of "
+        "its batches, for --memory-background of finetuning",
+    )
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="write each chart there")
     return parser.parse_args()
 
@@ -92,7 +101,8 @@ def main() -> None:
     """Analyse, write, print."""
     args = parse()
     check_options(args)
-    for option, file in (("--json", args.json), ("--html", args.html)):
+    files = (("--json", args.json), ("--html", args.html), ("--save-counts", args.save_counts))
+    for option, file in files:
         if file and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise ValueError(f"{option} {file} must be a file in a folder that exists")
     errors = Console(stderr=True)
@@ -115,6 +125,8 @@ def main() -> None:
         write_file(args.json, json.dumps(found.report, indent=2, allow_nan=False) + "\n")
     if args.html:
         write_file(args.html, page(found))
+    if found.counts is not None:
+        save_counts(args.save_counts, found.counts)
     if args.svg:
         write_charts(found, args.svg)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)

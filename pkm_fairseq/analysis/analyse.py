@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..memory.observe.slot_counts import CountsFile
 from ..memory.observe.usage import DRAWS
 from .checkpoints import (
     Opened,
@@ -21,7 +22,9 @@ from .checkpoints import (
 )
 from .curves import Log, last_counts, read_log
 from .drift import drift_of_models
-from .examine import examine, tokens_for
+from .examine import count_slots, examine, tokens_for
+
+COUNTS_BATCH = 16  # sequences in a batch of saved counts; our choice
 
 Begin = Callable[[str, int], Callable[[int], None]]  # a step's name and size -> its advance
 
@@ -33,11 +36,13 @@ class Analysis(NamedTuple):
         report: ready for JSON.
         masses: of each checkpoint, by layer, the weight of each slot, (n_slots,).
         logs: of trainings.
+        counts: of slots, to be saved; None if that was not asked for.
     """
 
     report: Dict[str, Any]
     masses: List[Dict[int, Tensor]]
     logs: List[Log]
+    counts: Optional[CountsFile]
 
 
 def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analysis:
@@ -46,7 +51,7 @@ def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analy
     Args:
         args: ``checkpoint`` and ``log``, lists of ``[NAME=]FILE``; ``data`` or ``text`` and what
             belongs to it; ``draws`` per slot or ``tokens`` (None for both: 100 draws),
-            ``unmasked``, ``hot``, ``probe``.
+            ``unmasked``, ``hot``, ``probe``, ``save_counts``, ``counts_batch``.
         begin: called with the name of each step and its number of tokens; returns what is called
             with finished tokens.
         warn: called with each warning, one line.
@@ -64,7 +69,7 @@ def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analy
     for log in logs:
         if log.truncated:
             note(f"{log.file}: the last line was cut off and is left out")
-    reports, masses, drifts = _checkpoints(args, begin, note)
+    reports, masses, drifts, counts = _checkpoints(args, begin, note)
     report = {
         "text": args.data or args.text,
         "split": args.split if args.data else None,
@@ -82,14 +87,16 @@ def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analy
             "pkm_fairseq": __version__,
         },
     }  # fmt: skip
-    return Analysis(report, masses, logs)
+    return Analysis(report, masses, logs, counts)
 
 
 def _checkpoints(
     args: Namespace, begin: Begin, note: Callable[[str], None]
-) -> Tuple[List[Dict[str, Any]], List[Dict[int, Tensor]], List[Dict[str, Any]]]:
+) -> Tuple[
+    List[Dict[str, Any]], List[Dict[int, Tensor]], List[Dict[str, Any]], Optional[CountsFile]
+]:
     """Examine one checkpoint after the other; two models are in memory at most."""
-    reports, masses, drifts = [], [], []
+    reports, masses, drifts, counts = [], [], [], None
     previous: Optional[Opened] = None
     for name, file in named_files(args.checkpoint):
         opened = open_checkpoint(name, file, args)
@@ -100,14 +107,29 @@ def _checkpoints(
                 note(f"no drift from {previous.name} to {opened.name}: {error}")
         previous = None  # frees it
         sequences = _text_for(args, opened, note)
-        advance = begin(name, 2 * count_tokens(sequences))
+        advance = begin(name, (3 if args.save_counts else 2) * count_tokens(sequences))
         examined = examine(opened, sequences, args.hot, advance)
         is_masked = opened.masking is not None and not args.unmasked
         reports.append({**examined.report, "masked": is_masked})
         masses.append(examined.mass)
+        if args.save_counts:
+            counts = count_slots(opened, sequences, args.counts_batch, advance)
+            counts.about.update(_about(args, opened, is_masked))
         previous = opened
     _note_unequal_draws(reports, note)
-    return reports, masses, drifts
+    return reports, masses, drifts, counts
+
+
+def _about(args: Namespace, opened: Opened, is_masked: bool) -> Dict[str, Any]:
+    """Of which checkpoint and text counts are."""
+    return {
+        "checkpoint": str(opened.file),
+        "updates": opened.updates,
+        "text": args.data or args.text,
+        "split": args.split if args.data else None,
+        "masked": is_masked,
+        "pkm_fairseq": __version__,
+    }
 
 
 def _note_unequal_draws(reports: Sequence[Dict[str, Any]], note: Callable[[str], None]) -> None:
@@ -190,14 +212,19 @@ def check_options(args: Namespace) -> None:
         raise ValueError("--checkpoint needs a text to read: --data or --text")
     if args.draws and args.tokens:
         raise ValueError("--draws and --tokens both say how much to read: give one of them")
-    for option, minimum in (("draws", 1), ("tokens", 1), ("hot", 1), ("probe", 1)):
+    for option in ("draws", "tokens", "hot", "probe", "counts_batch"):
         value = getattr(args, option)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{option} is {value}, must be at least {minimum}")
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}, must be at least 1")
+    if args.save_counts and len(args.checkpoint) != 1:
+        raise ValueError(
+            f"--save-counts {args.save_counts} needs one --checkpoint, not {len(args.checkpoint)}"
+        )
     _check_effects(args, has_text)
     args.split = args.split or "valid"
     args.hot = args.hot or 20
     args.probe = args.probe or 1000
+    args.counts_batch = args.counts_batch or COUNTS_BATCH
 
 
 def _check_effects(args: Namespace, has_text: bool) -> None:
@@ -216,6 +243,7 @@ def _check_effects(args: Namespace, has_text: bool) -> None:
         ),
         ("--probe", args.probe, len(args.checkpoint) > 1, "two or more checkpoints"),
         ("--split", args.split, bool(args.data), "--data"),
+        ("--counts-batch", args.counts_batch, bool(args.save_counts), "--save-counts"),
         ("--spm", args.sentencepiece_model, bool(args.text), "--text"),
         ("--dict", args.dict, bool(args.text), "--text"),
     )

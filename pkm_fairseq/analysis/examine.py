@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..memory import MemoryUsage
+from ..memory.finetune import tables_by_layers
 from ..memory.hosts import observing
 from ..memory.observe.readers import SlotReaders
+from ..memory.observe.slot_counts import CountsFile, SlotCounts
 from ..memory.observe.staleness import summarise
 from ..memory.observe.usage import tokens_for_draws
 from ..models.capture import batches
@@ -96,6 +98,33 @@ def count_usage(
             model(batch, features_only=True)
             advance(int(batch.ne(pad).sum()))
     return usage
+
+
+@torch.no_grad()
+def count_slots(
+    opened: Opened, sequences: Sequence[Tensor], per_batch: int, advance: Advance
+) -> CountsFile:
+    """Count how often the text reads each slot, and in how many batches of it.
+
+    Args:
+        opened: the checkpoint.
+        sequences: token ids, each (T,).
+        per_batch: sequences in a batch.
+        advance: called with the number of tokens of each batch.
+    """
+    model, pad = opened.model, opened.dictionary.pad()
+    memories = {index: layer.memory for index, layer in model.memory_layers().items()}
+    counts = {
+        layers: SlotCounts(tables[0].n_slots)
+        for layers, tables in tables_by_layers(memories).items()
+    }
+    with observing(model, {i: table for layers, table in counts.items() for i in layers}):
+        for batch in batches(sequences, pad, per_batch):
+            model(batch, features_only=True)
+            for table in counts.values():
+                table.end_batch()
+            advance(int(batch.ne(pad).sum()))
+    return CountsFile(counts, {"sequences_per_batch": per_batch, "tokens": count_tokens(sequences)})
 
 
 @torch.no_grad()

@@ -174,12 +174,12 @@ def _chosen(present: List[int], layers: Optional[List[int]]) -> List[int]:
     return present if layers is None else layers
 
 
-def batches(sequences: Iterable[Tensor], pad: int) -> Iterator[Tensor]:
-    """Batches of token ids, (B, T), padded on the right."""
+def batches(sequences: Iterable[Tensor], pad: int, size: int = SENTENCES) -> Iterator[Tensor]:
+    """Batches of ``size`` sequences of token ids, (B, T), padded on the right."""
     waiting: List[Tensor] = []
     for sequence in sequences:
         waiting.append(sequence.clone())
-        if len(waiting) == SENTENCES:
+        if len(waiting) == size:
             yield data_utils.collate_tokens(waiting, pad)  # (B, T)
             waiting = []
     if waiting:

@@ -463,8 +463,8 @@ def test_workers_choose_by_the_reads_of_all_of_them(tmp_path, background):
             (loss_of(model, seed) / 2).backward()
         optimizer.step()
     moments = [optimizer.state[p]["exp_avg"] for p in model.tables()]
-    for values, theirs in on_workers(2, tmp_path, on_one_of_several, background)[0]:
-        for own, theirs in zip([*model.tables(), *moments], [*values, *theirs], strict=True):
+    for values, moved in on_workers(2, tmp_path, on_one_of_several, background)[0]:
+        for own, theirs in zip([*model.tables(), *moments], [*values, *moved], strict=True):
             # which rows moved shows in the moments, zero elsewhere; sums are in another order
             assert torch.equal((own != 0).any(dim=1), (theirs != 0).any(dim=1))
             torch.testing.assert_close(theirs, own.detach(), rtol=1e-4, atol=1e-6)

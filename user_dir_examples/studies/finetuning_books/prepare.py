@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Data of the study: old text to pretrain on, and a book that the pretraining has not seen.
 
-Old text: the first books of train.txt.xz, without the new one, up to 10 MB; by whole books 5 % test,
-3 % validation. New text: Kant's Critique of Pure Reason; its last tenth is for validation.
+Old text: the first books of train.txt.xz, without the new one, up to 10 MB; of these, by whole
+books, 5 % are for test and 3 % for validation. New text: Kant's Critique of Pure Reason; its last
+tenth is for validation.
 Writes OUT/old/bin and OUT/new/bin with one dictionary.
 """
 
@@ -24,7 +25,8 @@ VOCABULARY = 2000
 def read_books(folder: Path) -> "List[Tuple[str, List[str]]]":
     """Titles, and the lines of each book."""
     titles = (folder / "train.titles.txt").read_text(encoding="utf-8").splitlines()
-    text = lzma.open(folder / "train.txt.xz", "rt", encoding="utf-8").read()
+    with lzma.open(folder / "train.txt.xz", "rt", encoding="utf-8") as file:
+        text = file.read()
     books = [book.splitlines() for book in text.strip("\n").split("\n\n")]
     if len(books) != len(titles):
         raise SystemExit(f"{folder}: {len(titles)} titles but {len(books)} books")

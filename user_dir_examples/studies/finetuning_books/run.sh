@@ -99,6 +99,6 @@ study() {
         all_runs "$seed"
         once "evaluate_seed$seed" evaluate "$seed"
     done
-    python "$study/table.py" "$out/results"
+    python "$study/table.py" "$out"
 }
 run study
