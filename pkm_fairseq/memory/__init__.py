@@ -3,6 +3,7 @@
 from .adam import MemoryAdam, ignore_tables_in_ddp, memory_param_groups
 from .config import MemoryConfig
 from .experts import Experts
+from .finetune import FinetuneConfig, finetune_values
 from .hosts import HasMemories
 from .lookup import Lookup, Observation, Observer
 from .memory import ProductKeyMemory, build_values
@@ -22,6 +23,7 @@ __all__ = [
     "VALUES",
     "ColumnShards",
     "Experts",
+    "FinetuneConfig",
     "HasMemories",
     "LinearOutput",
     "LinearQuery",
@@ -38,6 +40,7 @@ __all__ = [
     "SwiluOutput",
     "ValueTable",
     "build_values",
+    "finetune_values",
     "ignore_tables_in_ddp",
     "memory_param_groups",
     "product_topk",

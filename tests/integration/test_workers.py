@@ -2,7 +2,7 @@
 
 Covered are all combinations of a plain model, PKM and ResM; dense adam and factored pkm_adam
 (plain: adam alone; one table for two layers: pkm_adam alone); legacy_ddp and pytorch_ddp; with and
-without accumulation on top.
+without accumulation on top. And finetuning of rows that the reads of all workers choose.
 
 Not to the bit: two workers add their gradients in another order than one that accumulates.
 """
@@ -39,6 +39,8 @@ HALF = 40
 JOINT = ["--curriculum", "9", "--required-batch-size-multiple", "1", "--max-epoch", "2"]
 JOINT = [*JOINT, "--max-update", "9", "--memory-query-norm", "batch", "--arch", "resm_roberta_tiny"]
 JOINT = [*JOINT, *MEMORY, "--memory-layers", "0,1"]
+FINETUNE = ["--memory-finetune", "slots", "--memory-finetune-slots", "20"]
+FINETUNE = [*FINETUNE, "--memory-finetune-score", "count"]
 
 
 def workers_of(backend: str) -> List[str]:
@@ -64,6 +66,10 @@ def arms(data: Path, out: Path) -> "tuple[List[List[Any]], List[List[Any]]]":
     for backend in BACKENDS:
         ours = ["--batch-size", HALF, "--save-dir", out / f"joint-{backend}"]
         together.append([*options, *ours, *workers_of(backend)])
+    options = [data, *TRAIN, *MASKED_LM, *MODEL, *MODELS["resm"], *ROUNDING, *LAYER_NORM, *FINETUNE]
+    alone.append([*options, "--update-freq", 2, "--save-dir", out / "finetune-one"])
+    ours = ["--save-dir", out / "finetune-legacy_ddp"]
+    together.append([*options, *ours, *workers_of("legacy_ddp")])
     return alone, together
 
 
@@ -119,10 +125,20 @@ def test_two_workers_normalise_queries_as_one_with_both_batches(
     assert_close_checkpoints(trained / "joint-one", trained / f"joint-{backend}")
 
 
+def test_two_workers_choose_rows_as_one_that_accumulates(trained: Path) -> None:
+    one, two = trained / "finetune-one", trained / "finetune-legacy_ddp"
+    assert_close_checkpoints(one, two)
+    (moments,) = (
+        x["exp_avg"]
+        for x in load(one / "checkpoint_last.pt")["last_optimizer_state"]["state"].values()
+    )
+    assert 20 <= int((moments != 0).any(dim=1).sum()) <= 4 * 20 < len(moments)
+
+
 def test_all_workers_have_the_same_model_from_the_start_to_the_end(trained: Path) -> None:
     states = [(trained / f"rank{rank}.json.states").read_text().split("\n") for rank in (0, 1)]
     starts = [line for line in states[0] if line.startswith("0 ")]
-    assert len(starts) == len(ARMS) * len(FREQUENCIES) * len(BACKENDS) + len(BACKENDS)
+    assert len(starts) == len(ARMS) * len(FREQUENCIES) * len(BACKENDS) + len(BACKENDS) + 1
     assert len(set(states[0])) > 5 * len(ARMS)  # training changes it
     assert states[0] == states[1]
 

@@ -23,11 +23,12 @@ from ..runs.trainings import LAST, LOG, run_all, start_training, updates_of
 from .data import PreparedTask, dev_name
 from .memory import measure_memory
 from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
-from .start import Arm
+from .start import Arm, sha256_of
 
 MINUTES = 300.0  # seconds between two lines about a run where there is no terminal
 BEST = "checkpoint_best.pt"
 RESULT = "result.json"
+FILES = ("--memory-background", "--memory-finetune-counts")  # flags that name one
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def plan(arms: Sequence[Arm], tasks: Sequence[PreparedTask], choices: Choices) -
         planned = {arm: _plan(arm, task, choices) for arm in arms}
         for seed in choices.seeds:
             for arm, (flags, updates, warmup) in planned.items():
-                key = key_of(flags, seed, arm.sha256, task.key, choices.memory_tokens)
+                files = _files(flags)
+                key = key_of(flags, seed, arm.sha256, task.key, choices.memory_tokens, *files)
                 folder = choices.out.resolve() / arm.name / task.name / f"seed{seed}"
                 runs.append(Finetuning(arm, task, seed, folder, flags, updates, warmup, key))
     return runs
@@ -129,6 +131,19 @@ def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> "tuple[Tuple[str, .
     parse_flags([*fixed, *schedule, *chosen])  # not every schedule knows of a warm-up
     interval = ["--log-interval", str(max(1, updates // 50))]
     return (*fixed, *schedule, *interval, *chosen), updates, warmup
+
+
+def _files(flags: Sequence[str]) -> List[str]:
+    """Hashes of the files that flags name.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    named = [(flag, Path(flags[at + 1])) for at, flag in enumerate(flags[:-1]) if flag in FILES]
+    for flag, file in named:
+        if not file.is_file():
+            raise ValueError(f"{flag} {file}: no such file")
+    return [sha256_of(file) for _, file in named]
 
 
 def _ratio(value: Any) -> float:

@@ -78,7 +78,7 @@ def _read_arm(name: str, file: Path, dictionary: Dictionary) -> Arm:
     return Arm(
         name,
         file,
-        _sha256(file),
+        sha256_of(file),
         has_memory(checkpoint),
         int(options.get("max_positions") or options["tokens_per_sample"]),
         tuple(arch_flags(arch, options)),
@@ -100,6 +100,7 @@ def arch_flags(arch: str, options: Dict[str, Any]) -> List[str]:
     return flags
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """SHA-256, in hex, of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The table of the study: perplexity on old and new text, mean and range over seeds.
 
-Reads OUT/results/seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown.
+Reads OUT/seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown.
 """
 
 import argparse
@@ -18,10 +18,10 @@ def read(out: Path) -> Dict[str, Dict[str, List[float]]]:
     """By arm and text, the perplexities of the seeds."""
     found: Dict[str, Dict[str, List[float]]] = {}
     for text in ("old", "new"):
-        for file in sorted((out / "results").glob(f"seed*.{text}.json")):
+        for file in sorted(out.glob(f"seed*.{text}.json")):
             for checkpoint in json.loads(file.read_text())["checkpoints"]:
                 folder = Path(checkpoint["checkpoint"]).parent
-                arm = BASE if folder.name == "base" else folder.name
+                arm = BASE if folder.name == "resm_init" else folder.name
                 found.setdefault(arm, {}).setdefault(text, []).append(checkpoint["perplexity"])
     return found
 
@@ -29,7 +29,7 @@ def read(out: Path) -> Dict[str, Dict[str, List[float]]]:
 def rows_of(out: Path, arm: str) -> Dict[str, float]:
     """Rows that an update read and was allowed to move, the mean over a log."""
     sums: Dict[str, List[float]] = {}
-    for log in (out / "runs").glob(f"seed*/{arm}.log"):
+    for log in (out / "runs").glob(f"seed*/{arm}/train.log"):
         for line in log.read_text().splitlines():
             if "| train_inner | " in line:
                 logged = json.loads(line.split("| train_inner | ")[1])
