@@ -6,6 +6,7 @@ fairseq is imported once; each run is a child of this process, and ends as fairs
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Dict, List
@@ -18,14 +19,14 @@ import pkm_fairseq
 # isort: on
 
 SEEDS = (1, 2, 3)
-COMMON = """--task pkm_masked_lm --criterion pkm_masked_lm --tokens-per-sample 32
+COMMON = shlex.split("""--task pkm_masked_lm --criterion pkm_masked_lm --tokens-per-sample 32
     --max-positions 32 --arch resm_roberta_tiny --encoder-layers 3 --encoder-embed-dim 128
     --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 --dropout 0 --attention-dropout 0
     --memory-layers 1 --memory-n-keys 64 --memory-heads 4 --memory-knn 16 --memory-k-dim 64
     --optimizer pkm_adam --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0 --batch-size 16
     --lr-scheduler fixed --max-update 200 --num-workers 0 --cpu --no-epoch-checkpoints
     --log-format json --log-interval 20 --disable-validation --no-save-optimizer-state
-    --memory-usage-interval 0 --required-batch-size-multiple 1""".split()
+    --memory-usage-interval 0 --required-batch-size-multiple 1""")
 
 
 def arms(background: Path) -> Dict[str, List[str]]:
