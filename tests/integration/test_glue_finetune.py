@@ -226,6 +226,24 @@ def test_an_old_checkpoint_of_an_architecture_that_is_registered_nowhere(
     assert losses[0] == losses[1]
 
 
+def test_values_alone_are_finetuned_and_a_head(ready: SimpleNamespace, tmp_path: Path) -> None:
+    rows = ("memory_finetune=slots", "memory_finetune_score=count", "memory_finetune_slots=20")
+    task = ("--tasks", "RTE", "--seeds", "1", "--checkpoint", f"resm={ready.resm}")
+    finetune_well(ready, tmp_path, *task, *QUICK, *rows, "memory_value_lr=0.01")
+    folder = tmp_path / "resm" / "RTE" / "seed1"
+    log = (folder / "train.log").read_text()
+    assert "the head sentence_classification_head is trained, too" in log
+    before, after = (load(x)["model"] for x in (ready.resm, folder / "checkpoint_best.pt"))
+    moved = {
+        name
+        for name, tensor in after.items()
+        if name in before and ".reads." not in name and not torch.equal(tensor, before[name])
+    }
+    assert moved == {"encoder.sentence_encoder.layers.1.memory.values.weight"}
+    heads = {name for name in after if name not in before}
+    assert len(heads) == 4 and all(name.startswith("classification_heads.") for name in heads)
+
+
 def alive(group_leader: int) -> bool:
     try:
         os.kill(group_leader, 0)

@@ -330,6 +330,18 @@ def test_the_key_knows_what_decides_a_result(tmp_path, data, arms):
     assert same in keys  # the folder does not decide it
 
 
+def test_the_key_knows_what_files_hold(tmp_path, data, arms):
+    tasks, file = prepared_tasks(data, ["CoLA"]), tmp_path / "background.pt"
+    settings = {"memory_finetune": "slots", "memory_background": file}
+    with pytest.raises(ValueError, match=r"--memory-background .*background.pt: no such file"):
+        plan(arms[1:], tasks, chosen(tmp_path, **settings))
+    keys = []
+    for content in (b"a", b"b", b"a"):
+        file.write_bytes(content)
+        keys.append(plan(arms[1:], tasks, chosen(tmp_path, **settings))[0].key)
+    assert keys[0] == keys[2] != keys[1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
