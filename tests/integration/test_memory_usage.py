@@ -15,8 +15,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pkm_fairseq.analysis.checkpoints import open_checkpoint
+from pkm_fairseq.analysis.checkpoints import first_tokens, open_checkpoint, read_text
 from pkm_fairseq.analysis.drift import drift_of_checkpoints
+from pkm_fairseq.memory.observe.slot_counts import load_counts
 
 from .runs import MEMORY, ROOT, Run, binarise, load, run, run_well, train
 
@@ -203,6 +204,53 @@ def test_drift_from_before_to_after_finetuning(trained: Path, tmp_path: Path) ->
     assert (found["topk_jaccard"], found["top1_same"], found["values_moved"]) == (1, 1, 0)
 
 
+def test_counts_of_slots_are_those_of_a_loop_over_batches(
+    trained: Path,
+    evil_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, file = trained / "checkpoint_last.pt", tmp_path / "counts.pt"
+    options = ["--checkpoint", checkpoint, "--data", evil_data, "--unmasked", "--tokens", "150"]
+    status, output = usage_here(
+        monkeypatch, capfd, *options, "--save-counts", file, "--counts-batch", "2"
+    )
+    assert status == 0, output
+    counts = load_counts(file, "it")
+    assert (counts.about["checkpoint"], counts.about["updates"]) == (str(checkpoint), 12)
+    assert (counts.about["text"], counts.about["split"]) == (str(evil_data), "valid")
+    assert (counts.about["tokens"], counts.about["masked"]) == (150, False)
+    assert counts.about["sequences_per_batch"] == 2
+    args = Namespace(data=str(evil_data), text=None, dict=None, split="valid")
+    opened = open_checkpoint("it", checkpoint, args)
+    text = read_text(args, opened.dictionary, opened.model.max_positions())
+    sequences = first_tokens(text, 150)
+    reads, batches = [0] * 256, [0] * 256
+    for at in range(0, len(sequences), 2):
+        seen = set()
+        for sequence in sequences[at : at + 2]:
+            slots = slots_read(opened.model, sequence)
+            seen.update(slots)
+            for slot in slots:
+                reads[slot] += 1
+        for slot in seen:
+            batches[slot] += 1
+    (table,) = counts.tables.values()
+    assert table.reads.tolist() == reads and sum(reads) == 150 * 2 * 4  # heads, knn
+    assert table.batches.tolist() == batches and table.n_batches == -(-len(sequences) // 2) > 1
+
+
+def slots_read(model: Any, sequence: torch.Tensor) -> List[int]:
+    """The slots of all reads of one sequence."""
+    seen: List[int] = []
+    (memory,) = (layer.memory for layer in model.memory_layers().values())
+    observer = Namespace(observe=lambda look_up: seen.extend(look_up.slots.flatten().tolist()))
+    with memory.observed_by(observer), torch.no_grad():
+        model(sequence[None], features_only=True)
+    return seen
+
+
 def test_a_checkpoint_of_an_older_version_has_no_origin(
     trained: Path, evil_data: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +280,9 @@ def test_a_checkpoint_of_an_older_version_has_no_origin(
         (["--log", "LOG", "--html", "no-folder/x.html"], "must be a file in a folder that exists"),
         (["--log", "LOG", "LOG"], "two files are called"),
         ([], "nothing to look at"),
+        (["--log", "LOG", "--save-counts", "c.pt"], "--save-counts c.pt needs one --checkpoint"),
+        (["--log", "LOG", "--counts-batch", "2"], "--counts-batch has no effect without"),
+        (["--log", "LOG", "--counts-batch", "0"], "--counts-batch is 0, must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(
