@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed-$(FAIRSEQ)
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton check benchmark benchmark-quick clean
+.PHONY: help install demo test test-triton check docs docs-serve benchmark benchmark-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,13 @@ check: install ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## build the documentation site into site/
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: docs ## show the site at http://127.0.0.1:8000, and again after each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 benchmark: install ## measure speed and memory into BENCHMARK, about an hour on an idle machine
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/benchmark.txt

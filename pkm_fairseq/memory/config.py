@@ -58,8 +58,8 @@ def _even(name: str, value: Any) -> None:
 class MemoryConfig:
     """Everything that shapes a :class:`~pkm_fairseq.memory.ProductKeyMemory`.
 
-    Args:
-        the fields below, whose declarations say what they mean and where defaults are from.
+    Its arguments are the fields below. Their declarations say what they mean and where defaults are
+    from; ``docs/settings.md`` lists them.
 
     Raises:
         ValueError: a value is impossible; the message names it and what is allowed.

@@ -36,8 +36,8 @@ def _budget(name: str, value: Any) -> None:
 class FinetuneConfig:
     """What may move when a model with memories is finetuned.
 
-    Args:
-        the fields below, whose declarations say what they mean and where defaults are from.
+    Its arguments are the fields below. Their declarations say what they mean and where defaults are
+    from; ``docs/settings.md`` lists them.
 
     Raises:
         ValueError: a value is impossible, or has no effect; the message names it.
