@@ -105,11 +105,13 @@ class ProductKeyMemory(nn.Module):
         return (read, seen.lookup()) if return_lookup else read
 
     def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-        """The sums of values, (N, v_dim); a dummy batch of a training reads nothing, or zeros.
+        """The sums of values, (N, v_dim).
 
-        So its reads are no entries of the gradient, by which workers count reads.
+        Where rows are chosen by their reads, which are entries of the gradient, a dummy batch of a
+        training reads nothing, and gets zeros.
         """
-        if not (self.training and self.run.is_dummy):
+        is_counted = any(table.chooses_rows for table in self.values.tables().values())
+        if not (is_counted and self.training and self.run.is_dummy):
             return self.values(slots, weights, tokens)  # type: ignore[no-any-return]
         read = self.values(slots[:0], weights[:0], tokens[:0])  # with the workers of its table
         return torch.cat([read, read.new_zeros(len(tokens), read.shape[1])])

@@ -102,6 +102,11 @@ class ValueTable(nn.Module):
         return self._state.shards
 
     @property
+    def chooses_rows(self) -> bool:
+        """Whether an update moves only rows that its reads choose."""
+        return self._state.rows is not None
+
+    @property
     def factored(self) -> bool:
         """Whether the gradient is a :class:`~pkm_fairseq.memory.gradient.FactoredGradient`.
 
@@ -195,7 +200,7 @@ class ValueTable(nn.Module):
         return self.shards.sum_dots(partial, tokens).view(shape)
 
     def _check_choice(self) -> None:
-        if self._state.rows is not None and self.weight.requires_grad and not self.factored:
+        if self.chooses_rows and self.weight.requires_grad and not self.factored:
             raise ValueError(
                 "which rows of a value table may move is chosen by MemoryAdam: give it the table "
                 "before the first training step; no other optimizer can"
