@@ -14,11 +14,15 @@ except ImportError as error:
 
 from .add import add_memories
 from .architectures import Architecture
+from .callback import MemoryUsageCallback
 from .models import MemoryModel, memory_class, register_architecture
+from .trainer import MemoryTrainer
 
 __all__ = [
     "Architecture",
     "MemoryModel",
+    "MemoryTrainer",
+    "MemoryUsageCallback",
     "add_memories",
     "memory_class",
     "register_architecture",

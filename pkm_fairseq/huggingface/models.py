@@ -75,11 +75,6 @@ class MemoryModel:
             write_card(self, Path(save_directory))
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> Dict[str, str]:
-        """Also tie the tables that layers share, whatever the configuration says of embeddings."""
-        tied: Dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
-        return {**tied, **shared_tables(self)}
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]

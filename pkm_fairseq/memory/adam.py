@@ -139,7 +139,7 @@ class MemoryAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._exchange:
-            self._exchange_gradients()
+            self.exchange_gradients()
         lazy = [(g, p) for g in self.param_groups for p in g["params"] if is_table(p)]
         dense = [(p, p.grad) for _, p in lazy if type(p.grad) is Tensor]
         updates = []
@@ -216,8 +216,16 @@ class MemoryAdam(torch.optim.Optimizer):
 
     # --- several workers ----------------------------------------------------------------------
 
-    def _exchange_gradients(self) -> None:
-        """Take the mean of the gradients of tables over workers, where nobody else has."""
+    @torch.no_grad()
+    def exchange_gradients(self) -> None:
+        """Take the mean of the gradients of tables over workers, where nobody else has.
+
+        :meth:`step` does it. A loop that clips gradients by their norm must call it before, on
+        every worker: norms of own gradients would scale what workers have in common differently.
+
+        Raises:
+            ValueError: the tables of several workers differ.
+        """
         if not dist.is_available() or not dist.is_initialized():
             return
         tables, group = [p for p in self._tables() if p.requires_grad], self._process_group

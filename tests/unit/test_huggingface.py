@@ -96,11 +96,13 @@ def test_padding_is_in_no_statistic_and_in_no_count(given_by: str) -> None:
             model(given["input_ids"], given["attention_mask"])
     n_tokens = int(given["attention_mask"].sum())
     assert [count.tokens for count in usage.values()] == [n_tokens, n_tokens]
-    other, same = with_memories("bert"), copy.deepcopy(model)
-    assert other.config is not same.config
     with observing(model, usage):
         model(given["input_ids"])  # no mask: all are tokens, though one call had padding
     assert usage[0].tokens == n_tokens + given["input_ids"].numel()
+    model(**given)
+    with observing(model, usage):
+        model.base_model.encoder(torch.randn(3, 9, 16))  # the mask of the last call is forgotten
+    assert usage[0].tokens == n_tokens + 2 * given["input_ids"].numel()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -181,7 +183,9 @@ def test_shared_values_are_stored_once_and_shared_again(
     config = configuration("bert", tie_word_embeddings=ties_embeddings)
     model = transformers.BertForMaskedLM(config)
     add_memories(model, replace(SMALL, share_values=True), [0, 2]).eval()
-    again = saved(model, tmp_path).eval()
+    again, info = saved(model, tmp_path, output_loading_info=True)
+    again.eval()
+    assert not any(info.values()), info
     with safe_open(str(tmp_path / "model.safetensors"), "pt") as stored:
         names = [name for name in stored.keys() if "memory.values" in name]  # noqa: SIM118
     assert names == ["bert.encoder.layer.0.memory.values.weight"]

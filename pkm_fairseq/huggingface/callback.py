@@ -1,0 +1,227 @@
+"""Memory usage and staleness through a training by transformers' Trainer."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ..memory.hosts import HasMemories, merge_read_times, set_finished_updates
+from ..memory.lookup import Observation
+from ..memory.observe.count import Count
+from ..memory.observe.log import (
+    FILE,
+    UsageLog,
+    header_of,
+    load_initial_values,
+    save_initial_values,
+    whole_values,
+)
+from ..memory.observe.usage import DRAWS, MemoryUsage
+from .limits import check_training
+
+TRAINING = "train"
+RUNTIME = "_runtime"  # ends a key that each log of an evaluation has
+
+
+class MemoryUsageCallback(TrainerCallback):
+    """Counts memory usage now and then in training and in each evaluation, and logs it.
+
+    The Trainer's log gets what the last count says as ``memory<layer>_<key>``, of an evaluation as
+    ``eval_memory<layer>_<key>``; a finished count is a line of ``memory_usage.jsonl`` in the
+    output folder, beside ``memory_initial_values.pt``. Keys and lines are those of the fairseq
+    criteria. It also tells the memories the number of updates, without which they note no times of
+    reads. Give it as ``callbacks=[MemoryUsageCallback()]``; reporters such as TensorBoard see
+    what it logs only if it stands before them, where :meth:`add_to` puts it.
+
+    Args:
+        interval: count training batches every so many updates; 0: never.
+        draws: draws per slot (tokens x heads / slots) in one count.
+        tokens: tokens in one count, in place of draws; 0: not given.
+
+    Raises:
+        ValueError: a number is negative, or there are no draws.
+    """
+
+    def __init__(self, interval: int = 1000, draws: int = DRAWS, tokens: int = 0) -> None:
+        given = (("interval", interval, 0), ("draws", draws, 1), ("tokens", tokens, 0))
+        for name, value, least in given:
+            if value < least:
+                raise ValueError(f"{name} is {value}, must be at least {least}")
+        self.interval, self.draws, self.tokens = interval, draws, tokens
+        self._host: Optional[HasMemories] = None
+        self._switches: Dict[int, _Switch] = {}  # by layer
+        self._folder: Optional[Path] = None  # of a training
+        self._log: Optional[UsageLog] = None  # the first worker's
+        self._window: Optional[Count] = None  # of training batches
+        self._next_window = 0  # updates
+        self._evaluation: Optional[Count] = None
+        self._report: Dict[str, float] = {}  # of the last window
+
+    def add_to(self, trainer: Any) -> "MemoryUsageCallback":
+        """Put this callback before all others of a Trainer, reporters included.
+
+        Raises:
+            ValueError: its model has no memories, or something cannot work with them.
+        """
+        check_training(trainer.model, trainer.args)
+        trainer.callback_handler.callbacks.insert(0, self)
+        self._begin(trainer.model)
+        return self
+
+    # --- what the Trainer calls ---------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """The Trainer is made: from now on evaluations are counted.
+
+        Raises:
+            ValueError: the model has no memories, or something cannot work with them.
+        """
+        check_training(model, args)
+        self._begin(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """A training begins, perhaps from a checkpoint.
+
+        Raises:
+            ValueError: the log in the output folder is of other memories.
+        """
+        host = self._begin(model)
+        set_finished_updates(host, state.global_step)
+        self._folder = Path(args.output_dir)
+        self._next_window, self._window, self._report = state.global_step, None, {}
+        values = whole_values(host) if state.global_step == 0 else {}
+        problem = self._open_log(host, state, values) if state.is_world_process_zero else None
+        if host.run.group() is not None:  # all end, or none
+            told: List[Optional[str]] = [problem]
+            dist.broadcast_object_list(told, 0, host.run.group())
+            problem = told[0]
+        if problem:
+            raise ValueError(f"memory usage: {problem}")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """An update begins; its batches may open a count."""
+        host = self._host
+        assert host is not None
+        set_finished_updates(host, state.global_step)
+        if self._evaluation is not None and self._is_begun(self._evaluation):  # of others' batches
+            self._new_evaluation(host)
+        if self.interval and state.global_step >= self._next_window:
+            self._close_window(host, state.global_step, args.device)
+            self._window = Count(host, TRAINING, self.tokens, self.draws)
+            self._next_window = (state.global_step // self.interval + 1) * self.interval
+            self._switch()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """An update is finished; a count may be full."""
+        if self._window is None or self._host is None:
+            return
+        self._window.check(args.device)
+        if self._window.is_full:
+            self._close_window(self._host, state.global_step, args.device)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the count that is not full: it says how many draws it has."""
+        assert self._host is not None
+        self._close_window(self._host, state.global_step, args.device)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Optional[Dict[str, Any]] = None, **_: Any
+    ) -> None:
+        """Add what the last count says to a log of training; finish the count of an evaluation."""
+        if logs is None or self._host is None:
+            return
+        prefix = _evaluation_of(logs)
+        report = self._report if prefix is None else self._finish_evaluation(prefix, state, args)
+        logs.update(report)
+        if state.log_history:  # a copy of the logs, made before
+            state.log_history[-1].update(report)
+
+    # --- counts -------------------------------------------------------------------------------
+
+    def _begin(self, model: Any) -> HasMemories:
+        host: HasMemories = model
+        if host is not self._host:
+            self._host = host
+            self._switches = {index: _Switch() for index in host.memory_layers()}
+            for index, layer in host.memory_layers().items():
+                layer.memory.observers.append(self._switches[index])
+            self._new_evaluation(host)
+        return host
+
+    def _open_log(self, host: HasMemories, state: Any, values: Dict[str, Any]) -> Optional[str]:
+        assert self._folder is not None
+        try:
+            self._log = UsageLog(self._folder / FILE, header_of(host), state.global_step)
+            if state.global_step == 0:
+                whole = {name: table for name, table in values.items() if table is not None}
+                save_initial_values(whole, self._folder)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    def _new_evaluation(self, host: HasMemories) -> None:
+        self._evaluation = Count(host, "", self.tokens, self.draws)
+        self._switch()
+
+    def _switch(self) -> None:
+        for index, switch in self._switches.items():
+            switch.training = None if self._window is None else self._window.usage[index]
+            switch.evaluation = None if self._evaluation is None else self._evaluation.usage[index]
+
+    @staticmethod
+    def _is_begun(count: Count) -> bool:
+        return any(usage.tokens for usage in count.usage.values())
+
+    def _close_window(self, host: HasMemories, updates: int, device: torch.device) -> None:
+        """Report the count of training batches up to and with this update."""
+        count, self._window = self._window, None
+        self._switch()
+        if count is None:
+            return
+        merge_read_times(host)
+        count.updates = updates
+        count.add_up(device)
+        if count.total:
+            self._write(host, count)
+            self._report = count.report()
+
+    def _finish_evaluation(self, prefix: str, state: Any, args: Any) -> Dict[str, float]:
+        host, count = self._host, self._evaluation
+        assert host is not None and count is not None
+        merge_read_times(host)
+        count.split = prefix
+        count.updates = None if host.run.updates is None else state.global_step
+        count.add_up(args.device)
+        if count.total:
+            self._write(host, count)
+        report = {f"{prefix}_{key}": value for key, value in count.report().items()}
+        self._new_evaluation(host)
+        return report
+
+    def _write(self, host: Any, count: Count) -> None:
+        initial = None if self._folder is None else load_initial_values(self._folder)
+        record = count.record(initial)
+        host.memory_usage = record  # for the model card
+        if self._log is not None:
+            self._log.append(record)
+
+
+class _Switch:
+    """An observer that counts look-ups in training and in evaluation apart."""
+
+    def __init__(self) -> None:
+        self.training: Optional[MemoryUsage] = None
+        self.evaluation: Optional[MemoryUsage] = None
+
+    def observe(self, seen: Observation) -> None:
+        usage = self.training if seen.training else self.evaluation
+        if usage is not None:
+            usage.observe(seen)
+
+
+def _evaluation_of(logs: Dict[str, Any]) -> Optional[str]:
+    """The prefix of the keys of an evaluation's log; None of another log."""
+    found = [key.removesuffix(RUNTIME) for key in logs if key.endswith(RUNTIME)]
+    return found[0] if found and found[0] != TRAINING else None

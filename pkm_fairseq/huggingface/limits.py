@@ -1,0 +1,51 @@
+"""What cannot work beside memories in a training by transformers."""
+
+from typing import Any
+
+from .models import MemoryModel
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+def check_training(model: Any, args: Any) -> None:
+    """Complain of a training that memories cannot take part in.
+
+    Args:
+        model: what the Trainer was given.
+        args: its TrainingArguments.
+
+    Raises:
+        ValueError: with what cannot be, and what to do.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model is one of PEFT, which freezes or wraps memories: train the model itself, or "
+            "merge the adapters and then call add_memories"
+        )
+    if not isinstance(model, MemoryModel):
+        raise ValueError("the model has no memories: call add_memories first")
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} splits or flattens parameters, value tables must be whole: start data-"
+                "parallel workers with torchrun, which exchange factors"
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process with {args.n_gpu} GPUs copies the model for each batch: start one "
+            "process per GPU with torchrun"
+        )
+
+
+def check_optimizer(args: Any) -> None:
+    """Complain of an optimizer that MemoryAdam would stand in for.
+
+    Raises:
+        ValueError: with its name.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"optim is {name}, must be one of {', '.join(OPTIMIZERS)}, of which MemoryAdam is the "
+            "lazy form: take transformers' own Trainer for another optimizer, with dense gradients"
+        )
