@@ -25,13 +25,20 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 torch.manual_seed(0)
 from pkm_fairseq.huggingface import MemoryUsageCallback
-from pkm_fairseq.memory import collectives, gradient
+from pkm_fairseq.memory import MemoryAdam
 from tests.hf_models import with_memories
 from tests.unit.test_huggingface_training import MemoryTrainer, arguments, examples
 
-sent = []
-reduced = dist.all_reduce
-dist.all_reduce = lambda x, *a, **k: (sent.append(x.numel()), reduced(x, *a, **k))[1]
+norms = []  # of the gradients of tables, whenever they are to be exchanged
+exchange = MemoryAdam.exchange_gradients
+
+
+def noted(optimizer):
+    norms.append([float(p.grad.norm()) for p in optimizer._tables()])
+    exchange(optimizer)
+
+
+MemoryAdam.exchange_gradients = noted
 folder, n_workers = Path(sys.argv[1]), int(sys.argv[2])
 model = with_memories("bert")
 start = {name: x.clone() for name, x in model.state_dict().items()}
@@ -57,7 +64,7 @@ for name in ("embeddings.word_embeddings", "encoder.layer.2.memory.values"):
     moved = (state[f"bert.{name}.weight"] - start[f"bert.{name}.weight"]).abs().max()
     assert moved > 1e-4, moved
 
-torch.save((state, max(sent, default=0)), folder / f"{trainer.args.process_index}of{n_workers}.pt")
+torch.save((state, norms), folder / f"{trainer.args.process_index}of{n_workers}.pt")
 if n_workers > 1:
     dist.destroy_process_group()
 """
@@ -102,9 +109,14 @@ def test_two_workers_are_one_with_the_tokens_of_both(trained: Dict[int, Any]) ->
             assert torch.allclose(one[name], tensor, rtol=0, atol=1e-6), name
 
 
-def test_workers_exchange_factors_and_no_table(trained: Dict[int, Any]) -> None:
-    (_, (_, second)), _ = trained[2]
-    assert second < 64 * 16  # no reduction of as many numbers as a table has
+def test_the_optimizer_exchanges_gradients_of_tables_and_does_so_before_they_are_clipped(
+    trained: Dict[int, Any],
+) -> None:
+    """Each update comes here before clipping, with own gradients, and in the step, with common."""
+    ((_, first), (_, second)), _ = trained[2]
+    assert len(first) == len(second) == 2 * 4
+    assert all(own != other for own, other in zip(first[::2], second[::2], strict=True))
+    assert first[1::2] == second[1::2]
 
 
 def test_usage_is_counted_over_both_workers(trained: Dict[int, Any]) -> None:

@@ -218,6 +218,7 @@ def usage_log(folder: Path) -> None:
         eval_strategy="steps",
         eval_steps=6,
     )
+    assert trainer.callback_handler.callbacks.count(usage) == 1
     header, records = read_usage_log(folder / "memory_usage.jsonl")
     assert header["layers"]["2"] == {"n_slots": 64, "heads": 2, "knn": 4}
     assert [(x["update"], x["split"]) for x in records] == [(1, "train"), (4, "train"), (6, "eval")]
