@@ -23,6 +23,7 @@ LAST = "checkpoint_last.pt"
 ELSEWHERE = {
     "demo.py": "integration/test_demo.py",
     "memory_usage.py": "integration/test_memory_usage.py",
+    "memory_delta.py": "unit/test_delta.py",
     "finetune_glue.py": "integration/test_glue_finetune.py",
     "predict_glue.py": "integration/test_glue_predict.py",
     "prepare_glue.py": "integration/test_glue_prepare.py",

@@ -1,0 +1,127 @@
+"""Rows of tensors in a file of torch.save, changed in place: all other bytes stay what they are."""
+
+import shutil
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .files import whole_file
+
+# of a ZIP file: (mark, offset of the check sum behind it)
+LOCAL, CENTRAL, DESCRIPTOR = (b"PK\x03\x04", 14), (b"PK\x01\x02", 16), (b"PK\x07\x08", 4)
+HAS_DESCRIPTOR = 1 << 3  # a flag: the check sum stands behind the data
+BLOCK = 1 << 20  # bytes, read at once
+
+Rows = Mapping[str, Tuple[Tensor, Tensor]]  # name -> slots (R,), rows (R, V)
+
+
+def write_rows(source: Path, target: Path, part: str, rows: Rows) -> None:
+    """Copy a file of torch.save, with other rows in some of its tables.
+
+    Only the bytes of these rows and the archive's check sums differ. So writing the old rows back
+    gives the old file.
+
+    Args:
+        source: holds a dictionary.
+        target: gets its name when it is whole; may be the source.
+        part: the key under which the dictionary holds another one, of tensors by name.
+        rows: by name of the table, which must be contiguous.
+
+    Raises:
+        ValueError: the file is of the format before torch 1.6, or a table is not contiguous.
+    """
+    if not zipfile.is_zipfile(source):
+        raise ValueError(f"{source} is in the format before torch 1.6: load and save it first")
+    tables = _places(source, part)
+    with whole_file(target) as out:
+        with source.open("rb") as file:
+            shutil.copyfileobj(file, out, BLOCK)
+        changes: List[Tuple[int, bytes]] = []
+        for name, (slots, values) in rows.items():
+            changes += _changes(name, *tables[name], slots, values)
+        for at, content in changes:
+            out.seek(at)
+            out.write(content)
+        out.flush()
+        _renew_check_sums(source, Path(out.name), out, [at for at, _ in changes])
+
+
+def _places(file: Path, part: str) -> Dict[str, Tuple[Tensor, int]]:
+    """Each tensor, without data, and where its storage begins in the file."""
+    with FakeTensorMode():
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    tensors = {name: x for name, x in content[part].items() if isinstance(x, Tensor)}
+    starts = {name: x.untyped_storage()._checkpoint_offset for name, x in tensors.items()}
+    return {name: (x, start) for name, x in tensors.items() if (start := starts[name]) is not None}
+
+
+def _changes(
+    name: str, table: Tensor, start: int, slots: Tensor, rows: Tensor
+) -> List[Tuple[int, bytes]]:
+    """Where in the file which bytes are to stand."""
+    if not table.is_contiguous():
+        raise ValueError(f"{name} is not contiguous in the file: load and save it first")
+    width = table.shape[1] * table.element_size()
+    start += int(table.storage_offset()) * table.element_size()
+    content = rows.contiguous().view(torch.uint8).numpy()
+    places = zip(slots.tolist(), content, strict=True)
+    return [(start + slot * width, row.tobytes()) for slot, row in places]
+
+
+def _renew_check_sums(source: Path, target: Path, out: BinaryIO, changed: List[int]) -> None:
+    """Write the check sums of the records in which bytes have changed."""
+    with zipfile.ZipFile(source) as archive:
+        records, directory = archive.infolist(), archive.start_dir
+    with target.open("rb") as file:
+        for record, central in zip(records, _central_entries(file, directory), strict=True):
+            data = _data_of(file, record.header_offset)
+            end = data + record.compress_size
+            if not any(data <= at < end for at in changed):
+                continue
+            check_sum = struct.pack("<L", _crc(file, data, end))
+            places = [central + CENTRAL[1]]
+            if record.flag_bits & HAS_DESCRIPTOR:
+                file.seek(end)
+                assert file.read(4) == DESCRIPTOR[0]
+                places.append(end + DESCRIPTOR[1])
+            else:
+                places.append(record.header_offset + LOCAL[1])
+            for place in places:
+                out.seek(place)
+                out.write(check_sum)
+
+
+def _central_entries(file: BinaryIO, at: int) -> List[int]:
+    """Where the entries of the central directory stand, in their order."""
+    places: List[int] = []
+    while True:
+        file.seek(at)
+        entry = file.read(46)
+        if entry[:4] != CENTRAL[0]:
+            return places
+        places.append(at)
+        at += 46 + sum(struct.unpack("<3H", entry[28:34]))  # name, extra, comment
+
+
+def _data_of(file: BinaryIO, header: int) -> int:
+    """Where the data of a record begin, behind its local header."""
+    file.seek(header)
+    entry = file.read(30)
+    assert entry[:4] == LOCAL[0]
+    name, extra = struct.unpack("<2H", entry[26:30])
+    return header + 30 + int(name) + int(extra)
+
+
+def _crc(file: BinaryIO, start: int, end: int) -> int:
+    file.seek(start)
+    crc, left = 0, end - start
+    while left:
+        block = file.read(min(BLOCK, left))
+        crc, left = zlib.crc32(block, crc), left - len(block)
+    return crc

@@ -1,0 +1,226 @@
+"""What a finetuning of values has moved: rows that go into a model and out again, exactly."""
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from .files import whole_file
+from .kernels import at_least_float32
+
+KIND, VERSION = "pkm_fairseq delta", 1
+VALUES = re.compile(r"(^|\.)values\.(\w+\.)*weight$")  # tables of values in a state
+# what a delta neither holds nor compares: times of reads, and heads of tasks
+APART = re.compile(r"\.reads\.\w+$|^classification_heads\.")
+
+
+class TableRows(NamedTuple):
+    """Rows of a table of values.
+
+    Attributes:
+        slots: (R,), int64, ascending.
+        before: (R, V), the rows of the base.
+        after: (R, V), the rows of the finetuned model.
+    """
+
+    slots: Tensor
+    before: Tensor
+    after: Tensor
+
+
+class Delta(NamedTuple):
+    """Rows that a finetuning has moved.
+
+    Attributes:
+        base: :func:`hash_of` the state that it was finetuned from.
+        tables: the moved rows, by the name of their table in the state.
+        about: plain data on where it is from.
+    """
+
+    base: str
+    tables: Dict[str, TableRows]
+    about: Dict[str, Any]
+
+
+def hash_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of all tensors of a model's state but times of reads and heads."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if not APART.search(name):
+            digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}\n".encode())
+            digest.update(_bits(state[name]).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_delta(
+    base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> Delta:
+    """The rows of values in which two states differ.
+
+    Args:
+        base: a model's state before finetuning.
+        finetuned: the state after it.
+        about: plain data to keep.
+
+    Raises:
+        ValueError: they differ in more than rows of values, or not at all.
+    """
+    names = {name for name in base if not APART.search(name)}
+    theirs = {name for name in finetuned if not APART.search(name)}
+    if names != theirs:
+        raise ValueError(f"{min(names ^ theirs)} is in one of the two models only")
+    tables: Dict[str, TableRows] = {}
+    for name in sorted(names):
+        was, now = base[name], finetuned[name]
+        if (was.dtype, was.shape) != (now.dtype, now.shape):
+            raise ValueError(
+                f"{name} is {_shown(now)} in the finetuned model, must be {_shown(was)}"
+            )
+        if torch.equal(_bits(was), _bits(now)):
+            continue
+        if not VALUES.search(name):
+            raise ValueError(
+                f"{name} differs: a delta holds rows of values only, as --memory-finetune moves"
+            )
+        slots = _differing(was, now)
+        tables[name] = TableRows(slots, was[slots].clone(), now[slots].clone())
+    if not tables:
+        raise ValueError("no value differs")
+    return Delta(hash_of(base), tables, dict(about))
+
+
+def combine(deltas: Sequence[Delta], adds_up: bool = False) -> Dict[str, TableRows]:
+    """The rows of several deltas of one base together, whatever their order.
+
+    Args:
+        deltas: at least one.
+        adds_up: whether their changes of the same row add up, in at least float32; otherwise
+            deltas that touch the same rows are refused.
+
+    Raises:
+        ValueError: they have different bases, or touch the same rows.
+    """
+    if len({delta.base for delta in deltas}) != 1:
+        bases = ", ".join(delta.base[:12] for delta in deltas)
+        raise ValueError(f"deltas have different bases ({bases}), must have one")
+    found: Dict[str, TableRows] = {}
+    for delta in sorted(deltas, key=_fingerprint):  # sums of floats depend on their order
+        for name, rows in delta.tables.items():
+            found[name] = rows if name not in found else _joined(name, found[name], rows, adds_up)
+    return found
+
+
+def _fingerprint(delta: Delta) -> str:
+    digest = hashlib.sha256()
+    for name, rows in sorted(delta.tables.items()):
+        digest.update(name.encode())
+        for tensor in rows:
+            digest.update(_bits(tensor).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(name: str, one: TableRows, other: TableRows, adds_up: bool) -> TableRows:
+    both = one.slots[torch.isin(one.slots, other.slots)]
+    if len(both) and not adds_up:
+        raise ValueError(
+            f"two deltas touch {len(both)} rows of {name} both, such as {int(both[0])}: apply one, "
+            "or add their changes up with --sum"
+        )
+    slots = torch.unique(torch.cat([one.slots, other.slots]))
+    before = one.before.new_empty(len(slots), one.before.shape[1])
+    for rows in (one, other):
+        before[torch.searchsorted(slots, rows.slots)] = rows.before
+    change = at_least_float32(torch.zeros_like(before))
+    for rows in (one, other):
+        change[torch.searchsorted(slots, rows.slots)] += at_least_float32(
+            rows.after
+        ) - at_least_float32(rows.before)
+    after = (at_least_float32(before) + change).to(before.dtype)
+    for rows, others in ((one, other), (other, one)):  # what one delta alone has moved, exactly
+        alone = ~torch.isin(rows.slots, others.slots)
+        after[torch.searchsorted(slots, rows.slots[alone])] = rows.after[alone]
+    return TableRows(slots, before, after)
+
+
+def check_base(state: Mapping[str, Tensor], base: str) -> None:
+    """Check that a state is the base of a delta.
+
+    Raises:
+        ValueError: it is not.
+    """
+    ours = hash_of(state)
+    if ours != base:
+        raise ValueError(f"it is another model ({ours[:12]}) than the delta's base ({base[:12]})")
+
+
+def check_applied(state: Mapping[str, Tensor], rows: Mapping[str, TableRows], base: str) -> None:
+    """Check that a state is a base with some rows applied, and nothing else.
+
+    Raises:
+        ValueError: it is not.
+    """
+    reverted = dict(state)
+    for name, table in rows.items():
+        now = state.get(name)
+        if now is None or now.shape[1:] != table.after.shape[1:] or len(now) <= table.slots[-1]:
+            raise ValueError(f"it has no table {name} that fits the delta")
+        wrong = table.slots[_differing(now[table.slots], table.after)]
+        if len(wrong):
+            raise ValueError(
+                f"row {int(wrong[0])} of {name} is not what the delta has made of it: it was not "
+                "applied, or others with it"
+            )
+        reverted[name] = now.index_copy(0, table.slots, table.before)
+    check_base(reverted, base)
+
+
+def save_delta(file: Path, delta: Delta) -> None:
+    """Write a delta; the file is whole or absent."""
+    tables = {name: rows._asdict() for name, rows in delta.tables.items()}
+    content = {"kind": KIND, "version": VERSION, "base": delta.base, "about": delta.about}
+    with whole_file(file) as out:
+        torch.save({**content, "tables": tables}, out)
+
+
+def load_delta(file: Path) -> Delta:
+    """Read a delta; no code from the file is run.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    content: Any = None
+    with contextlib.suppress(Exception):  # what is no file of torch's can raise nearly anything
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise ValueError(f"{file} holds no delta")
+    if content["version"] != VERSION:
+        raise ValueError(f"{file}: its version is {content['version']}, must be {VERSION}")
+    tables = {name: TableRows(**rows) for name, rows in content["tables"].items()}
+    return Delta(content["base"], tables, content["about"])
+
+
+def moved_by(rows: TableRows) -> List[float]:
+    """The L2 distance that each row has moved, (R,)."""
+    change = at_least_float32(rows.after) - at_least_float32(rows.before)
+    return change.norm(dim=1).tolist()  # type: ignore[no-any-return]
+
+
+def _differing(one: Tensor, other: Tensor) -> Tensor:
+    """Which rows differ in any bit, (R,)."""
+    bits = [_bits(x).view(len(x), -1) for x in (one, other)]
+    return (bits[0] != bits[1]).any(dim=1).nonzero().squeeze(1)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor: NaN equals NaN, and 0 is not -0."""
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _shown(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)}"
