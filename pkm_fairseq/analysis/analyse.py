@@ -125,6 +125,7 @@ def _about(args: Namespace, opened: Opened, is_masked: bool) -> Dict[str, Any]:
     return {
         "checkpoint": str(opened.file),
         "updates": opened.updates,
+        "origins": opened.origins,
         "text": args.data or args.text,
         "split": args.split if args.data else None,
         "masked": is_masked,

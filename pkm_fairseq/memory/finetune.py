@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .gradient import table_state
 from .memory import ProductKeyMemory
@@ -172,6 +172,30 @@ def row_choices(
         ]
         choices[layers] = RowChoice(config.budget, *given)
     return choices
+
+
+def check_origins(origins: Mapping[int, Tensor], config: FinetuneConfig) -> None:
+    """Check, when a model's parameters are loaded, that counts are of its queries.
+
+    Args:
+        origins: by layer, in which training its memory came into being, as
+            :class:`~pkm_fairseq.memory.ReadTimes` has it; zeros if it is not known.
+        config: names the files of counts.
+
+    Raises:
+        ValueError: a file counts the reads of memories of another training.
+    """
+    for name in ("background", "finetune_counts"):
+        file = _counts(name, config)
+        theirs = {} if file is None else file.about.get("origins") or {}
+        for layer, origin in theirs.items():
+            ours = origins[layer].float().round().long().tolist() if layer in origins else []
+            if any(ours) and ours != list(origin):
+                raise ValueError(
+                    f"{flag_of(f'memory_{name}')} {getattr(config, name)} counts the reads of "
+                    f"{file.about.get('checkpoint') if file else None}, whose memory in layer "
+                    f"{layer} is of another training: make it of the checkpoint that is finetuned"
+                )
 
 
 def _counts(name: str, config: FinetuneConfig) -> Optional[CountsFile]:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ..errors import TrainingError
 from ..memory import MemoryUsage, RunState, ValueTable
-from ..memory.finetune import finetune_values
+from ..memory.finetune import FinetuneConfig, check_origins, finetune_values
 from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
 from .architectures import base_architecture, large_architecture, residual, tiny_architecture
 from .check_options import check_plan
@@ -42,6 +42,7 @@ class PkmRobertaModel(RobertaModel):
 
     _layers_to_keep: Optional[Tuple[int, ...]] = None
     _finetunes: Optional[str] = None
+    _unchecked: Optional[FinetuneConfig] = None  # names counts of slots
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
@@ -132,6 +133,7 @@ class PkmRobertaModel(RobertaModel):
         memories = {index: layer.memory for index, layer in self.memory_layers().items()}
         finetune_values(self, memories, plan.finetune)
         if part is not None:
+            self._unchecked = plan.finetune
             rows = f"{plan.finetune.budget} of the rows" if part == "slots" else "all rows"
             trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
             frozen = sum(p.numel() for p in self.parameters()) - trained
@@ -139,6 +141,21 @@ class PkmRobertaModel(RobertaModel):
                 f"--memory-finetune {part}: {trained:,} parameters of values train, in each update "
                 f"{rows} that are read; {frozen:,} are frozen"
             )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model as fairseq does; at first compare counts of slots with it.
+
+        Raises:
+            TrainingError: they are of another model; fairseq loads parameters after building.
+        """
+        config, self._unchecked = self._unchecked, None
+        if config is not None:
+            layers = self.memory_layers().items()
+            try:
+                check_origins({index: layer.reads.origin for index, layer in layers}, config)
+            except ValueError as error:
+                raise TrainingError(f"pkm_roberta: {error}") from None
+        return super().forward(*args, **kwargs)
 
     def register_classification_head(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Add a head as fairseq does; it is trained whatever else is frozen."""

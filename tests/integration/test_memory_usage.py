@@ -222,6 +222,8 @@ def test_counts_of_slots_are_those_of_a_loop_over_batches(
     assert (counts.about["text"], counts.about["split"]) == (str(evil_data), "valid")
     assert (counts.about["tokens"], counts.about["masked"]) == (150, False)
     assert counts.about["sequences_per_batch"] == 2
+    origin = load(checkpoint)["model"]["encoder.sentence_encoder.layers.1.reads.origin"]
+    assert counts.about["origins"] == {1: tuple(origin.long().tolist())}
     args = Namespace(data=str(evil_data), text=None, dict=None, split="valid")
     opened = open_checkpoint("it", checkpoint, args)
     text = read_text(args, opened.dictionary, opened.model.max_positions())

@@ -1,6 +1,8 @@
 """--memory-finetune in fairseq's model and optimizer: what is frozen, said and refused."""
 
+import contextlib
 import logging
+import re
 
 import pytest
 import torch
@@ -21,11 +23,11 @@ def finetuned(part="values", arch="resm_roberta_tiny", **settings):
     return build(arch, memory_finetune=part, **settings)
 
 
-def background(file, n_slots=N_SLOTS, layers=(1,)):
+def background(file, n_slots=N_SLOTS, layers=(1,), **about):
     counts = SlotCounts(n_slots)
     counts.update(torch.arange(5))
     counts.end_batch()
-    save_counts(file, CountsFile({layers: counts}, {}))
+    save_counts(file, CountsFile({layers: counts}, about))
     return str(file)
 
 
@@ -104,6 +106,21 @@ def test_counts_of_another_model_are_refused(tmp_path):
         file = background(tmp_path / "b.pt", n_slots, layers)
         with pytest.raises(ValueError, match=f"--memory-background {file} {said}"):
             finetuned("slots", memory_background=file)
+
+
+def test_counts_of_a_model_of_another_training_are_refused_when_parameters_are_loaded(tmp_path):
+    sample = mlm_sample(batch(small_dictionary(), [7, 5]), small_dictionary())
+    theirs = build("resm_roberta_tiny", seed=5).state_dict()
+    origin = theirs["encoder.sentence_encoder.layers.1.reads.origin"].long().tolist()
+    file = background(tmp_path / "b.pt", origins={1: origin}, checkpoint="theirs.pt")
+    for loads, is_refused in ((True, False), (False, True)):
+        model = finetuned("slots", memory_background=file)
+        if loads:
+            model.load_state_dict(theirs)
+        said = re.escape(f"--memory-background {file} counts the reads of theirs.pt")
+        refused = pytest.raises(ValueError, match=said)
+        with refused if is_refused else contextlib.nullcontext(), torch.no_grad():
+            model(**sample["net_input"])
 
 
 def test_torchs_ddp_is_refused_on_several_workers_and_others_are_not(monkeypatch):
