@@ -30,19 +30,24 @@ once() { # a name, and a command that is not repeated once it has ended well
     touch "$out/$name.finished"
     echo "$name is finished"
 }
-evaluate() { # seed, text, data, split: the same masked tokens for all arms and seeds
-    python scripts/evaluate_mlm.py "$start" "$out/runs/seed$1"/*/checkpoint_last.pt \
-        --data "$3" --split "$4" --json "$out/seed$1.$2.json"
+evaluate() { # runs or further, seed, text, data, split: the same masked tokens for all
+    python scripts/evaluate_mlm.py "$start" "$out/$1/seed$2"/*/checkpoint_last.pt \
+        --data "$4" --split "$5" --json "$out/$1.seed$2.$3.json"
 }
 study() {
     once prepare python "$study/prepare.py" "$demo" "$books" "$out/new"
     # which slots the old text reads, in batches as large as those of the finetuning
     once count python scripts/memory_usage.py --checkpoint "$start" --data "$old" --split train \
         --tokens 200000 --save-counts "$out/background.pt"
+    once count_new python scripts/memory_usage.py --checkpoint "$start" --data "$new" \
+        --split train --tokens 100000 --save-counts "$out/new_counts.pt"
     python "$study/train.py" "$start" "$new" "$out"
-    for seed in 1 2 3; do
-        once "evaluate_old_$seed" evaluate "$seed" old "$old" test
-        once "evaluate_new_$seed" evaluate "$seed" new "$new" valid
+    python "$study/train.py" "$start" "$new" "$out" --further
+    for part in runs further; do
+        for seed in 1 2 3; do
+            once "evaluate_${part}_old_$seed" evaluate "$part" "$seed" old "$old" test
+            once "evaluate_${part}_new_$seed" evaluate "$part" "$seed" new "$new" valid
+        done
     done
     python "$study/table.py" "$out"
 }

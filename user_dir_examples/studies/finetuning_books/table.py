@@ -1,42 +1,46 @@
 #!/usr/bin/env python3
-"""The table of the study: perplexity on old and new text, mean and range over seeds.
+"""The tables of the study, perplexity on old and new text by arm, and what the criteria say of it.
 
-Reads OUT/seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown.
+Reads OUT/{runs,further}.seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 from pkm_fairseq.memory.files import write_file
 
-BASE = "start"
+START = "start"
+Arms = Dict[str, Dict[str, Any]]
 
 
-def read(out: Path) -> Dict[str, Dict[str, List[float]]]:
-    """By arm and text, the perplexities of the seeds."""
-    found: Dict[str, Dict[str, List[float]]] = {}
+def read(out: Path, part: str) -> Arms:
+    """By arm, the perplexities of the seeds on both texts, and rows per update."""
+    found: Arms = {}
     for text in ("old", "new"):
-        for file in sorted(out.glob(f"seed*.{text}.json")):
+        for file in sorted(out.glob(f"{part}.seed*.{text}.json")):
             for checkpoint in json.loads(file.read_text())["checkpoints"]:
                 folder = Path(checkpoint["checkpoint"]).parent
-                arm = BASE if folder.name == "resm_init" else folder.name
-                found.setdefault(arm, {}).setdefault(text, []).append(checkpoint["perplexity"])
+                arm = folder.name if folder.parent.name.startswith("seed") else START
+                perplexity = round(checkpoint["perplexity"], 4)
+                found.setdefault(arm, {}).setdefault(text, []).append(perplexity)
+    for arm, texts in found.items():
+        texts["rows"] = rows_of(out / part, arm)
     return found
 
 
-def rows_of(out: Path, arm: str) -> Dict[str, float]:
-    """Rows that an update read and was allowed to move, the mean over a log."""
+def rows_of(runs: Path, arm: str) -> Dict[str, float]:
+    """Rows that an update read and was allowed to move, the mean over the logs of all seeds."""
     sums: Dict[str, List[float]] = {}
-    for log in (out / "runs").glob(f"seed*/{arm}/train.log"):
+    for log in runs.glob(f"seed*/{arm}/train.log"):
         for line in log.read_text().splitlines():
             if "| train_inner | " in line:
                 logged = json.loads(line.split("| train_inner | ")[1])
                 for name in ("read", "chosen"):
                     if f"value_rows_{name}" in logged:
                         sums.setdefault(name, []).append(float(logged[f"value_rows_{name}"]))
-    return {name: sum(values) / len(values) for name, values in sums.items()}
+    return {name: round(sum(values) / len(values), 1) for name, values in sums.items()}
 
 
 def cell(values: List[float]) -> str:
@@ -44,32 +48,92 @@ def cell(values: List[float]) -> str:
     return f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
 
 
-def markdown(report: Dict[str, Dict[str, Any]]) -> str:
+def shown(arm: str) -> str:
+    """An arm for people."""
+    return arm.replace("_lr", ", lr ").replace("pct", " %").replace("_", " ")
+
+
+def markdown(arms: Arms) -> str:
     """A row for each arm."""
-    start = report[BASE]["old"][0]
-    lines = ["| arm | rows moved / read per update | old text | old, change | new text |"]
+    start = arms[START]["old"][0]
+    lines = ["| arm | rows moved / read per update | old text | change | new text |"]
     lines += ["|---|--:|--:|--:|--:|"]
-    for arm, found in report.items():
+    for arm, found in arms.items():
         rows, old = found["rows"], found["old"]
         moved = f"{rows['chosen']:,.0f} / {rows['read']:,.0f}" if rows else ""
         change = 100 * (sum(old) / len(old) / start - 1)
-        lines.append(
-            f"| {arm.replace('_lr', ', lr ').replace('_', ' ').replace('pct', ' %')} | {moved} | "
-            f"{cell(old)} | {change:+.1f} % | {cell(found['new'])} |"
-        )
+        cells = [shown(arm), moved, cell(old), f"{change:+.1f} %", cell(found["new"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# --- the criteria of README.md -----------------------------------------------------------------
+
+
+def every_seed(one: Dict[str, Any], other: Dict[str, Any], holds: Callable[..., bool]) -> bool:
+    """Whether something holds of old and new perplexity of two arms in every seed."""
+    pairs = zip(one["old"], one["new"], other["old"], other["new"], strict=True)
+    return all(holds(*seed) for seed in pairs)
+
+
+def forgets_less(old: float, new: float, old2: float, new2: float) -> bool:
+    """Criteria 1 and 4."""
+    return old < old2 and new <= 1.02 * new2
+
+
+def dominates(old: float, new: float, old2: float, new2: float) -> bool:
+    """Criterion 2."""
+    return old <= old2 and new <= new2 and (old < 0.995 * old2 or new < 0.995 * new2)
+
+
+def verdicts(arms: Arms) -> List[str]:
+    """A line for each criterion."""
+    start = arms[START]["new"][0]
+    of = {
+        kind: [a for a in arms if a.startswith(f"{kind}_")] for kind in ("values", "slots", "full")
+    }
+    best = min(of["full"], key=lambda a: sum(arms[a]["new"]))
+
+    def pairs(ours: List[str], theirs: List[str], holds: Callable[..., bool]) -> List[str]:
+        return [
+            f"{shown(a)} over {shown(b)}"
+            for a in ours
+            for b in theirs
+            if every_seed(arms[a], arms[b], holds)
+        ]
+
+    learned = {
+        lr: max(start - x for x in arms[f"slots_16_lr{lr}"]["new"])
+        / min(start - x for x in arms[f"values_lr{lr}"]["new"])
+        for lr in ("1e-3", "1e-2")
+    }
+    found = {
+        "1, values forget less than full": pairs(of["values"], [best], forgets_less),
+        "2, slots over values": pairs(of["slots"], of["values"], dominates),
+        "3, T = 16 learns next to nothing": [
+            f"{100 * x:.1f} % of values, lr {lr}" for lr, x in learned.items() if x < 0.1
+        ],
+    }
+    for number, kind in enumerate(("key_dropout", "freeze")):
+        found[f"4{'ab'[number]}, {kind.replace('_', ' ')} forgets less than full"] = [
+            pair
+            for lr in ("1e-4", "1e-3")
+            for pair in pairs([f"{kind}_lr{lr}"], [f"full_lr{lr}"], forgets_less)
+        ]
+    return [f"- {name}: {'; '.join(which) or 'not supported'}" for name, which in found.items()]
 
 
 def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the folder that run.sh fills")
-    args = parser.parse_args()
-    report: Dict[str, Dict[str, Any]] = {
-        arm: {**texts, "rows": rows_of(args.out, arm)} for arm, texts in read(args.out).items()
-    }
-    write_file(args.out / "results.json", json.dumps(report, indent=1) + "\n")
-    print(markdown(report))
+    out = parser.parse_args().out
+    report = {part: read(out, part) for part in ("runs", "further")}
+    report = {part: arms for part, arms in report.items() if arms}
+    write_file(out / "results.json", json.dumps(report, indent=1) + "\n")
+    for part, arms in report.items():
+        print(f"{part}\n\n{markdown(arms)}\n")
+    print("\n".join(verdicts(report["runs"])))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,30 @@ def arms(background: Path) -> Dict[str, List[str]]:
     return found
 
 
+def further_arms(out: Path) -> Dict[str, List[str]]:
+    """By arm, the options of those that were added when the first table was there."""
+    slots = ["--memory-finetune", "slots", "--memory-background", str(out / "background.pt")]
+    by_count = ["--memory-finetune", "slots", "--memory-finetune-score", "count"]
+    once = [*slots, "--memory-finetune-scope", "data"]
+    once += ["--memory-finetune-counts", str(out / "new_counts.pt")]
+
+    def of_values(lr: str, choice: List[str], top: str = "") -> List[str]:
+        top_flags = ["--memory-finetune-slots", top] if top else []
+        return ["--lr", "0", "--memory-value-lr", lr, *choice, *top_flags]
+
+    return {
+        "full_lr1e-5": ["--lr", "1e-5", "--memory-value-lr", "1e-5"],
+        "full_lr3e-5": ["--lr", "3e-5", "--memory-value-lr", "3e-5"],
+        "values_lr3e-3": of_values("3e-3", ["--memory-finetune", "values"]),
+        "slots_1024_lr3e-2": of_values("3e-2", slots, "1024"),
+        "slots_50pct_lr3e-2": of_values("3e-2", slots, "50%"),
+        "slots_75pct_lr1e-2": of_values("1e-2", slots, "75%"),
+        "slots_50pct_by_count_lr1e-2": of_values("1e-2", by_count, "50%"),
+        "slots_1024_once_lr1e-2": of_values("1e-2", once, "1024"),
+        "slots_50pct_once_lr1e-2": of_values("1e-2", once, "50%"),
+    }
+
+
 def train(folder: Path, options: List[str]) -> int:
     """Run fairseq-train in a child; its status."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,14 +88,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("start", type=Path, help="the checkpoint that all runs start from")
     parser.add_argument("data", type=Path, help="the new text")
-    parser.add_argument("out", type=Path, help="has background.pt, gets runs/seed<k>/<arm>/")
+    parser.add_argument(
+        "out", type=Path, help="has background.pt, gets runs/seed<k>/<arm>/, or further/"
+    )
+    parser.add_argument("--further", action="store_true", help="the arms that were added later")
     args = parser.parse_args()
     torch.set_num_threads(1)
     package = str(Path(pkm_fairseq.__file__).parent)
     start = ["--user-dir", package, "--finetune-from-model", str(args.start)]
     for seed in SEEDS:
-        for arm, options in arms(args.out / "background.pt").items():
-            folder = args.out / "runs" / f"seed{seed}" / arm
+        chosen = further_arms(args.out) if args.further else arms(args.out / "background.pt")
+        for arm, options in chosen.items():
+            folder = args.out / ("further" if args.further else "runs") / f"seed{seed}" / arm
             if (folder / "finished").exists():
                 continue
             (folder / "checkpoint_last.pt").unlink(missing_ok=True)
