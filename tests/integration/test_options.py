@@ -110,6 +110,9 @@ MASKED_LM_WORKS = [
     "--memory-freeze values "
     + POLYNOMIAL
     + "--warmup-updates 2 --force-anneal 1 --end-learning-rate 1e-5 --power 2",
+    "--memory-finetune slots --memory-finetune-slots 50% --memory-finetune-score count "
+    "--memory-finetune-scope batch --memory-value-optimizer sgd",
+    "--memory-finetune values --memory-value-optimizer adam",
     "--memory-usage-tokens 50 --memory-value-lr-factor 2 --memory-value-lr-schedule follow "
     "--memory-freeze all",
     # names that are registered, one of each kind at a time
@@ -168,6 +171,11 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     f"--store-ema --ema-seed-model {START}": "holds no average.*--store-ema",
     "--store-ema --ema-seed-model nowhere.pt": "no checkpoint at nowhere.pt",
     "--memory-value-lr 1e30": "gradients are Nan/Inf",
+    "--memory-finetune slots": "scores by tf-idf, which needs --memory-background FILE",
+    "--memory-finetune slots --memory-background no.pt": "no.pt: no such file",
+    "--memory-finetune slots --memory-finetune-score tf-idf --memory-background no.pt "
+    "--memory-finetune-scope data": "needs --memory-finetune-counts FILE",
+    "--memory-finetune values --memory-finetune-counts no.pt": "without --memory-finetune slots",
 }
 NOT_FOR_SENTENCES = {
     "--regression-target": "no numbers of split valid",

@@ -454,7 +454,7 @@ def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
     draws = {"a": 100, "b": 23.4}
     args = Namespace(checkpoint=["a=x", "b=y"], log=[], data="d", text=None, split="valid", hot=1)
     args.unmasked = True
-    args.force_drift = False
+    args.force_drift, args.save_counts = False, None
     warnings: List[str] = []
     found = analyse.analyse(args, lambda *_: lambda n: None, warnings.append).report
     assert [checkpoint["name"] for checkpoint in found["checkpoints"]] == ["a", "b"]
@@ -555,7 +555,7 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
 def test_options_that_are_impossible_or_without_effect(given: Dict[str, Any], match: str) -> None:
     names = ("data", "text", "split", "sentencepiece_model", "dict", "tokens", "hot", "probe")
     args = Namespace(checkpoint=[], log=[], unmasked=False, force_drift=False)
-    vars(args).update(dict.fromkeys((*names, "draws")))
+    vars(args).update(dict.fromkeys((*names, "draws", "save_counts", "counts_batch")))
     vars(args).update(given)
     with pytest.raises(ValueError, match=match):
         analyse.check_options(args)

@@ -217,11 +217,16 @@ def hydra_run(words: List[str]) -> "Tuple[Path, List[str]]":
     return file, [word for word in given if not word.startswith("task.data=")]
 
 
+def example_folders() -> List[Path]:
+    """The folders of examples, those of studies among them."""
+    found = [*EXAMPLES.iterdir(), *(EXAMPLES / "studies").iterdir()]
+    return [folder for folder in found if folder.is_dir() and folder.name != "studies"]
+
+
 def test_the_examples_are_all_of_one_form() -> None:
-    folders = {readme.parent for readme in EXAMPLES.glob("*/README.md")}
-    assert {folder.name for folder in folders} == {"pretraining", "four_arms", "glue", "extend"}
-    assert folders == {folder for folder in EXAMPLES.iterdir() if folder.is_dir()}
-    for folder in folders:
+    names = {folder.name for folder in example_folders()}
+    assert {"pretraining", "four_arms", "glue", "extend", "finetuning_books"} <= names
+    for folder in example_folders():
         assert os.access(folder / "run.sh", os.X_OK)
         assert any(words[0].endswith(f"{folder.name}/run.sh") for words in commands_of(folder))
 
@@ -259,8 +264,7 @@ def test_what_is_missing_is_named(tmp_path: Path, command: List[str], message: s
 def test_the_commands_of_the_readmes_exist(data: Path) -> None:
     source = "".join(f.read_text() for part in ("scripts", "pkm_fairseq") for f in sources(part))
     n_hydra = 0
-    folders = [folder for folder in EXAMPLES.iterdir() if folder.is_dir()]
-    for words in [words for folder in folders for words in commands_of(folder)]:
+    for words in [words for folder in example_folders() for words in commands_of(folder)]:
         program = words[1] if words[0] == ".venv/bin/python" else words[0]
         if program.startswith(".venv/bin/"):
             assert (Path(sys.executable).parent / Path(program).name).is_file(), program
