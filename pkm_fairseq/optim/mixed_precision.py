@@ -71,8 +71,8 @@ class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
         """Build it as fairseq does, with copies of everything but values."""
         values = [p for p in params if is_table(p)]
         rest = [p for p in params if not is_table(p)]
-        # as fairseq's: not for bfloat16
-        flatten = not (cfg.common.fp16_no_flatten_grads or cfg.common.bf16)
+        # as fairseq's: not for bfloat16; and not where values alone are trained
+        flatten = bool(rest) and not (cfg.common.fp16_no_flatten_grads or cfg.common.bf16)
         copies = cls.build_fp32_params(cfg.optimizer, rest, flatten=flatten)
         trained = [*(copies.values() if flatten else copies), *values]
         return cls(cfg, rest, optim.build_optimizer(cfg.optimizer, trained), copies, **kwargs)

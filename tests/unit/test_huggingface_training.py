@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from pkm_fairseq.huggingface import MemoryTrainer, MemoryUsageCallback
 from pkm_fairseq.huggingface.limits import check_training
-from pkm_fairseq.memory import MemoryAdam, memory_param_groups
+from pkm_fairseq.memory import (
+    FinetuneConfig,
+    MemoryAdam,
+    finetune_values,
+    memory_param_groups,
+)
 from pkm_fairseq.memory.observe.log import read_usage_log
 from tests.hf_models import (
     N_SYMBOLS,
@@ -360,6 +365,20 @@ def test_a_log_of_other_memories_ends_the_training(tmp_path: Path) -> None:
     other = add_memories(plain("bert"), SMALL, [1])
     with pytest.raises(ValueError, match=r"memory usage: .* is the log of memories of other"):
         trained(tmp_path, other, max_steps=1)
+
+
+def test_chosen_rows_of_values_alone_are_finetuned(tmp_path: Path) -> None:
+    model = with_memories("bert")
+    memories = {index: block.memory for index, block in model.memory_layers().items()}
+    config = FinetuneConfig(finetune="slots", finetune_slots="5", finetune_score="count")
+    finetune_values(model, memories, config)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    trained(tmp_path, model, gradient_accumulation_steps=2)
+    for name, x in model.state_dict().items():
+        if not name.endswith("values.weight"):
+            assert ".reads." in name or torch.equal(x, before[name]), name
+            continue
+        assert 5 <= int((x != before[name]).any(dim=1).sum()) <= 6 * 5 < len(x), name
 
 
 def test_times_of_reads_are_noted_by_update(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """pkm_adam in fairseq's wrappers for mixed precision, against pkm_adam alone in full precision."""
 
+import copy
 import math
 
 import pytest
@@ -86,12 +87,14 @@ def as_the_trainer_does(monkeypatch, form, net=None, **settings):
     torch.manual_seed(1)
     net = Net() if net is None else net
     cfg = config(**settings, **(FORMS[form] if form else {}))
+    trained = [p for p in net.parameters() if p.requires_grad]
     if form is None:
-        return net, optim.build_optimizer(cfg.optimizer, list(net.parameters()))
+        return net, optim.build_optimizer(cfg.optimizer, trained)
     net = net.half() if cfg.common.fp16 else net.bfloat16()
+    trained = [p for p in net.parameters() if p.requires_grad]
     is_efficient = cfg.common.memory_efficient_fp16 or cfg.common.memory_efficient_bf16
     kind = optim.MemoryEfficientFP16Optimizer if is_efficient else optim.FP16Optimizer
-    return net, kind.build_optimizer(cfg, list(net.parameters()))
+    return net, kind.build_optimizer(cfg, trained)
 
 
 def loss_of(net, step=0):
@@ -178,6 +181,24 @@ def test_values_that_keep_their_dtype_follow_to_another_device():
 
 
 # --- one update is that of full precision ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_may_be_all_that_is_trained(monkeypatch, form):
+    tables = []
+    for each in (form, None):
+        torch.manual_seed(1)
+        net = Net()
+        net.linear.requires_grad_(False)
+        net, optimizer = as_the_trainer_does(monkeypatch, each, net)
+        before = net.table.detach().clone()
+        for step in range(2):
+            backward(net, optimizer, 1, step=step)
+            optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert not torch.equal(net.table, before)
+        tables.append(net.table)
+    assert torch.equal(*tables)
 
 
 @pytest.mark.parametrize("form", FORMS)
