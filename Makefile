@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed-$(FAIRSEQ)
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-triton check docs docs-serve benchmark benchmark-quick clean
+.PHONY: help install demo demo-quick test test-triton check docs docs-serve benchmark benchmark-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ $(INSTALLED): $(REQUIREMENTS)
 
 demo: install ## pretrain three arms on real text and write demo_out/report.html (CORPUS=file)
 	$(BIN)/python scripts/demo.py --validate-faiss --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
+
+demo-quick: install ## the same with small sizes, into demo_quick_out, in about two minutes
+	$(BIN)/python scripts/demo.py --preset quick --out demo_quick_out
 
 test: install ## run every test, on all cores
 	$(BIN)/python -m pytest -n auto --dist loadfile

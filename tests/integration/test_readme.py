@@ -1,6 +1,7 @@
 """What the README tells a reader to type works, and what it names exists."""
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -68,7 +69,7 @@ def test_every_flag_that_is_named_exists_and_every_memory_flag_is_named() -> Non
     of_ours -= {"--memory-efficient-fp16", "--memory-efficient-bf16"}  # fairseq's
     named = set(FLAG.findall(README + SETTINGS))
     assert of_ours | {"--init-from"} <= named
-    assert len(of_ours) == 30
+    assert len(of_ours) == 37
     assert named - known <= {"--help", "--model-overrides"}.union(*flags_of_scripts().values())
 
 
@@ -95,7 +96,7 @@ def flags_of_scripts() -> Dict[str, Set[str]]:
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
-    targets = set(re.findall(r"`?make ([a-z]+)\b", "\n".join(blocks()) + README)) - {"sure"}
+    targets = set(re.findall(r"`?make ([a-z-]+)\b", "\n".join(blocks()) + README)) - {"sure"}
     assert {"demo", "test", "install"} <= targets
     for target in targets:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
@@ -120,3 +121,11 @@ def test_the_package_says_where_it_is_and_what_it_found() -> None:
     assert f"--user-dir {ROOT / 'pkm_fairseq'}\n" in printed
     for package in ("torch", "fairseq", "numba", "faiss"):
         assert re.search(rf"^{package} +\S+ [\d.]+", printed, re.MULTILINE), package
+    about = json.loads(run_well(sys.executable, "-m", "pkm_fairseq", "--json").output)
+    assert about["user_dir"] == str(ROOT / "pkm_fairseq")
+    assert about["packages"]["torch"]["found"].startswith("torch 2.")
+    hide = "import sys; sys.modules['numba'] = None; import importlib.util as u; f = u.find_spec; "
+    hide += "u.find_spec = lambda n: None if n == 'numba' else f(n); sys.argv = ['x']; "
+    hide += "from pkm_fairseq.__main__ import main; main()"
+    missing = run_well(sys.executable, "-c", hide).output
+    assert re.search(r"^numba +missing: pip install -e \.\[cpu\]", missing, re.MULTILINE)
