@@ -1,7 +1,7 @@
 """``python -m pkm_fairseq.settings [FILE ...]``: tables of all options, made from declarations.
 
 Without a file it prints them; in files it renews what stands between ``<!-- table: NAME -->`` and
-``<!-- end -->``. ``docs/settings.md`` and ``README.md`` are kept so.
+``<!-- end -->``. ``docs/settings.md`` and ``docs/pretraining.md`` are kept so.
 """
 
 import re
@@ -17,7 +17,7 @@ from .models.config import PkmRobertaConfig, default_by_size
 from .optim.pkm_adam import PkmAdamConfig
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# what the README's table shows
+# what docs/pretraining.md shows
 FIRST = ["memory_layers", "memory_mode", "init_from", "memory_n_keys", "memory_heads", "memory_knn"]
 FIRST += ["memory_query_norm", "memory_value_dtype", "memory_value_lr", "memory_usage_interval"]
 

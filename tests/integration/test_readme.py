@@ -1,4 +1,4 @@
-"""What the README tells a reader to type works, and what it names exists."""
+"""What the README and the first pages tell a reader to type works, and what they name exists."""
 
 import functools
 import json
@@ -23,25 +23,31 @@ for script in sys.argv[1:]:
     except SystemExit:
         pass
 """
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md"]
+PAGES += [f"docs/{name}.md" for name in ("start", "pretraining", "stale", "usage", "glue")]
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 SETTINGS = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str = "") -> List[str]:
-    """The README's fenced blocks of a language."""
+    """The fenced blocks of a language."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return [block for of, block in found if of == language]
 
 
+def ten_lines() -> str:
+    """README's example of the core."""
+    return next(block for block in blocks("python") if "MemoryUsage" in block)
+
+
 def test_the_core_in_ten_lines_runs() -> None:
-    (code,) = [block for block in blocks("python") if "MemoryUsage" in block]
-    assert "'top1_usage'" in run_well(sys.executable, "-c", code).output
+    assert "'top1_usage'" in run_well(sys.executable, "-c", ten_lines()).output
 
 
 def test_the_first_training_command_logs_the_lines_to_expect(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    (block,) = [block for block in blocks() if ".venv/bin/fairseq-train" in block]
+    (block,) = [block for block in blocks() if "--save-dir runs/first" in block]
     words = shlex.split(block.replace("\\\n", " "))
     command = words[words.index(".venv/bin/fairseq-train") :]
     replaced = {
@@ -70,7 +76,9 @@ def test_every_flag_that_is_named_exists_and_every_memory_flag_is_named() -> Non
     named = set(FLAG.findall(README + SETTINGS))
     assert of_ours | {"--init-from"} <= named
     assert len(of_ours) == 37
-    assert named - known <= {"--help", "--model-overrides"}.union(*flags_of_scripts().values())
+    assert named - known <= {"--help", "--model-overrides", "--random-source"}.union(
+        *flags_of_scripts().values()
+    )
 
 
 def test_the_readmes_commands_give_scripts_only_flags_they_have() -> None:
@@ -103,17 +111,13 @@ def test_every_make_target_of_the_readme_exists() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_every_file_in_the_tree_exists() -> None:
-    (tree,) = [block for block in blocks() if "├──" in block]
-    inside = re.findall(r"^( *)[├└]── (.*?)(?:  |$)", tree, re.MULTILINE)
-    names = [
-        f"pkm_fairseq/{'experiments/' if indented else ''}{name}"
-        for indented, line in inside
-        for name in line.split()
-    ]
-    names += re.findall(r"^([\w/.]+)", tree, re.MULTILINE)
-    assert len(names) > 8 and "pkm_fairseq/experiments/runs/" in names
-    assert not [name for name in names if not (ROOT / name).exists()]
+def test_every_page_and_file_that_readme_links_to_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:user_dir_examples|docs|scripts)/[\w/.]+|[A-Z]+\.md|LICENSE)`", text)
+    assert len(links) > 10 and named
+    assert not [name for name in [*links, *named] if not (ROOT / name).exists()]
+    assert len(text.splitlines()) < 150
 
 
 def test_the_package_says_where_it_is_and_what_it_found() -> None:

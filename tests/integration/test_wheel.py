@@ -10,7 +10,7 @@ from typing import Dict, Tuple
 import pytest
 
 from .runs import BIN, MASKED_LM, MEMORY, MODEL, ROOT, TRAIN, Run, run_well
-from .test_readme import blocks
+from .test_readme import ten_lines
 
 Installed = Tuple[Path, Dict[str, str]]
 
@@ -35,8 +35,9 @@ def python(installed: Installed, *arguments: str) -> Run:
 
 
 def test_the_core_in_ten_lines_runs_from_a_wheel(installed: Installed) -> None:
-    (code,) = [block for block in blocks("python") if "MemoryUsage" in block]
-    done = python(installed, "-c", code + "\nimport pkm_fairseq\nprint(pkm_fairseq.__file__)")
+    done = python(
+        installed, "-c", ten_lines() + "\nimport pkm_fairseq\nprint(pkm_fairseq.__file__)"
+    )
     assert "'top1_usage'" in done.output
     assert str(installed[0]) in done.output.splitlines()[-1]  # not the checkout
 
