@@ -3,7 +3,7 @@
 ``pkm_fairseq.memory`` needs no fairseq; importing it neither imports nor changes fairseq. The
 plugin is registered when fairseq loads this package with ``--user-dir``, or another user-dir that
 imports it; when ``pkm_fairseq.models``, ``tasks``, ``criterions`` or ``optim`` is imported; and by
-:func:`register`.
+``register``.
 """
 
 from . import plugin as _plugin

@@ -126,7 +126,7 @@ def logs_of_checkpoints(reports: Sequence[Dict[str, Any]], split: str) -> List[L
     Checkpoints in one folder are of one training. One alone makes no curve and is left out.
 
     Args:
-        reports: of checkpoints, as :func:`pkm_fairseq.analysis.examine.examine` makes them.
+        reports: of checkpoints, as ``pkm_fairseq.analysis.examine.examine`` makes them.
         split: what they have read.
     """
     trainings: Dict[Tuple[Path, str], List[Dict[str, Any]]] = {}

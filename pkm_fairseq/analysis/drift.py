@@ -77,7 +77,7 @@ def drift_of_models(
     pad: int,
     n_tokens: int,
 ) -> List[Dict[str, Any]]:
-    """:func:`drift` of the memories of two models in eval mode, which read the same tokens.
+    """``drift`` of the memories of two models in eval mode, which read the same tokens.
 
     Args:
         before: a model.
@@ -87,7 +87,7 @@ def drift_of_models(
         n_tokens: the first so many tokens; fewer if the sequences have no more.
 
     Raises:
-        ValueError: as :func:`drift`, before any text is read.
+        ValueError: as ``drift``, before any text is read.
     """
     memories = [
         {index: layer.memory for index, layer in model.memory_layers().items()}
@@ -110,7 +110,7 @@ def drift_of_checkpoints(
     n_tokens: int,
     dictionary: Optional[Dictionary] = None,
 ) -> List[Dict[str, Any]]:
-    """:func:`drift_of_models` of two checkpoints, such as before and after finetuning.
+    """``drift_of_models`` of two checkpoints, such as before and after finetuning.
 
     Classification heads are ignored.
 

@@ -39,8 +39,8 @@ def what_moved(
     Returns:
         For each layer with moved rows ``layer``, ``n_slots``, ``rows_moved``; ``change_norm`` and
         ``change_max``, of all rows together and of the one that moved farthest, L2; ``overlap``,
-        see :func:`overlap`, None without a background; ``slots``, as
-        :func:`pkm_fairseq.analysis.readers.describe_readers` says, and ``change`` of each.
+        see ``overlap``, None without a background; ``slots``, as
+        ``pkm_fairseq.analysis.readers.describe_readers`` says, and ``change`` of each.
 
     Raises:
         ValueError: the background counts other memories.

@@ -30,7 +30,7 @@ CURVE_POINTS = (1, 3, 10, 30, 100, 300)  # draws per slot
 
 
 def usage_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Rows of checkpoint, layer, head and :data:`USAGE_COLUMNS`; each layer ends with all heads."""
+    """Rows of checkpoint, layer, head and ``USAGE_COLUMNS``; each layer ends with all heads."""
     rows = []
     layers = sorted({layer["layer"] for report in reports for layer in report["layers"]})
     for index in layers:
@@ -57,7 +57,7 @@ def draws_of(summary: Dict[str, Any]) -> float:
 
 
 def usage_cells(counts: Dict[str, Any]) -> List[str]:
-    """Numbers of a memory or of one head, for :data:`USAGE_COLUMNS`."""
+    """Numbers of a memory or of one head, for ``USAGE_COLUMNS``."""
     held = [counts.get(f"holds_{p}") for p in HOLDS]  # not in logs of older versions
     return [
         f"{counts['draws_per_slot']:.3g}",
@@ -78,7 +78,7 @@ CURVE_COLUMNS = ("usage", *(f"{x:,}" for x in CURVE_POINTS), "uniform at the las
 
 
 def curve_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Rows of checkpoint, layer and :data:`CURVE_COLUMNS`: usage at fewer draws per slot."""
+    """Rows of checkpoint, layer and ``CURVE_COLUMNS``: usage at fewer draws per slot."""
     return [
         [report["name"], name, *cells]
         for report in reports
@@ -110,7 +110,7 @@ STALENESS_COLUMNS += ("top-1 in last 10", "100", "1,000")
 
 
 def staleness_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Rows of checkpoint, layer and :data:`STALENESS_COLUMNS`, where a checkpoint knows them."""
+    """Rows of checkpoint, layer and ``STALENESS_COLUMNS``, where a checkpoint knows them."""
     rows = []
     for report in reports:
         counts = {str(layer["layer"]): layer for layer in report["layers"]}
@@ -140,7 +140,7 @@ DRIFT_COLUMNS += ("sub-keys moved", "values moved", "slot p50 / p90 / p99", "slo
 
 
 def drift_rows(drifts: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Rows of checkpoints, layer, head and :data:`DRIFT_COLUMNS`."""
+    """Rows of checkpoints, layer, head and ``DRIFT_COLUMNS``."""
     rows = []
     for pair in drifts:
         name = f"{pair['before']} → {pair['after']}"
@@ -166,7 +166,7 @@ LOG_COLUMNS += ("Gini", "top-1 weight", "staleness p50 / p90", "values moved p50
 
 
 def log_rows(logs: Sequence[Log]) -> List[List[str]]:
-    """Rows of arm, shapes, layer and :data:`LOG_COLUMNS`: the last count of each split."""
+    """Rows of arm, shapes, layer and ``LOG_COLUMNS``: the last count of each split."""
     rows = []
     for log in logs:
         for record in last_counts(log):

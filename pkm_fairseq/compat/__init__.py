@@ -1,4 +1,4 @@
-"""The cures that fairseq needs on current torch and numpy; :func:`apply` applies them."""
+"""The cures that fairseq needs on current torch and numpy; ``apply`` applies them."""
 
 from .cures import CURES, STOCK, Cure, apply, find
 

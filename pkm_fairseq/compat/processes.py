@@ -12,7 +12,7 @@ JOIN_SECONDS = 10.0
 
 
 def end_prefetching_at_exit() -> None:
-    """Have :func:`end_prefetching` called before Python ends."""
+    """Have ``end_prefetching`` called before Python ends."""
     atexit.register(end_prefetching)
 
 

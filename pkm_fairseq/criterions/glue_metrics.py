@@ -44,7 +44,7 @@ def score(metric: str, predictions: Any, targets: Any, positive: Any = 1) -> flo
 
     Args:
         metric: accuracy, f1, mcc (Matthews), pearson or spearman.
-        predictions: labels (names or numbers), or scores as :func:`clip_scores` leaves them, (N,).
+        predictions: labels (names or numbers), or scores as ``clip_scores`` leaves them, (N,).
         targets: the true ones, (N,).
         positive: the label that f1 is of.
 

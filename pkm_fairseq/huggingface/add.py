@@ -20,7 +20,7 @@ def add_memories(
     Args:
         model: a BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT or ModernBERT of transformers, or one
             whose architecture was registered. It is changed in place, its class included.
-        config: the settings of each memory (default: those of :class:`MemoryConfig`).
+        config: the settings of each memory (default: those of ``MemoryConfig``).
         layers: the blocks that get one, 0-based.
         mode: "residual" puts it beside the feed-forward (ResM; Kim & Jung 2020), "replace" in its
             place (PKM; Lample et al. 2019).

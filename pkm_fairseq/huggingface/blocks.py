@@ -156,7 +156,7 @@ _CLASSES: Dict[Tuple[type, type], type] = {}
 
 
 def block_class(plain: type, kind: type) -> type:
-    """The class of a block with memory: a kind of :class:`MemoryBlock` in front of its own."""
+    """The class of a block with memory: a kind of ``MemoryBlock`` in front of its own."""
     if (plain, kind) not in _CLASSES:
         made = type(f"Pkm{plain.__name__}", (kind, plain), {"__module__": __name__})
         globals().setdefault(made.__name__, made)  # where pickle looks for it

@@ -33,7 +33,7 @@ class MemoryUsageCallback(TrainerCallback):
     output folder, beside ``memory_initial_values.pt``. Keys and lines are those of the fairseq
     criteria. It also tells the memories the number of updates, without which they note no times of
     reads. Give it as ``callbacks=[MemoryUsageCallback()]``; reporters such as TensorBoard see
-    what it logs only if it stands before them, where :meth:`add_to` puts it.
+    what it logs only if it stands before them, where ``add_to`` puts it.
 
     Args:
         interval: count training batches every so many updates; 0: never.

@@ -16,7 +16,7 @@ def model_card(model: Any) -> str:
 
     Args:
         model: with memories; its attribute ``memory_usage``, the last count of
-            :class:`MemoryUsageCallback`, is told if it is there.
+            ``MemoryUsageCallback``, is told if it is there.
     """
     config = model.config
     settings = MemoryConfig(**config.memory)

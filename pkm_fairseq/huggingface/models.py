@@ -37,7 +37,7 @@ class MemoryModel:
     """What a model with memory has; it stands in front of transformers' own class.
 
     Its configuration says where the memories are: ``memory_layers`` (0-based), ``memory_mode`` and
-    ``memory``, the settings of a :class:`~pkm_fairseq.memory.MemoryConfig`.
+    ``memory``, the settings of a ``MemoryConfig``.
     """
 
     config: Any
@@ -272,7 +272,7 @@ def register_architecture(
         config: transformers' class of its configurations.
         architecture: where its blocks and their feed-forwards are.
         models: classes of models that transformers' Auto classes do not know, each of which has
-            ``config_class``; :func:`memory_class` gives their class with memory.
+            ``config_class``; ``memory_class`` gives their class with memory.
 
     Raises:
         ValueError: the architecture is known already.

@@ -27,7 +27,7 @@ class MemoryTrainer(Trainer):
         value_lr: learning rate of values (Lample et al. 2019: 1e-3).
         value_lr_schedule: "constant" (Lample et al. 2019), or "follow": the schedule of everything
             else scales it, too.
-        more: as for Trainer. A :class:`MemoryUsageCallback` among ``callbacks`` takes the place
+        more: as for Trainer. A ``MemoryUsageCallback`` among ``callbacks`` takes the place
             of one with its defaults.
 
     Raises:
@@ -60,7 +60,7 @@ class MemoryTrainer(Trainer):
         (given[0] if given else MemoryUsageCallback()).add_to(self)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Make a :class:`MemoryAdam`, unless an optimizer was given."""
+        """Make a ``MemoryAdam``, unless an optimizer was given."""
         if self.optimizer is None:
             trained = self.model if model is None else model
             self.optimizer = MemoryAdam(

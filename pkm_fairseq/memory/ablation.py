@@ -71,7 +71,7 @@ def measure_ablations(
 
     Returns:
         By memory layer, as text, and of all memories together as "all": by kind of
-        :func:`ablated`, what was measured.
+        ``ablated``, what was measured.
     """
     parts: Dict[str, Optional[List[int]]] = {"all": None}
     parts.update({str(layer): [layer] for layer in model.memory_layers()})

@@ -35,13 +35,13 @@ class MemoryAdam(torch.optim.Optimizer):
 
     Where torch.distributed has several workers, the optimizer exchanges the gradients of tables
     (the mean over workers, as DistributedDataParallel takes it), unless that has been done already.
-    :func:`ignore_tables_in_ddp` keeps DistributedDataParallel from making them dense.
+    ``ignore_tables_in_ddp`` keeps DistributedDataParallel from making them dense.
 
-    Of a table whose rows are chosen (:mod:`pkm_fairseq.memory.finetune`), rows that are not keep
+    Of a table whose rows are chosen (``pkm_fairseq.memory.finetune``), rows that are not keep
     value and moments, bit for bit.
 
     Args:
-        params: parameters or groups, as :func:`memory_param_groups` makes them.
+        params: parameters or groups, as ``memory_param_groups`` makes them.
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -220,7 +220,7 @@ class MemoryAdam(torch.optim.Optimizer):
     def exchange_gradients(self) -> None:
         """Take the mean of the gradients of tables over workers, where nobody else has.
 
-        :meth:`step` does it. A loop that clips gradients by their norm must call it before, on
+        ``step`` does it. A loop that clips gradients by their norm must call it before, on
         every worker: norms of own gradients would scale what workers have in common differently.
 
         Raises:
@@ -358,7 +358,7 @@ class MemoryAdam(torch.optim.Optimizer):
 def memory_param_groups(
     model: nn.Module, lr: float = 1e-4, value_lr: float = 1e-3, weight_decay: float = 0.0
 ) -> List[Dict[str, Any]]:
-    """Groups for :class:`MemoryAdam`: value tables have a learning rate of their own.
+    """Groups for ``MemoryAdam``: value tables have a learning rate of their own.
 
     Args:
         model: any module that holds memories.
@@ -411,7 +411,7 @@ def sgd_rows(values: Tensor, entries: Entries, lr: float) -> None:
 
 
 def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:
-    """Tell torch's DistributedDataParallel to leave value tables to :class:`MemoryAdam`.
+    """Tell torch's DistributedDataParallel to leave value tables to ``MemoryAdam``.
 
     To be called before it wraps the model. Without it workers exchange a dense gradient of each
     table, which is correct and slow.

@@ -56,7 +56,7 @@ def _even(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Everything that shapes a :class:`~pkm_fairseq.memory.ProductKeyMemory`.
+    """Everything that shapes a ``ProductKeyMemory``.
 
     Its arguments are the fields below. Their declarations say what they mean and where defaults are
     from; ``docs/settings.md`` lists them.

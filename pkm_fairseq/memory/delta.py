@@ -36,7 +36,7 @@ class Delta(NamedTuple):
     """Rows that a finetuning has moved.
 
     Attributes:
-        base: :func:`hash_of` the state that it was finetuned from.
+        base: ``hash_of`` the state that it was finetuned from.
         tables: the moved rows, by the name of their table in the state.
         about: plain data on where it is from.
     """

@@ -24,11 +24,11 @@ class Experts(nn.Module):
         n_slots: number of experts.
         input_dim: width of ``u``.
         v_dim: width of ``v``.
-        init: of ``v``, as for :class:`ValueTable`. ``u`` is drawn from N(0, input_dim ** -0.5),
+        init: of ``v``, as for ``ValueTable``. ``u`` is drawn from N(0, input_dim ** -0.5),
             so that the hidden units of normalised tokens have unit variance (our choice).
-        dtype: as for :class:`ValueTable`.
-        shards: as for :class:`ValueTable`; the columns of both tables are split.
-        keeps_dtype: as for :class:`ValueTable`.
+        dtype: as for ``ValueTable``.
+        shards: as for ``ValueTable``; the columns of both tables are split.
+        keeps_dtype: as for ``ValueTable``.
     """
 
     def __init__(

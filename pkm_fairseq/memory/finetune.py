@@ -179,7 +179,7 @@ def check_origins(origins: Mapping[int, Tensor], config: FinetuneConfig) -> None
 
     Args:
         origins: by layer, in which training its memory came into being, as
-            :class:`~pkm_fairseq.memory.ReadTimes` has it; zeros if it is not known.
+            ``ReadTimes`` has it; zeros if it is not known.
         config: names the files of counts.
 
     Raises:

@@ -33,7 +33,7 @@ class TableState:
     Attributes:
         shards: as given.
         rows: as given; ``MemoryAdam`` asks it in each step.
-        factored: whether backward passes make a :class:`FactoredGradient` instead of a dense one.
+        factored: whether backward passes make a ``FactoredGradient`` instead of a dense one.
             An optimizer that understands it sets this; a copy of a table starts without it.
         assembled: the whole table while it is being saved, if its columns are split.
     """
@@ -57,7 +57,7 @@ def is_table(param: Tensor) -> bool:
 
 
 def table_state(param: Tensor) -> TableState:
-    """The :class:`TableState` that the parameter of a value table carries."""
+    """The ``TableState`` that the parameter of a value table carries."""
     state: TableState = param.value_table  # type: ignore[attr-defined]
     return state
 

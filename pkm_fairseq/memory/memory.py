@@ -34,7 +34,7 @@ class ProductKeyMemory(nn.Module):
             dtype when the model is converted to half precision.
 
     Attributes:
-        observers: objects that are shown each look-up, see :class:`Observer`.
+        observers: objects that are shown each look-up, see ``Observer``.
 
     Raises:
         ValueError: shared values are others than the settings ask for, or the workers
@@ -83,7 +83,7 @@ class ProductKeyMemory(nn.Module):
 
         Returns:
             The read, shaped and typed as x, zero at padding; with ``return_lookup`` the pair
-            of it and a :class:`Lookup`.
+            of it and a ``Lookup``.
 
         Raises:
             ValueError: x or padding_mask has another shape.

@@ -1,6 +1,6 @@
 """How options are declared: once, with their default, meaning, source, choices and check.
 
-A field made by :func:`option` carries its declaration. Help texts, fairseq's flags, the tables of
+A field made by ``option`` carries its declaration. Help texts, fairseq's flags, the tables of
 ``docs/settings.md`` and the checks are all made from it.
 """
 
@@ -97,7 +97,7 @@ def option(
     test: Optional[Check] = None,
     default_text: Optional[str] = None,
 ) -> Any:
-    """A dataclass field that declares an option; see :class:`Option`."""
+    """A dataclass field that declares an option; see ``Option``."""
     return field_of(Option(default, help, source, choices, test, default_text), default)
 
 

@@ -54,8 +54,8 @@ def build_query_norm(
 
     Args:
         config: the settings of the memory.
-        run: as for :class:`BatchQueryNorm`.
-        keeps_dtype: as for :class:`BatchQueryNorm`.
+        run: as for ``BatchQueryNorm``.
+        keeps_dtype: as for ``BatchQueryNorm``.
     """
     if config.query_norm == "batch":
         return BatchQueryNorm(config.heads * config.k_dim, run, keeps_dtype)

@@ -104,12 +104,12 @@ def draw_kept_keys(heads: int, n_keys: int, n_kept: int, device: torch.device) -
 
 
 def product_topk_of(query: Tensor, keys: Tensor, kept: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
-    """As :func:`product_topk`, among the slots both of whose sub-keys are kept.
+    """As ``product_topk``, among the slots both of whose sub-keys are kept.
 
     Args:
         query: (N, H, 2, D).
         keys: sub-keys, (H, 2, S, D).
-        kept: (H, 2, S'), indices of sub-keys, as :func:`draw_kept_keys` draws them.
+        kept: (H, 2, S'), indices of sub-keys, as ``draw_kept_keys`` draws them.
         knn: number of slots per head, at most S'.
 
     Returns:
@@ -130,7 +130,7 @@ def candidate_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _kept_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """As :func:`candidate_ranks`, kept: a GPU need not get them again with every batch."""
+    """As ``candidate_ranks``, kept: a GPU need not get them again with every batch."""
     with torch.inference_mode(False), torch._C.DisableTorchFunction():  # usable in any context
         return _new_ranks(knn, device)
 

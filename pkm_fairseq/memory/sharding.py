@@ -123,14 +123,14 @@ class ColumnShards:
     def spread_columns(self, x: Tensor, tokens: List[int]) -> Tensor:
         """This worker's columns of all tokens' vectors, (N, V / W), from this worker's (n, V).
 
-        It is differentiable, and the adjoint of :meth:`exchange_columns`.
+        It is differentiable, and the adjoint of ``exchange_columns``.
         """
         return _SpreadColumns.apply(x, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
     def sum_dots(self, partial: Tensor, tokens: List[int]) -> Tensor:
         """Sums of what all columns contribute, (n, T), from this worker's parts for all, (N, T).
 
-        It is differentiable, and the adjoint of :meth:`gather_weights`.
+        It is differentiable, and the adjoint of ``gather_weights``.
         """
         return _SumDots.apply(partial, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 

@@ -19,7 +19,7 @@ from .sharding import ColumnShards
 class ValueTable(nn.Module):
     """A table of values, one row per slot.
 
-    The parameter carries a :class:`~pkm_fairseq.memory.gradient.TableState` as its attribute
+    The parameter carries a ``TableState`` as its attribute
     ``value_table``, by which an optimizer knows it among others.
 
     Args:
@@ -108,7 +108,7 @@ class ValueTable(nn.Module):
 
     @property
     def factored(self) -> bool:
-        """Whether the gradient is a :class:`~pkm_fairseq.memory.gradient.FactoredGradient`.
+        """Whether the gradient is a ``FactoredGradient``.
 
         ``MemoryAdam`` sets it. Set it to False before another optimizer trains the table.
         """
@@ -175,7 +175,7 @@ class ValueTable(nn.Module):
     def dot(self, slots: Tensor, x: Tensor) -> Tensor:
         """The dot products of the values of the given slots with one vector per token.
 
-        It is the adjoint of :meth:`forward`, differentiable for ``x`` and the table.
+        It is the adjoint of ``forward``, differentiable for ``x`` and the table.
 
         Args:
             slots: (N, H, K), int64.

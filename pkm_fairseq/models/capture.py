@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def capture(
     args: Namespace, layers: Optional[List[int]] = None
 ) -> Tuple[PkmRobertaModel, Dict[int, Tensor]]:
-    """Load the model of the options of :func:`add_arguments`, and capture inputs on its text.
+    """Load the model of the options of ``add_arguments``, and capture inputs on its text.
 
     Args:
         args: the parsed options.

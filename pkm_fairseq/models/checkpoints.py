@@ -111,7 +111,7 @@ def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, name: s
 
 
 def compare_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, name: str) -> None:
-    """:func:`check_dictionary`, and a warning where nothing but the size could be compared."""
+    """``check_dictionary``, and a warning where nothing but the size could be compared."""
     if check_dictionary(checkpoint, dictionary, name) == UNKNOWN_DICTIONARY:
         logger.warning(f"{name} stores no hash of its dictionary: only the size was compared")
 
@@ -172,7 +172,7 @@ def load_model_and_task(
 
     Args:
         path: the file.
-        checkpoint: what :func:`read_checkpoint` read there.
+        checkpoint: what ``read_checkpoint`` read there.
         overrides: fairseq's options to change, such as ``data``.
 
     Returns:

@@ -222,7 +222,7 @@ class ParserWithChoices:
         self._options = {flag_of(name): option for name, option in declared_in(config).items()}
 
     def add_argument(self, *names: str, **settings: Any) -> Any:
-        """Add a flag, as :meth:`argparse.ArgumentParser.add_argument`."""
+        """Add a flag, as ``argparse.ArgumentParser.add_argument``."""
         declared = self._options.get(names[0])
         if declared is not None and declared.allowed():
             settings["choices"] = tuple(declared.allowed())

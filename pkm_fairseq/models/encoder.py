@@ -68,7 +68,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
 
 
 class MemoryRobertaEncoder(RobertaEncoder):
-    """fairseq's RoBERTa encoder around a :class:`MemoryTransformerEncoder`."""
+    """fairseq's RoBERTa encoder around a ``MemoryTransformerEncoder``."""
 
     def __init__(self, args: Any, dictionary: Any, plan: Plan) -> None:
         self._plan = plan

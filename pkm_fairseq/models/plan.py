@@ -62,7 +62,7 @@ def complete_options(args: Any, task: Any) -> None:
 
 
 def read_plan(args: Any) -> Plan:
-    """Read fairseq's options, completed by :func:`complete_options`.
+    """Read fairseq's options, completed by ``complete_options``.
 
     Raises:
         ValueError: an option cannot be read.

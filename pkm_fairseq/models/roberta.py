@@ -215,7 +215,7 @@ class PkmRobertaModel(RobertaModel):
         """Count what the memories look up while the context is open; padding is not counted.
 
         Args:
-            usage: counters by layer to add to, as :meth:`new_memory_usage` makes them; None
+            usage: counters by layer to add to, as ``new_memory_usage`` makes them; None
                 starts new ones.
 
         Yields:

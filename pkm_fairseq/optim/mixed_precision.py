@@ -89,7 +89,7 @@ class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load what :meth:`state_dict` has saved.
+        """Load what ``state_dict`` has saved.
 
         Raises:
             ValueError: the copies are flat in one of the two runs only.

@@ -57,7 +57,7 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         return task
 
     def check(self, split: str, combine: bool = False, needs_targets: bool = True) -> None:
-        """Compare all parts of a split, as :meth:`SentenceData.check` says.
+        """Compare all parts of a split, as ``SentenceData.check`` says.
 
         Raises:
             ValueError: they do not fit together.

@@ -60,7 +60,7 @@ class Weighting(NamedTuple):
         return scaled if self.activation == "relu" else weight_tolerance(scaled, scores.shape[1])
 
     def bound(self, tolerance: Tensor, weights: Tensor) -> Tensor:
-        """How far weights (N, K) may be off, given :meth:`tolerance`."""
+        """How far weights (N, K) may be off, given ``tolerance``."""
         return tolerance.expand_as(weights) if self.activation == "relu" else tolerance * weights
 
 

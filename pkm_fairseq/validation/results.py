@@ -53,7 +53,7 @@ class HeadResult:
 class ReducedResult:
     """What a reduced precision costs, against the exact float32 search; no verdict.
 
-    Attributes as in :class:`HeadResult`, over all heads.
+    Attributes as in ``HeadResult``, over all heads.
     """
 
     dtype: str

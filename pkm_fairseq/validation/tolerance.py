@@ -37,7 +37,7 @@ def score_tolerance(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def weight_tolerance(score_tolerance: Tensor, knn: int) -> Tensor:
-    """Relative error of softmax weights, given :func:`score_tolerance`.
+    """Relative error of softmax weights, given ``score_tolerance``.
 
     Scores off by e, and again when the largest is subtracted, change a softmax by a factor of at
     most ``exp(4 e)``; the exponentials and their sum over K are rounded, too.

@@ -85,7 +85,7 @@ def measure(table: Table, tokens: int, workers: int, way: str) -> Dict[str, floa
         table: the table.
         tokens: of each worker.
         workers: how many.
-        way: "factors", "dense" or "shards", as in :func:`received_bytes`.
+        way: "factors", "dense" or "shards", as in ``received_bytes``.
 
     Returns:
         Bytes per worker: "sent", of all tensors handed to collectives; "received", what the

@@ -50,7 +50,7 @@ def costs(config: MemoryConfig, width: int, tokens: int, rounds: int) -> Iterato
         rounds: that are timed.
 
     Yields:
-        The name of a kind and its :class:`Cost`.
+        The name of a kind and its ``Cost``.
     """
     x = torch.randn(tokens, width)
     plain = _memory(config, width, PLAIN)

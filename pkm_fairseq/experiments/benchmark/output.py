@@ -95,7 +95,7 @@ def markdown(report: Dict[str, Any], entries: Sequence[Entry]) -> str:
     """The report as Markdown tables.
 
     Args:
-        report: as :meth:`Report.as_dict` makes it.
+        report: as ``Report.as_dict`` makes it.
         entries: all entries in order.
     """
     blocks = [_machine_line(report)]

@@ -19,7 +19,7 @@ class Settings:
     """What to measure.
 
     Args:
-        what: of :data:`WHAT`.
+        what: of ``WHAT``.
         tokens: tokens per batch of the layer and its parts; None takes the default.
         n_keys: sub-keys per half of the same; None takes the default.
         pairs: pairs of each comparison; None takes the default.

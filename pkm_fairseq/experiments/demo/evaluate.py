@@ -124,11 +124,11 @@ def ablations(
 
     Args:
         model: in eval mode.
-        batches: as :func:`masked_batches` makes them.
+        batches: as ``masked_batches`` makes them.
         task: of the batches.
 
     Returns:
-        As :func:`pkm_fairseq.memory.ablation.measure_ablations`. Empty without a memory.
+        As ``pkm_fairseq.memory.ablation.measure_ablations``. Empty without a memory.
     """
     host = with_memories(model)
     if host is None:
@@ -208,7 +208,7 @@ def fill_mask(
 
 
 def encode_masked(loaded: Loaded, tokenizer: SentencePieceProcessor, sentence: str) -> Tensor:
-    """The token ids, (1, T), of a sentence with one ``<mask>``; fails as :func:`fill_mask`."""
+    """The token ids, (1, T), of a sentence with one ``<mask>``; fails as ``fill_mask``."""
     before, mask, after = sentence.partition("<mask>")
     if not mask or "<mask>" in after:
         raise ValueError(f"sentence {sentence!r} must hold <mask> exactly once")

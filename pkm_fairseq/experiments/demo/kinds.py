@@ -43,7 +43,7 @@ def learned(
         preset: the demo's, for sizes.
         updates: of each run; the learning rate falls to 0 by then.
         seeds: of weights, order of the data and masks.
-        kinds: names of :data:`KINDS`.
+        kinds: names of ``KINDS``.
 
     Yields:
         The kind, the seed, and perplexity, top-1 usage, top-k usage and weighted KL on the

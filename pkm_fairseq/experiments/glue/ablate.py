@@ -44,7 +44,7 @@ def ablations(finetuned: Finetuned, task: PreparedTask) -> Dict[str, Dict[str, D
         task: its prepared data.
 
     Returns:
-        As :func:`pkm_fairseq.memory.ablation.measure_ablations`.
+        As ``pkm_fairseq.memory.ablation.measure_ablations``.
     """
     host = with_memories(finetuned.model)
     return {} if host is None else measure_ablations(host, lambda: dev_metrics(finetuned, task))

@@ -38,7 +38,7 @@ class Choices:
     Attributes:
         out: gets ``<arm>/<task>/seed<k>/``.
         seeds: one run for each.
-        preset: as :func:`presets.load_preset` reads it.
+        preset: as ``presets.load_preset`` reads it.
         overrides: settings that win over the preset.
         further: flags of fairseq-train, as they are.
         workers: runs at once.
@@ -232,7 +232,7 @@ def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lam
     """Do the runs that are not finished; an interrupted one continues at its last checkpoint.
 
     Args:
-        runs: as :func:`plan` made them.
+        runs: as ``plan`` made them.
         choices: what the user chose.
         after_each: called when a run is finished.
 

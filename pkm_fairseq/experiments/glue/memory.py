@@ -28,7 +28,7 @@ def measure_memory(before: Path, after: Path, task: Any, n_tokens: int) -> Dict[
 
     Returns:
         ``before`` and ``after``: usage of each memory layer; ``drift``: from one to the other, as
-        :func:`pkm_fairseq.analysis.drift.drift_of_models` says.
+        ``pkm_fairseq.analysis.drift.drift_of_models`` says.
     """
     dictionary = task.source_dictionary
     models = [load_model(_without_heads(file), dictionary, str(file)) for file in (before, after)]

@@ -68,7 +68,7 @@ def read_task(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]
 
 
 def files_of(folder: Path, spec: TaskSpec) -> List[Path]:
-    """The files that :func:`read_task` reads, as far as they exist."""
+    """The files that ``read_task`` reads, as far as they exist."""
     names = [file.name for file in spec.files.values()]
     if spec.name == "MRPC" and _is_raw_mrpc(folder):
         names = [RAW_MRPC_TRAIN, RAW_MRPC_TEST, "dev_ids.tsv"]
@@ -85,7 +85,7 @@ def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep]
         keep: which rows to read, by line number and fields; None for all.
 
     Raises:
-        ValueError: as :func:`read_task`.
+        ValueError: as ``read_task``.
     """
     rows, is_test = Rows(), columns.label is None
     lines = _lines(file)

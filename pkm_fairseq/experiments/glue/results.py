@@ -40,7 +40,7 @@ def collect(
 
     Returns:
         ``note``, ``tasks``, ``arms``: each with ``tasks``, of each of which ``dev`` by metric, as
-        :func:`summarise` says, ``seeds``, ``updates`` and ``memory``; and ``average``, None unless
+        ``summarise`` says, ``seeds``, ``updates`` and ``memory``; and ``average``, None unless
         all tasks are there.
     """
     rows = []

@@ -53,7 +53,7 @@ class Tokenizer:
             raise ValueError(f"no {self.bpe} tokenizer in {self.files[0]}: {reason}") from None
 
     def save(self, folder: Path) -> None:
-        """Copy the files into a folder, for :func:`saved_tokenizer`.
+        """Copy the files into a folder, for ``saved_tokenizer``.
 
         Raises:
             ValueError: the folder holds another tokenizer.

@@ -30,7 +30,7 @@ def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
 
 
 def read_log(file: Path, tag: str) -> List[Dict[str, float]]:
-    """The numbers of :func:`logged_by_update`, one dict for each logged update."""
+    """The numbers of ``logged_by_update``, one dict for each logged update."""
     return list(logged_by_update(file, tag).values())
 
 

@@ -53,7 +53,7 @@ class Children:
     Ctrl-C and SIGTERM raise KeyboardInterrupt, as Ctrl-C always does, but for two things. While a
     child is started or ended they wait, so that none is forgotten. And they are remembered: Python
     drops an exception that is raised in a destructor or a callback, and libraries catch any;
-    what is lost this way is raised again by the next :meth:`check` or :meth:`pause`, or at the end.
+    what is lost this way is raised again by the next ``check`` or ``pause``, or at the end.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ environment variable PKM_BACKEND forces one, which then must be able to run.
 The shapes: N tokens, H heads, K = knn, S = n_keys, D = k_dim / 2, V = v_dim, T = H * K reads per
 token, C candidate pairs, E entries of a gradient. On plain data nothing here is differentiable: the
 two autograd functions that use these operations are in ``search`` and ``values``. Where tensors are
-not plain data (:func:`is_plain`: traced, exported, compiled, fake or wrapped ones), all operations
+not plain data (``is_plain``: traced, exported, compiled, fake or wrapped ones), all operations
 are torch's own, what reads tables and scores is differentiable, and no number is looked at.
 """
 
@@ -144,7 +144,7 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 @_without_autocast
 def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """``values[slots[n, t]] . grad_read[n]``: the gradient of :func:`gather_sum` for its weights.
+    """``values[slots[n, t]] . grad_read[n]``: the gradient of ``gather_sum`` for its weights.
 
     Args:
         values: (n_slots, V), contiguous.
@@ -259,7 +259,7 @@ def _check_table(table: Tensor) -> None:
 
 
 def check_reads(slots: Tensor, weights: Tensor, n_slots: int) -> None:
-    """Complain of slots and weights that :func:`gather_sum` cannot take.
+    """Complain of slots and weights that ``gather_sum`` cannot take.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.

@@ -46,7 +46,7 @@ _compiled: Set[Tuple[Any, ...]] = set()  # kernels, with the kinds of arguments 
 def topk_pairs(
     half_scores: Tensor, knn: int, rank1: Tensor, rank2: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """See :func:`pkm_fairseq.memory.kernels.topk_pairs`."""
+    """See ``pkm_fairseq.memory.kernels.topk_pairs``."""
     heads, _, n, _ = half_scores.shape
     scores = half_scores.new_empty(n, heads, knn)
     index1, index2 = rank1.new_empty(2, n, heads, knn)
@@ -57,7 +57,7 @@ def topk_pairs(
 def score_gradients(
     query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """See :func:`pkm_fairseq.memory.kernels.score_gradients`."""
+    """See ``pkm_fairseq.memory.kernels.score_gradients``."""
     grad_query, grad_keys = torch.empty_like(query), torch.zeros_like(keys)
     _run(loops.grad_query, *map(_array, (keys, index1, index2, grad_scores, grad_query)))
     _run(loops.grad_keys, *map(_array, (query, index1, index2, grad_scores, grad_keys)))
@@ -65,14 +65,14 @@ def score_gradients(
 
 
 def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
+    """See ``pkm_fairseq.memory.kernels.gather_sum``."""
     out = weights.new_empty(len(slots), values.shape[1])
     _run(loops.gather_sum, *map(_array, (values, slots, weights, out)))
     return out
 
 
 def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
+    """See ``pkm_fairseq.memory.kernels.gather_dot``."""
     out = grad_read.new_empty(slots.shape)
     rows, starts, order = _group(slots.view(-1), len(values))
     given = _array(values), rows, starts, order, _array(grad_read)
@@ -89,7 +89,7 @@ def adam_rows(
     betas: Tuple[float, float],
     eps: float,
 ) -> None:
-    """See :func:`pkm_fairseq.memory.kernels.adam_rows`."""
+    """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     number = _array(exp_avg).dtype.type
     settings = map(number, (step_size, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps))
     table = map(_array, (values, exp_avg, exp_avg_sq))
@@ -97,7 +97,7 @@ def adam_rows(
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.squared_norm`."""
+    """See ``pkm_fairseq.memory.kernels.squared_norm``."""
     rows, *given = _row_entries(entries, n_slots)
     squares = np.empty(len(rows), dtype=np.float64)
     _run(loops.row_squares, *given, squares)

@@ -169,7 +169,7 @@ def _add(total, factor, x):
 
 @numba.njit(cache=True, fastmath={"nsz"})
 def _add_rounded(total, factor, x):
-    """As :func:`_add`, each product rounded before it is added: so what cancels is exactly 0."""
+    """As ``_add``, each product rounded before it is added: so what cancels is exactly 0."""
     for v in range(len(total)):
         total[v] += factor * x[v]
 
@@ -354,7 +354,7 @@ def _compile_row(values, slot, wide):
 
 
 def _store(values, slot, row):
-    """Put a row that :func:`_row` widened back into the table, rounded to nearest even."""
+    """Put a row that ``_row`` widened back into the table, rounded to nearest even."""
 
 
 @overload(_store)

@@ -22,7 +22,7 @@ CHUNK = 8 << 20  # elements of gathered rows that are held at once
 def topk_pairs(
     half_scores: Tensor, knn: int, rank1: Tensor, rank2: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """See :func:`pkm_fairseq.memory.kernels.topk_pairs`."""
+    """See ``pkm_fairseq.memory.kernels.topk_pairs``."""
     top, index = half_scores.permute(2, 0, 1, 3).topk(knn, dim=-1)  # (N, H, 2, K), descending
     top1, top2 = top.unbind(dim=2)
     candidate_scores = top1.index_select(-1, rank1) + top2.index_select(-1, rank2)  # (N, H, C)
@@ -34,7 +34,7 @@ def topk_pairs(
 def score_gradients(
     query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """See :func:`pkm_fairseq.memory.kernels.score_gradients`."""
+    """See ``pkm_fairseq.memory.kernels.score_gradients``."""
     index = torch.stack((index1, index2), dim=2)  # (N, H, 2, K)
     no_gradient = query.new_zeros(*query.shape[:3], keys.shape[2])  # (N, H, 2, S)
     grad_half = no_gradient.scatter_add(-1, index, grad_scores.unsqueeze(2).expand_as(index))
@@ -44,7 +44,7 @@ def score_gradients(
 
 
 def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
+    """See ``pkm_fairseq.memory.kernels.gather_sum``."""
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
     step = _rows(slots.shape[1] * values.shape[1])
@@ -53,7 +53,7 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def gather_sum_at_once(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """As :func:`gather_sum`, differentiable, and the same operations for any number of tokens.
+    """As ``gather_sum``, differentiable, and the same operations for any number of tokens.
 
     A table in half precision costs the memory of all rows that are read.
     """
@@ -64,14 +64,14 @@ def gather_sum_at_once(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor
 
 
 def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
+    """See ``pkm_fairseq.memory.kernels.gather_dot``."""
     step = _rows(slots.shape[1] * values.shape[1])
     parts = zip(torch.split(slots, step), torch.split(grad_read, step), strict=True)
     return torch.cat([gather_dot_at_once(values, *part) for part in parts])
 
 
 def gather_dot_at_once(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """As :func:`gather_dot`, differentiable, and the same operations for any number of tokens.
+    """As ``gather_dot``, differentiable, and the same operations for any number of tokens.
 
     It costs the memory of all rows that are read.
     """
@@ -88,7 +88,7 @@ def adam_rows(
     betas: Tuple[float, float],
     eps: float,
 ) -> None:
-    """See :func:`pkm_fairseq.memory.kernels.adam_rows`."""
+    """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     beta1, beta2 = betas
     for rows, g in row_gradients(entries):
         moves = (g != 0).any(dim=1)
@@ -101,7 +101,7 @@ def adam_rows(
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.squared_norm`."""
+    """See ``pkm_fairseq.memory.kernels.squared_norm``."""
     total = torch.zeros((), dtype=torch.float64, device=entries.grads.device)
     for _, g in row_gradients(entries):
         total += g.double().square().sum()

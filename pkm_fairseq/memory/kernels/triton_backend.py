@@ -27,7 +27,7 @@ SORTED = 1024  # elements that a program sorts; with 4,096 it took over 8 minute
 def topk_pairs(
     half_scores: Tensor, knn: int, rank1: Tensor, rank2: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """See :func:`pkm_fairseq.memory.kernels.topk_pairs`.
+    """See ``pkm_fairseq.memory.kernels.topk_pairs``.
 
     float64 goes through torch: the program sorts a score and its index as one integer of 64 bits.
     So does what one program does not sort: more than 1,024 sub-keys per half, or candidates.
@@ -46,7 +46,7 @@ def topk_pairs(
 def score_gradients(
     query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """See :func:`pkm_fairseq.memory.kernels.score_gradients`.
+    """See ``pkm_fairseq.memory.kernels.score_gradients``.
 
     The gradient of the sub-keys is a matrix product with the gradient of all half scores, as dense
     as they were: a GPU multiplies faster than it sorts.
@@ -67,7 +67,7 @@ def score_gradients(
 
 
 def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.gather_sum`."""
+    """See ``pkm_fairseq.memory.kernels.gather_sum``."""
     (n, reads), (n_slots, width) = slots.shape, values.shape
     out = weights.new_empty(n, width)
     tile = _tile(width)
@@ -77,7 +77,7 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.gather_dot`."""
+    """See ``pkm_fairseq.memory.kernels.gather_dot``."""
     (n, reads), (n_slots, width) = slots.shape, values.shape
     out = grad_read.new_empty(n, reads)
     given = values, slots, grad_read, out, n_slots, reads, width
@@ -94,7 +94,7 @@ def adam_rows(
     betas: Tuple[float, float],
     eps: float,
 ) -> None:
-    """See :func:`pkm_fairseq.memory.kernels.adam_rows`."""
+    """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     (beta1, beta2), (n_slots, width) = betas, values.shape
     tables, by_slot = (values, exp_avg, exp_avg_sq), _sorted(entries)
     sizes = n_slots, len(entries.slots), width
@@ -104,7 +104,7 @@ def adam_rows(
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:
-    """See :func:`pkm_fairseq.memory.kernels.squared_norm`."""
+    """See ``pkm_fairseq.memory.kernels.squared_norm``."""
     n, width = len(entries.slots), entries.grads.shape[1]
     squares = torch.zeros(n, dtype=torch.float64, device=entries.grads.device)
     given = *_sorted(entries), squares, n, width

@@ -44,7 +44,7 @@ class Count:
 
     Attributes:
         usage: this worker's counters, by layer.
-        total: those of all workers, as of the last :meth:`add_up`; of one worker, its own.
+        total: those of all workers, as of the last ``add_up``; of one worker, its own.
         updates: updates of the training, that under way included; None outside a training.
     """
 

@@ -27,7 +27,7 @@ class UsageLog:
 
     Args:
         file: the log; need not exist.
-        header: shapes of the memories, as :func:`header_of` makes it.
+        header: shapes of the memories, as ``header_of`` makes it.
         updates: finished updates of the checkpoint that the training goes on from.
 
     Raises:
@@ -99,7 +99,7 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
 
 
 def whole_values(model: HasMemories) -> Dict[str, Optional[Tensor]]:
-    """The tables of each memory layer, by the names of :func:`tables_of_layers`.
+    """The tables of each memory layer, by the names of ``tables_of_layers``.
 
     Tables that are split over workers are whole on the first one, and None on the others.
 

@@ -20,7 +20,7 @@ class SlotCounts:
     """Counts the reads of each slot of a table, and the batches in which it was read.
 
     Among the observers of all memories that read the table, it counts what they look up, padding
-    left out. Whoever reads the text says with :meth:`end_batch` where a batch ends.
+    left out. Whoever reads the text says with ``end_batch`` where a batch ends.
 
     Args:
         n_slots: rows of the table.
@@ -113,7 +113,7 @@ def load_counts(file: Path, name: str) -> CountsFile:
     """Read counts; no code from the file is run.
 
     Args:
-        file: as :func:`save_counts` wrote it.
+        file: as ``save_counts`` wrote it.
         name: what messages call it.
 
     Raises:

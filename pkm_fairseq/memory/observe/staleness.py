@@ -28,7 +28,7 @@ class ReadTimes(nn.Module):
 
     Args:
         n_slots: slots of the memory.
-        origin: says in which training the memory came into being, as :func:`origin_of` makes it;
+        origin: says in which training the memory came into being, as ``origin_of`` makes it;
             None if that is not known.
 
     Attributes:

@@ -154,7 +154,7 @@ class MemoryUsage:
             neighbours weigh alike and the first choice is hardly one;
             ``subkey1_usage`` and ``subkey2_usage``: share of the heads' sub-keys of each half
             that received weight, where n_slots is a square; ``curve`` and ``extrapolation``, see
-            :meth:`curve` and :meth:`extrapolation`; ``heads``: for each head all of this
+            ``curve`` and ``extrapolation``; ``heads``: for each head all of this
             but ``n_slots``, ``tokens``, ``curve`` and ``extrapolation``.
 
         Raises:
@@ -194,7 +194,7 @@ class MemoryUsage:
         """The usage that ever more draws would reach, ``top1`` and ``topk``.
 
         Each is ``usage``, ``error`` and ``coverage`` of
-        :func:`pkm_fairseq.memory.observe.richness.extrapolated`.
+        ``pkm_fairseq.memory.observe.richness.extrapolated``.
         """
         queries, (top1, topk) = self.tokens * self.heads, self._hits()
         return {"top1": extrapolated(top1, queries), "topk": extrapolated(topk, queries)}
@@ -298,7 +298,7 @@ def tokens_for_draws(n_slots: int, heads: int, draws: int = DRAWS) -> int:
 def slots_that_get(mass: Tensor) -> Dict[str, float]:
     """Share of slots that hold at least 1, 10 and 100 % of the uniform share, as ``holds_1`` ...
 
-    Rounding of the sums is allowed for, as in :func:`slots_that_hold`.
+    Rounding of the sums is allowed for, as in ``slots_that_hold``.
 
     Args:
         mass: (n_slots,), weight that each slot received.
