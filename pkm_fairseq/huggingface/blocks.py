@@ -133,6 +133,7 @@ class TellPadding:
         self.index = index
 
     def __call__(self, base: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        """Set ``next_padding`` of the blocks; the arguments are those of the base model."""
         mask = args[self.index] if len(args) > self.index else kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
