@@ -32,6 +32,7 @@ ALLOWED = {
     "experiments.glue": {"memory", "models", "criterions", "analysis", "experiments.runs",
                          "experiments.data"},
     "experiments.benchmark": {"memory", "experiments.runs"},
+    "experiments.convert": {"memory", "models", "huggingface"},
 }  # fmt: skip
 # part -> packages it must never import, besides those that another one owns
 FORBIDDEN = {

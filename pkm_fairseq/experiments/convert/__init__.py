@@ -1,0 +1,1 @@
+"""Checkpoints that cross over between fairseq and transformers, with their dictionary."""
