@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The tables of the study, perplexity on old and new text by arm, and what the criteria say of it.
 
-Reads OUT/{runs,further}.seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown.
+Reads OUT/{runs,further}.seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown. Given
+results.json itself, as results.json of this folder, it only prints.
 """
 
 import argparse
@@ -86,20 +87,22 @@ def dominates(old: float, new: float, old2: float, new2: float) -> bool:
     return old <= old2 and new <= new2 and (old < 0.995 * old2 or new < 0.995 * new2)
 
 
-def verdicts(arms: Arms) -> List[str]:
-    """A line for each criterion."""
+def verdicts(arms: Arms, further: Arms) -> List[str]:
+    """A line for each criterion; what arms show that were added later is a hint, no test."""
     start = arms[START]["new"][0]
     of = {
         kind: [a for a in arms if a.startswith(f"{kind}_")] for kind in ("values", "slots", "full")
     }
     best = min(of["full"], key=lambda a: sum(arms[a]["new"]))
 
+    every = {**arms, **further}
+
     def pairs(ours: List[str], theirs: List[str], holds: Callable[..., bool]) -> List[str]:
         return [
             f"{shown(a)} over {shown(b)}"
             for a in ours
             for b in theirs
-            if every_seed(arms[a], arms[b], holds)
+            if every_seed(every[a], every[b], holds)
         ]
 
     learned = {
@@ -120,20 +123,28 @@ def verdicts(arms: Arms) -> List[str]:
             for lr in ("1e-4", "1e-3")
             for pair in pairs([f"{kind}_lr{lr}"], [f"full_lr{lr}"], forgets_less)
         ]
+    for kind, other in (("slots", "values"), ("slots", "full"), ("full", "slots")):
+        named = [[a for a in every if a.startswith(f"{k}_")] for k in (kind, other)]
+        found[f"both perplexities lower, of all arms, {kind} over {other}"] = pairs(
+            *named, dominates
+        )
     return [f"- {name}: {'; '.join(which) or 'not supported'}" for name, which in found.items()]
 
 
 def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="the folder that run.sh fills")
+    parser.add_argument("out", type=Path, help="the folder that run.sh fills, or results.json")
     out = parser.parse_args().out
-    report = {part: read(out, part) for part in ("runs", "further")}
-    report = {part: arms for part, arms in report.items() if arms}
-    write_file(out / "results.json", json.dumps(report, indent=1) + "\n")
+    if out.is_file():
+        report = json.loads(out.read_text())
+    else:
+        report = {part: read(out, part) for part in ("runs", "further")}
+        report = {part: arms for part, arms in report.items() if arms}
+        write_file(out / "results.json", json.dumps(report, indent=1) + "\n")
     for part, arms in report.items():
         print(f"{part}\n\n{markdown(arms)}\n")
-    print("\n".join(verdicts(report["runs"])))
+    print("\n".join(verdicts(report["runs"], report.get("further", {}))))
 
 
 if __name__ == "__main__":
