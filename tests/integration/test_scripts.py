@@ -28,6 +28,8 @@ ELSEWHERE = {
     "predict_glue.py": "integration/test_glue_predict.py",
     "prepare_glue.py": "integration/test_glue_prepare.py",
     "kill_training.py": "integration/test_faults.py",
+    "convert_checkpoint.py": "unit/test_convert_checkpoint.py",
+    "draw_architecture.py": "unit/test_architecture.py",
 }
 
 
