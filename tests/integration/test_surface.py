@@ -264,7 +264,7 @@ def test_the_hub_interface_reads_writes_and_fills_masks(spoken: Path) -> None:
 
 
 def test_the_lines_of_the_readme_run(spoken: Path) -> None:
-    (code,) = [block for block in blocks("python") if "from_pretrained" in block]
+    (code,) = [block for block in blocks("python") if "PkmRobertaModel" in block]
     for demo, here in (("arms/resm_init", "model"), ("data/bin", "bin"), ("data/spm", "spm")):
         assert f"demo_out/{demo}" in code
         code = code.replace(f"demo_out/{demo}", str(spoken / here))
