@@ -4,7 +4,7 @@ import io
 import shutil
 import sys
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import sentencepiece
 
@@ -74,8 +74,13 @@ def load_sentencepiece(model: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
-def binarise(pieces: Dict[str, Path], out: Path) -> None:
-    """Run fairseq-preprocess over encoded splits; the dictionary is that of train.
+def binarise(pieces: Dict[str, Path], out: Path, dictionary: Optional[Path] = None) -> None:
+    """Run fairseq-preprocess over encoded splits.
+
+    Args:
+        pieces: by split, a file with pieces between spaces.
+        out: gets the data; what it held is gone.
+        dictionary: a file of fairseq's format; None makes that of train.
 
     Raises:
         ValueError: it failed.
@@ -83,6 +88,7 @@ def binarise(pieces: Dict[str, Path], out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)  # fairseq-preprocess replaces no dictionary
     command = [str(Path(sys.executable).parent / "fairseq-preprocess"), "--only-source"]
     command += ["--destdir", str(out), "--workers", "1"]
+    command += ["--srcdict", str(dictionary)] if dictionary else []
     for split, file in pieces.items():
         command += [f"--{split}pref", str(file)]
     done = run_to_end(command)

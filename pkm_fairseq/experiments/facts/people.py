@@ -1,0 +1,70 @@
+"""Synthetic people: a name and four attributes, drawn at random, so that nothing can be guessed.
+
+A sentence is one person: ``first58 last211 city37 job12 food88 pet5``. Each attribute is drawn
+uniformly from 100 values: a fact is worth log2(100) = 6.64 bits, and knowing a person 26.6 bits.
+"""
+
+import math
+from pathlib import Path
+from typing import List
+
+import numpy as np
+
+from ..data.prepare import binarise
+
+N_NAMES = 300  # first names, and as many last names
+N_VALUES = 100
+NAMES = ("first", "last")
+ATTRIBUTES = ("city", "job", "food", "pet")
+BITS = math.log2(N_VALUES)  # of a fact
+N_CONTROL = 1000
+N_VALID = 1000
+
+
+def draw_people(n: int, seed: int) -> List[str]:
+    """Sentences about people with names of their own.
+
+    The people of a smaller number are the first ones of a larger number.
+
+    Args:
+        n: how many.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there are not so many names.
+    """
+    if not 1 <= n <= N_NAMES**2:
+        raise ValueError(f"{n} people, must be in 1..{N_NAMES**2:,}: each has a name of its own")
+    names, values = (np.random.default_rng([seed, stream]) for stream in range(2))
+    pairs = names.permutation(N_NAMES**2)[:n]
+    drawn = values.integers(N_VALUES, size=(n, len(ATTRIBUTES)))
+    columns = (*NAMES, *ATTRIBUTES)
+    return [
+        " ".join(f"{column}{number}" for column, number in zip(columns, numbers, strict=True))
+        for numbers in np.column_stack([pairs // N_NAMES, pairs % N_NAMES, drawn]).tolist()
+    ]
+
+
+def prepare_people(n: int, folder: Path, seed: int = 1) -> None:
+    """Write fairseq's data of people, ``folder/bin``.
+
+    Its splits: ``train``, ``valid`` (up to 1,000 people of train: what is logged of it is
+    recall), and ``test`` (1,000 people who are in no training text: what can be guessed).
+
+    Args:
+        n: people to learn.
+        folder: exists.
+        seed: of names and values.
+
+    Raises:
+        ValueError: there are not so many names.
+    """
+    people = draw_people(n + N_CONTROL, seed)
+    splits = {"train": people[:n], "valid": people[:n][:N_VALID], "test": people[n:]}
+    for split, lines in splits.items():
+        (folder / f"{split}.pieces").write_text("".join(f"{line}\n" for line in lines))
+    words = [f"{name}{number}" for name in NAMES for number in range(N_NAMES)]
+    words += [f"{name}{number}" for name in ATTRIBUTES for number in range(N_VALUES)]
+    dictionary = folder / "words.txt"
+    dictionary.write_text("".join(f"{word} 1\n" for word in words))
+    binarise({split: folder / f"{split}.pieces" for split in splits}, folder / "bin", dictionary)

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Make fairseq's data of synthetic people: a name and four attributes each, all drawn at random.
+
+A sentence is one person: first58 last211 city37 job12 food88 pet5. Each attribute is one of 100
+values: 6.64 bits a fact, and nothing can be guessed. Writes FOLDER/bin with the splits train, valid
+(the first 1,000 people of train) and test (1,000 people who are in no training text).
+"""
+
+import argparse
+from pathlib import Path
+
+from _script import run
+
+from pkm_fairseq.experiments.facts.people import prepare_people
+from pkm_fairseq.experiments.runs.folders import begin, finish, key_of, key_of_code
+
+
+def main() -> None:
+    """Prepare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="FOLDER")
+    parser.add_argument("--people", type=int, default=10000, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    args = parser.parse_args()
+    key = key_of(args.people, args.seed, key_of_code("experiments/facts"))
+    if begin(args.out, key):
+        prepare_people(args.people, args.out, args.seed)
+        finish(args.out, key)
+    print(f"data for fairseq-train in {args.out / 'bin'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,214 @@
+"""The arms of the study, their options, and which runs there are in which order."""
+
+import math
+import shlex
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterator, List, Optional
+
+BATCH_SIZE = 512  # people
+COMMON = shlex.split(f"""--task pkm_masked_lm --sample-break-mode eos --tokens-per-sample 8
+    --max-positions 8 --batch-size {BATCH_SIZE} --mask-prob 0.3 --encoder-layers 2
+    --encoder-attention-heads 4 --dropout 0 --attention-dropout 0 --adam-betas (0.9,0.98)
+    --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0 --lr-scheduler polynomial_decay
+    --num-workers 0 --cpu --log-format json --log-interval 100 --validate-interval 1000000
+    --no-save-optimizer-state""")
+MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 1
+    --memory-heads 4 --memory-k-dim 64""")
+PLAIN = shlex.split("--arch roberta --criterion masked_lm --optimizer adam")
+WIDTHS = {"plain": (64, 128), "wide": (64, 480), "plain2": (128, 256), "plain4": (256, 512)}
+MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")
+KNN = 32
+
+RATES = (1e-3, 2e-3, 5e-3)  # of dense arms; one more where the best is the first or last
+EDGES = {1e-3: 5e-4, 5e-3: 1e-2}
+VALUE_RATES = (3e-3, 1e-2, 3e-2)
+VALUE_EDGES = {3e-3: 1e-3, 3e-2: 1e-1}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the study is."""
+
+    people: int
+    fewer: int
+    more: int
+    updates: int
+    n_keys: int
+    smaller: tuple
+    seeds: tuple
+
+
+SIZES = {
+    "full": Size(10_000, 5_000, 20_000, 4_000, 256, (32, 64, 128), (1, 2, 3)),
+    "toy": Size(200, 100, 400, 40, 32, (16,), (1, 2)),  # runs through, shows nothing
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        updates: in all; an arm with INIT takes half of them from its start.
+        n_keys: 0 without a memory.
+    """
+
+    arm: str
+    people: int
+    updates: int
+    seed: int
+    lr: float
+    value_lr: float = 0.0
+    n_keys: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        memory = f"_{self.n_keys}keys_values{self.value_lr:g}" if self.n_keys else ""
+        return (
+            f"{self.arm}_{self.people}people_{self.updates}updates_lr{self.lr:g}{memory}"
+            f"_seed{self.seed}"
+        )
+
+    @property
+    def start(self) -> Optional["Run"]:
+        """The plain run whose half an arm with INIT starts from."""
+        if not self.arm.endswith("_init"):
+            return None
+        return Run("plain", self.people, self.updates, self.seed, self.lr)
+
+    @property
+    def own_updates(self) -> int:
+        """Those of its own."""
+        return self.updates // 2 if self.start else self.updates
+
+    @property
+    def epoch(self) -> int:
+        """Updates of an epoch."""
+        return math.ceil(self.people / BATCH_SIZE)
+
+    def flags(self) -> List[str]:
+        """Options of fairseq-train, but for paths.
+
+        The learning rate rises for a twentieth of the updates, and falls in a straight line to 0.
+        With INIT it goes on where that of the start is at its half.
+        """
+        width, ffn = WIDTHS.get(self.arm, WIDTHS["plain"])
+        warm_up = self.updates // 20
+        lr = self.lr * self.own_updates / (self.updates - warm_up) if self.start else self.lr
+        flags = [*COMMON, "--encoder-embed-dim", str(width), "--encoder-ffn-embed-dim", str(ffn)]
+        flags += ["--lr", str(lr), "--warmup-updates", str(0 if self.start else warm_up)]
+        flags += ["--max-update", str(self.own_updates)]
+        flags += ["--total-num-update", str(self.own_updates), "--seed", str(self.seed)]
+        flags += ["--save-interval", str(self.updates // 4 // self.epoch)]
+        if not self.n_keys:
+            return [*flags, *PLAIN]
+        arch = "pkm_roberta_tiny" if self.arm.startswith("pkm") else "resm_roberta_tiny"
+        flags += ["--arch", arch, *MEMORY, "--memory-n-keys", str(self.n_keys)]
+        knn = min(KNN, self.n_keys)
+        return [*flags, "--memory-knn", str(knn), "--memory-value-lr", str(self.value_lr)]
+
+
+Results = Dict[Run, float]  # recall by name of finished runs
+Wave = Callable[[Size, Results], List[Run]]
+
+
+def best(results: Results, size: Size, arm: str) -> Run:
+    """The run of an arm with the best rate, of the first seed at the first number of people."""
+    n_keys = size.n_keys if arm in MEMORIES else 0
+    tried = [
+        run
+        for run in results
+        if (run.arm, run.people, run.seed) == (arm, size.people, size.seeds[0])
+        and (run.updates, run.n_keys) == (size.updates, n_keys)
+    ]
+    return max(tried, key=lambda run: results[run])
+
+
+def dense(size: Size, arm: str, lr: float, **changed: int) -> Run:
+    """A run without a memory."""
+    settings = {"people": size.people, "updates": size.updates, "seed": size.seeds[0], **changed}
+    return Run(arm, lr=lr, **settings)
+
+
+def memory(size: Size, results: Results, arm: str, value_lr: float, **changed: int) -> Run:
+    """A run with a memory, the rate of all else that of the best plain run."""
+    settings = {"people": size.people, "updates": size.updates, "seed": size.seeds[0], **changed}
+    settings = {"n_keys": size.n_keys, **settings}
+    return Run(arm, lr=best(results, size, "plain").lr, value_lr=value_lr, **settings)
+
+
+def chosen(size: Size, results: Results, arm: str, **changed: int) -> Run:
+    """A run of an arm with its best rate."""
+    run = best(results, size, arm)
+    if arm in MEMORIES:
+        return memory(size, results, arm, run.value_lr, **changed)
+    return dense(size, arm, run.lr, **changed)
+
+
+def _rates(arm: str) -> Iterator[Wave]:
+    """Three rates, and one more if the best is at an edge."""
+    if arm in MEMORIES:
+        yield lambda size, results: [memory(size, results, arm, rate) for rate in VALUE_RATES]
+        yield lambda size, results: [
+            memory(size, results, arm, VALUE_EDGES[edge])
+            for edge in [best(results, size, arm).value_lr]
+            if edge in VALUE_EDGES
+        ]
+    else:
+        yield lambda size, results: [dense(size, arm, rate) for rate in RATES]
+        yield lambda size, results: [
+            dense(size, arm, EDGES[edge]) for edge in [best(results, size, arm).lr] if edge in EDGES
+        ]
+
+
+def _all_seeds(*arms: str) -> Wave:
+    return lambda size, results: [
+        chosen(size, results, arm, seed=seed) for seed in size.seeds for arm in arms
+    ]
+
+
+def _longer(size: Size, results: Results) -> List[Run]:
+    """Dense arms with four times as many updates."""
+    return [
+        chosen(size, results, arm, updates=4 * size.updates, seed=seed)
+        for seed in size.seeds
+        for arm in ("plain", "wide")
+    ]
+
+
+def _smaller(size: Size, results: Results) -> List[Run]:
+    return [
+        chosen(size, results, "resm_init", n_keys=n_keys, seed=seed)
+        for seed in size.seeds
+        for n_keys in reversed(size.smaller)
+    ]
+
+
+def _other_people(size: Size, results: Results) -> List[Run]:
+    return [
+        chosen(size, results, arm, people=people, seed=seed)
+        for seed in size.seeds
+        for people in (size.more, size.fewer)
+        for arm in ("plain", "wide", "resm_init")
+    ]
+
+
+WAVES: List[Wave] = [
+    *_rates("plain"),
+    *_rates("resm_init"),
+    *_rates("wide"),
+    _all_seeds("plain", "wide", "resm_init"),
+    lambda size, results: _longer(size, results)[:2],
+    lambda size, results: _smaller(size, results)[: len(size.smaller)],
+    *_rates("pkm_init"),
+    *_rates("resm"),
+    lambda size, results: _other_people(size, results)[:6],
+    *_rates("pkm"),
+    *_rates("plain2"),
+    *_rates("plain4"),
+    _smaller,
+    _all_seeds("pkm_init", "resm", "pkm", "plain2", "plain4"),
+    _longer,
+    _other_people,
+]

@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""The runs of the study; what is finished is skipped. Each ends with result.json in its folder."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from arms import SIZES, WAVES, Results, Run
+
+from pkm_fairseq.experiments.demo.evaluate import load, parameter_count
+from pkm_fairseq.experiments.facts.people import prepare_people
+from pkm_fairseq.experiments.facts.recall import measure, read_people
+from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish
+from pkm_fairseq.experiments.runs.logs import last_line, read_log
+from pkm_fairseq.experiments.runs.processes import Child, Children
+from pkm_fairseq.experiments.runs.progress import RunsProgress
+from pkm_fairseq.experiments.runs.trainings import LAST, LOG, run_all, start_training
+from pkm_fairseq.memory.files import write_file
+
+RESULT = "result.json"
+FOLLOWED = 2000  # people whose recall is measured on the way
+
+
+def half_of(folder: Path, run: Run) -> Path:
+    """The checkpoint of a run after half of its updates."""
+    return folder / f"checkpoint{run.updates // 2 // run.epoch}.pt"
+
+
+def data_of(out: Path, people: int) -> Path:
+    """Data of so many people, made if needed."""
+    folder = out / f"people{people}"
+    if begin(folder, str(people)):
+        prepare_people(people, folder)
+        finish(folder, str(people))
+    return folder / "bin"
+
+
+def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
+    """What a finished run knows, and knew on the way."""
+    loaded = load(folder / LAST, data)
+    found = {"parameters": parameter_count(loaded.model)}
+    found["train"] = measure(loaded, read_people(data, "train", loaded), ablate=True)
+    found["control"] = measure(loaded, read_people(data, "test", loaded))
+    found["control"].pop("memory", None)
+    way = {}
+    for file in folder.glob("checkpoint[0-9]*.pt"):
+        at = load(file, data)
+        asked = measure(at, read_people(data, "train", at)[:FOLLOWED])
+        asked.pop("memory", None)
+        updates = int(file.stem.removeprefix("checkpoint")) * run.epoch
+        way[updates + run.updates - run.own_updates] = asked
+    found["way"] = dict(sorted(way.items()))
+    return found
+
+
+def train_all(runs: List[Run], out: Path, workers: int) -> None:
+    """Train and measure what is not finished."""
+    waiting = [run for run in runs if not (out / "runs" / run.name / RESULT).exists()]
+    waiting = list(dict.fromkeys(waiting))
+    if not waiting:
+        return
+
+    def start(children: Children, run: Run, worker: int) -> Child:
+        folder = out / "runs" / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (*folder.glob("checkpoint*.pt"), folder / LOG):  # of an interrupted run
+            file.unlink(missing_ok=True)
+        flags = [str(data_of(out, run.people)), "--user-dir", str(PACKAGE), *run.flags()]
+        if run.start:
+            flags += ["--init-from", str(half_of(out / "runs" / run.start.name, run.start))]
+        return start_training(children, folder, flags, {"OMP_NUM_THREADS": "1"})
+
+    def show(run: Run) -> None:
+        logged = read_log(out / "runs" / run.name / LOG, "train_inner")
+        if logged:
+            updates = int(logged[-1]["num_updates"])
+            progress.show(run.name, updates, run.own_updates, f"loss {logged[-1]['loss']:.2f}")
+
+    def end(run: Run, status: int) -> None:
+        folder = out / "runs" / run.name
+        if status or not (folder / LAST).exists():
+            raise SystemExit(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
+        result = {"run": vars(run), **measure_run(run, folder, data_of(out, run.people))}
+        kept = {folder / LAST} | ({half_of(folder, run)} if run.arm == "plain" else set())
+        for file in set(folder.glob("checkpoint*.pt")) - kept:
+            file.unlink()
+        write_file(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        progress.end(run.name, f"recall by name {100 * result['train']['by_name']['recall']:.1f} %")
+
+    def is_ready(run: Run) -> bool:
+        return not run.start or (out / "runs" / run.start.name / RESULT).exists()
+
+    with RunsProgress(len(waiting), interval=120) as progress:
+        run_all(waiting, workers, start, show, end, is_ready)
+
+
+def read_results(out: Path) -> Results:
+    """Recall by name of all finished runs."""
+    found = [json.loads(file.read_text()) for file in out.glob(f"runs/*/{RESULT}")]
+    return {Run(**result["run"]): result["train"]["by_name"]["recall"] for result in found}
+
+
+def main() -> None:
+    """Train wave by wave."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    out = args.out.resolve()
+    for wave in WAVES:
+        runs = wave(SIZES[args.size], read_results(out))
+        starts = [run.start for run in runs if run.start]
+        train_all([*starts, *runs], out, args.workers)
+
+
+if __name__ == "__main__":
+    main()
