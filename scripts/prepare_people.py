@@ -11,7 +11,7 @@ from pathlib import Path
 
 from _script import run
 
-from pkm_fairseq.experiments.facts.people import prepare_people
+from pkm_fairseq.experiments.facts.people import MOST_PEOPLE, prepare_people
 from pkm_fairseq.experiments.runs.folders import begin, finish, key_of, key_of_code
 
 
@@ -24,6 +24,10 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=10000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args()
+    if not 1 <= args.people <= MOST_PEOPLE:  # before a folder is touched
+        raise ValueError(
+            f"--people is {args.people}, must be in 1..{MOST_PEOPLE:,}: each has a name of its own"
+        )
     key = key_of(args.people, args.seed, key_of_code("experiments/facts"))
     if begin(args.out, key):
         prepare_people(args.people, args.out, args.seed)

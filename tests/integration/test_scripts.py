@@ -30,6 +30,8 @@ ELSEWHERE = {
     "kill_training.py": "integration/test_faults.py",
     "convert_checkpoint.py": "unit/test_convert_checkpoint.py",
     "draw_architecture.py": "unit/test_architecture.py",
+    "prepare_people.py": "integration/test_facts.py",
+    "measure_recall.py": "integration/test_facts.py",
 }
 
 

@@ -19,6 +19,7 @@ ATTRIBUTES = ("city", "job", "food", "pet")
 BITS = math.log2(N_VALUES)  # of a fact
 N_CONTROL = 1000
 N_VALID = 1000
+MOST_PEOPLE = N_NAMES**2 - N_CONTROL  # to learn
 
 
 def draw_people(n: int, seed: int) -> List[str]:

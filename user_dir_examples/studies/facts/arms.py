@@ -3,7 +3,7 @@
 import math
 import shlex
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 BATCH_SIZE = 512  # people
 COMMON = shlex.split(f"""--task pkm_masked_lm --sample-break-mode eos --tokens-per-sample 8
@@ -19,9 +19,7 @@ WIDTHS = {"plain": (64, 128), "wide": (64, 480), "plain2": (128, 256), "plain4":
 MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")
 KNN = 32
 
-RATES = (1e-3, 2e-3, 5e-3)  # of dense arms; one more where the best is the first or last
-EDGES = {1e-3: 5e-4, 5e-3: 1e-2}
-VALUE_RATES = (3e-3, 1e-2, 3e-2)
+EDGES = {1e-3: 5e-4, 5e-3: 1e-2}  # where the best rate is the first or last, the next one
 VALUE_EDGES = {3e-3: 1e-3, 3e-2: 1e-1}
 
 
@@ -34,14 +32,17 @@ class Size:
     more: int
     updates: int
     n_keys: int
-    smaller: tuple
-    seeds: tuple
+    smaller: Tuple[int, ...]
+    seeds: Tuple[int, ...]
+    rates: Tuple[float, ...]  # of dense arms
+    value_rates: Tuple[float, ...]
 
 
 SIZES = {
-    "full": Size(10_000, 5_000, 20_000, 4_000, 256, (32, 64, 128), (1, 2, 3)),
-    "toy": Size(200, 100, 400, 40, 32, (16,), (1, 2)),  # runs through, shows nothing
-}
+    "full": Size(10_000, 5_000, 20_000, 4_000, 256, (32, 64, 128), (1, 2, 3),
+                 (1e-3, 2e-3, 5e-3), (3e-3, 1e-2, 3e-2)),
+    "toy": Size(200, 100, 400, 20, 32, (16,), (1,), (2e-3,), (1e-2,)),  # runs through, no more
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def chosen(size: Size, results: Results, arm: str, **changed: int) -> Run:
 def _rates(arm: str) -> Iterator[Wave]:
     """Three rates, and one more if the best is at an edge."""
     if arm in MEMORIES:
-        yield lambda size, results: [memory(size, results, arm, rate) for rate in VALUE_RATES]
+        yield lambda size, results: [memory(size, results, arm, rate) for rate in size.value_rates]
         yield lambda size, results: [
             memory(size, results, arm, VALUE_EDGES[edge])
             for edge in [best(results, size, arm).value_lr]
             if edge in VALUE_EDGES
         ]
     else:
-        yield lambda size, results: [dense(size, arm, rate) for rate in RATES]
+        yield lambda size, results: [dense(size, arm, rate) for rate in size.rates]
         yield lambda size, results: [
             dense(size, arm, EDGES[edge]) for edge in [best(results, size, arm).lr] if edge in EDGES
         ]

@@ -15,4 +15,4 @@ cd "$study/../../.."
 source user_dir_examples/processes.sh
 [ -x .venv/bin/fairseq-train ] && PATH="$PWD/.venv/bin:$PATH"
 run python "$study/train.py" "$out" --size "$size"
-run python "$study/table.py" "$out"
+run python "$study/table.py" "$out" --size "$size"

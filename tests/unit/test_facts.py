@@ -1,0 +1,252 @@
+"""Synthetic people, what a model recalls of them, and the study's tables."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from pkm_fairseq.experiments.demo.evaluate import Loaded
+from pkm_fairseq.experiments.facts.people import (
+    ATTRIBUTES,
+    BITS,
+    N_NAMES,
+    N_VALUES,
+    NAMES,
+    draw_people,
+    prepare_people,
+)
+from pkm_fairseq.experiments.facts.recall import measure, read_people
+
+STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/facts"
+N = 64
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("people")
+    prepare_people(N, folder)
+    return folder / "bin"
+
+
+class Oracle:
+    """Knows some people by name, whatever else is masked; of others it says the first word."""
+
+    def __init__(self, known, dictionary):
+        self.known = {tuple(person[1:3].tolist()): person for person in known}
+        self.size, self.asked = len(dictionary), []
+
+    def __call__(self, tokens, masked_tokens):
+        self.asked.append(masked_tokens[0].tolist())
+        logits = torch.zeros(*tokens.shape, self.size)
+        for row, line in enumerate(tokens):
+            person = self.known.get(tuple(line[1:3].tolist()))
+            if person is not None:
+                logits[row, torch.arange(8), person] = 100.0
+        return logits[masked_tokens], None
+
+
+def loaded(data):
+    dictionary = Dictionary.load(str(data / "dict.txt"))
+    mask = dictionary.add_symbol("<mask>")
+    return Loaded(None, SimpleNamespace(source_dictionary=dictionary, mask_idx=mask))
+
+
+def test_people_have_names_of_their_own_and_uniform_values():
+    people = [sentence.split() for sentence in draw_people(20_000, seed=1)]
+    assert len({tuple(person[:2]) for person in people}) == 20_000
+    for at, (word, size) in enumerate([*((n, N_NAMES) for n in NAMES),
+                                       *((a, N_VALUES) for a in ATTRIBUTES)]):  # fmt: skip
+        numbers = torch.tensor([int(person[at].removeprefix(word)) for person in people])
+        counts = torch.bincount(numbers, minlength=size).double()
+        assert len(counts) == size
+        expected = len(people) / size
+        assert ((counts - expected).square() / expected).sum() < size + 5 * math.sqrt(2 * size)
+
+
+def test_fewer_people_are_the_first_ones_and_a_seed_draws_others():
+    assert draw_people(50, seed=3) == draw_people(80, seed=3)[:50]
+    assert draw_people(50, seed=3) != draw_people(50, seed=4)
+    with pytest.raises(ValueError, match=r"90001 people, must be in 1\.\.90,000"):
+        draw_people(90_001, seed=1)
+
+
+def test_the_control_is_in_no_training_text(people):
+    at = loaded(people)
+    train, valid, test = (read_people(people, split, at) for split in ("train", "valid", "test"))
+    assert (len(train), len(valid), len(test)) == (N, N, 1000)
+    assert torch.equal(train, valid)
+    names = {tuple(person[1:3].tolist()) for person in train}
+    assert not names & {tuple(person[1:3].tolist()) for person in test}
+    special = at.task.source_dictionary
+    assert (train[:, 0] == special.bos()).all() and (train[:, -1] == special.eos()).all()
+    assert special.unk() not in torch.cat([train, test])
+
+
+def test_recall_and_bits_are_those_of_an_oracle(people):
+    at = loaded(people)
+    train = read_people(people, "train", at)
+    model = Oracle(train[: N // 4], at.task.source_dictionary)
+    found = measure(at._replace(model=model), train)
+    size = len(at.task.source_dictionary)
+    for question in ("by_name", "with_others"):
+        assert found[question]["recall"] == 0.25
+        assert found[question]["bits"] == pytest.approx(0.75 * math.log2(size))
+    by_name, *others = model.asked
+    assert by_name == [False] * 3 + [True] * 4 + [False]
+    assert others == [[at == 3 + i for at in range(8)] for i in range(4)]
+    assert "memory" not in found and found["people"] == N
+
+
+def test_other_text_is_refused(people, tmp_path):
+    at = loaded(people)
+    with pytest.raises(ValueError, match="no split none"):
+        read_people(people, "none", at)
+    at.task.source_dictionary.symbols[read_people(people, "train", at)[0, 1]] = "cat"
+    with pytest.raises(ValueError, match="holds no people: a sentence must be first<number> last"):
+        read_people(people, "train", at)
+
+
+# --- the study ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    for name in ("arms", "table"):
+        sys.modules.pop(name, None)
+    import arms
+    import table
+
+    yield arms, table
+    for name in ("arms", "table"):
+        sys.modules.pop(name, None)
+
+
+def entry(recall, zeroed=0.01, way=None):
+    asked = {"recall": recall, "bits": BITS * (1 - recall)}
+    part = {"people": 100, "by_name": asked, "with_others": asked}
+    zero = {"by_name": {"recall": zeroed}}
+    usage = [{"layer": 1, "top1_usage": 0.5}]
+    return {
+        "parameters": 1000,
+        "train": {**part, "zeroed": zero, "memory": usage},
+        "control": {"by_name": {"recall": 0.01}},
+        "way": {str(at): {"by_name": {"recall": share}} for at, share in (way or {}).items()},
+    }
+
+
+def test_an_arm_with_init_goes_on_in_plains_schedule(study):
+    arms, _ = study
+    run = arms.Run("resm_init", 10_000, 4_000, 1, 2e-3, 1e-2, 256)
+    assert run.start == arms.Run("plain", 10_000, 4_000, 1, 2e-3)
+    flags = dict(zip(run.flags()[:-1], run.flags()[1:], strict=True))
+    # plain's rate, in a straight line from its top after 200 updates to 0 after 4,000, at its half
+    assert float(flags["--lr"]) == pytest.approx(2e-3 * (4_000 - 2_000) / (4_000 - 200))
+    assert flags["--warmup-updates"] == "0" and flags["--max-update"] == "2000"
+    assert flags["--total-num-update"] == "2000" and flags["--memory-value-lr"] == "0.01"
+
+
+def test_a_wide_ffn_costs_what_a_memory_does(study):
+    arms, table = study
+    wide = arms.Run("wide", 10_000, 4_000, 1, 2e-3)
+    memory = arms.Run("resm_init", 10_000, 4_000, 1, 2e-3, 1e-2, 256)
+    assert table.multiply_adds(wide) == table.multiply_adds(memory) == 155_648
+    replaced = arms.Run("pkm", 10_000, 4_000, 1, 2e-3, 1e-2, 256)
+    assert table.multiply_adds(replaced) == 155_648 - 2 * 64 * 128
+
+
+def test_rates_are_chosen_by_the_first_seed_and_extended_at_an_edge(study):
+    arms, _ = study
+    size = arms.SIZES["full"]
+    first, edge = list(arms._rates("plain"))
+    tried = first(size, {})
+    assert [run.lr for run in tried] == [1e-3, 2e-3, 5e-3]
+    assert edge(size, dict(zip(tried, [0.1, 0.3, 0.2], strict=True))) == []
+    (further,) = edge(size, dict(zip(tried, [0.1, 0.2, 0.3], strict=True)))
+    assert further.lr == 1e-2
+    other_seed = arms.Run("plain", size.people, size.updates, 2, 1e-2)
+    results = {**dict(zip(tried, [0.1, 0.3, 0.2], strict=True)), other_seed: 0.9}
+    assert arms.chosen(size, results, "plain", seed=3).lr == 2e-3
+
+
+@pytest.fixture
+def results(study):
+    """A study in which the memory wins with every seed."""
+    arms, _ = study
+    size, found = arms.SIZES["full"], {}
+    for seed in size.seeds:
+        for people in (size.people, size.fewer, size.more):
+            plain = arms.Run("plain", people, 4_000, seed, 2e-3)
+            found[plain] = entry(0.10, way={2_000: 0.05})
+            found[arms.Run("wide", people, 4_000, seed, 2e-3)] = entry(0.15)
+            found[arms.Run("resm_init", people, 4_000, seed, 2e-3, 1e-2, 256)] = entry(0.50)
+        for arm in ("pkm_init", "resm"):
+            found[arms.Run(arm, 10_000, 4_000, seed, 2e-3, 1e-2, 256)] = entry(0.30)
+        for n_keys in size.smaller:
+            run = arms.Run("resm_init", 10_000, 4_000, seed, 2e-3, 1e-2, n_keys)
+            found[run] = entry(n_keys / 1000)
+        long = arms.Run("plain", 10_000, 16_000, seed, 2e-3)
+        found[long] = entry(0.20, way={12_000: 0.19, 16_000: 0.20})
+    return found
+
+
+def said(study, found):
+    arms, table = study
+    lines = table.Criteria(found, arms.SIZES["full"]).lines()
+    return [line.rpartition(": ")[2] for line in lines]
+
+
+def test_criteria_that_all_hold(study, results):
+    yes = "supported"
+    assert said(study, results) == [yes, yes, "capacity", *[yes] * 7]
+
+
+@pytest.mark.parametrize(
+    ("arm", "changed", "recall", "which"),
+    [
+        ("wide", {}, 0.41, [0]),
+        ("plain", {"updates": 16_000}, 0.41, [1]),
+        ("resm_init", {"n_keys": 64}, 0.031, [4]),
+        ("resm", {}, 0.41, [5]),
+        ("pkm_init", {}, 0.50, [6]),
+        ("plain", {"people": 5_000}, 0.41, [7]),
+        ("wide", {"people": 20_000}, 0.41, [8]),
+    ],
+)
+def test_one_seed_that_does_not_hold_decides(study, results, arm, changed, recall, which):
+    arms, table = study
+    size = arms.SIZES["full"]
+    recalls = {run: table.recall(results, run) for run in results}
+    run = arms.chosen(size, recalls, arm, **changed, seed=3)
+    changed_entry = entry(recall, way={12_000: recall, 16_000: recall, 2_000: 0.05})
+    answers = said(study, {**results, run: changed_entry})
+    before = said(study, results)
+    assert [i for i, answer in enumerate(answers) if answer != before[i]] == which
+    assert all(answers[i] == "not supported" for i in which)
+
+
+def test_values_that_hold_nothing_and_a_leak_are_seen(study, results):
+    arms, _ = study
+    run = arms.Run("resm_init", 10_000, 4_000, 2, 2e-3, 1e-2, 256)
+    assert said(study, {**results, run: entry(0.5, zeroed=0.2)})[3] == "not supported"
+    results[run]["control"]["by_name"]["recall"] = 0.03
+    assert said(study, results)[9] == "not supported"
+
+
+def test_missing_runs_leave_a_criterion_open(study, results):
+    arms, _ = study
+    del results[arms.Run("wide", 10_000, 4_000, 3, 2e-3)]
+    answers = said(study, results)
+    assert answers[0] == "open, runs are missing" and answers[1] == "supported"
+
+
+def test_the_table_counts_stored_bits(study, results):
+    _, table = study
+    plain = [row for row in table.table(results).splitlines() if "| 4,000 | plain |" in row][1]
+    cells = [cell.strip() for cell in plain.split("|")]
+    assert cells[1] == "10,000" and cells[7] == "3" and cells[8] == "10.0 (10.0 to 10.0)"
+    assert cells[11].startswith(f"{0.1 * BITS * 400 / 1000:.3f}")

@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""The tables and charts of the study, and what its criteria say.
+
+Reads OUT/runs/*/result.json, writes OUT/results.json, prints Markdown. Given a results.json, as
+that of this folder, it only prints. Criteria whose runs are not finished are left open.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from arms import KNN, MEMORIES, SIZES, WIDTHS, Run, Size, chosen
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from pkm_fairseq.analysis.plots import COLOURS
+from pkm_fairseq.analysis.svg import draw
+from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
+from pkm_fairseq.memory.files import write_file
+
+Found = Dict[Run, Dict[str, Any]]
+HEADS, K_DIM, VOCABULARY = 4, 64, 1004
+
+
+def read(out: Path) -> Found:
+    """What was measured of each finished run, as results.json keeps it."""
+    if out.is_file():
+        return {Run(**entry["run"]): entry for entry in json.loads(out.read_text())}
+    found: Found = {}
+    for file in sorted(out.glob("runs/*/result.json")):
+        entry = json.loads(file.read_text())
+        for part in (entry["train"], entry["control"], *entry["way"].values()):
+            for question in ("by_name", "with_others"):
+                part[question] = {n: round(x, 4) for n, x in part[question].items()}
+        for layer in entry["train"].get("memory", []):
+            kept = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling")
+            layer_curve = [[at["draws_per_slot"], round(at["top1_usage"], 4)]
+                           for at in layer["curve"]]  # fmt: skip
+            for name in set(layer) - set(kept):
+                del layer[name]
+            layer["top1_curve"] = layer_curve
+        found[Run(**entry["run"])] = entry
+    write_file(out / "results.json", json.dumps(list(found.values()), indent=1) + "\n")
+    return found
+
+
+def recall(found: Found, run: Run) -> float:
+    """Recall by name."""
+    return found[run]["train"]["by_name"]["recall"]
+
+
+def multiply_adds(run: Run) -> int:
+    """Multiply-adds of the encoder for each token: projections, FFN, memory; not the scores of
+    attention, which are alike, nor the output, which only masked tokens need."""
+    width, ffn = WIDTHS.get(run.arm, WIDTHS["plain"])
+    layer = 4 * width**2 + 2 * width * ffn
+    if not run.n_keys:
+        return 2 * layer
+    query = width * HEADS * K_DIM
+    search = HEADS * run.n_keys * K_DIM  # two halves, each with half of the query's width
+    read_rows = HEADS * min(KNN, run.n_keys) * width
+    replaced = 2 * width * ffn if run.arm.startswith("pkm") else 0
+    return 2 * layer + query + search + read_rows - replaced
+
+
+def stored_bits(entry: Dict[str, Any]) -> float:
+    """Bits of the people's facts that the model knows by name."""
+    known = max(0.0, BITS - entry["train"]["by_name"]["bits"])
+    return known * entry["train"]["people"] * len(ATTRIBUTES)
+
+
+def grouped(found: Found) -> Dict[Tuple[Any, ...], List[Run]]:
+    """Runs that differ in their seed only, in the order of the tables."""
+    groups: Dict[Tuple[Any, ...], List[Run]] = defaultdict(list)
+    order = [*WIDTHS, "pkm", "pkm_init", "resm", "resm_init"]
+    for run in sorted(found, key=lambda r: (r.people, r.updates, order.index(r.arm), r.n_keys)):
+        settings = (run.people, run.updates, run.arm, run.n_keys, run.lr, run.value_lr)
+        groups[settings].append(run)
+    return groups
+
+
+def cell(values: List[float], text: str = "{:.1f}") -> str:
+    """Median, and the range if there are several."""
+    shown = text.format(median(values))
+    if len(values) == 1:
+        return shown
+    return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
+
+
+def table(found: Found) -> str:
+    """A row for each arm and setting."""
+    names = "people|updates|arm|slots|lr|value lr|seeds|recall by name, %|with others, %"
+    names += "|values zeroed, %|bits stored per parameter|multiply-adds per token|top-1 usage, %"
+    lines = ["| " + " | ".join(names.split("|")) + " |", "|--:|--:|---|" + "--:|" * 10]
+    for settings, runs in grouped(found).items():
+        people, updates, arm, n_keys, lr, value_lr = settings
+        entries = [found[run] for run in runs]
+        parts = [entry["train"] for entry in entries]
+
+        def share(of: Callable[[Dict[str, Any]], float], parts: List[Any] = parts) -> str:
+            return cell([100 * of(part) for part in parts])
+
+        cells = [f"{people:,}", f"{updates:,}", arm, f"{n_keys}²" if n_keys else "", f"{lr:g}"]
+        cells += [f"{value_lr:g}" if n_keys else "", str(len(runs))]
+        cells += [share(lambda part: part["by_name"]["recall"])]
+        cells += [share(lambda part: part["with_others"]["recall"])]
+        cells += [share(lambda part: part["zeroed"]["by_name"]["recall"]) if n_keys else ""]
+        cells += [cell([stored_bits(entry) / entry["parameters"] for entry in entries], "{:.3f}")]
+        cells += [f"{multiply_adds(runs[0]):,}"]
+        cells += [share(lambda part: part["memory"][0]["top1_usage"]) if n_keys else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --- the criteria of README.md -----------------------------------------------------------------
+
+
+class Criteria:
+    """What the criteria say of finished runs; None where runs are missing."""
+
+    def __init__(self, found: Found, size: Size) -> None:
+        self.found, self.size = found, size
+        self.recalls = {run: recall(found, run) for run in found}
+
+    def of(self, arm: str, **changed: int) -> Optional[List[float]]:
+        """Recall by name of an arm with its best rate, by seed; None if one is missing."""
+        try:
+            runs = [
+                chosen(self.size, self.recalls, arm, **changed, seed=s) for s in self.size.seeds
+            ]
+        except ValueError:  # no rate was tried yet
+            return None
+        return [self.recalls[run] for run in runs] if all(r in self.found for r in runs) else None
+
+    def above(
+        self, one: Optional[List[float]], other: Optional[List[float]], by: float = 0.1
+    ) -> Optional[bool]:
+        """Whether recall is higher by more than this in every seed."""
+        if one is None or other is None:
+            return None
+        return all(a >= b + by and a > b for a, b in zip(one, other, strict=True))
+
+    def capacity_or_updates(self) -> Optional[str]:
+        """Criterion 3."""
+        ours, long = self.of("resm_init"), self.of("plain", updates=4 * self.size.updates)
+        if ours is None or long is None:
+            return None
+        if all(b >= a - 0.1 for a, b in zip(ours, long, strict=True)):
+            return "the memory saved updates"
+        gains = []
+        for seed in self.size.seeds:
+            run = chosen(self.size, self.recalls, "plain", updates=4 * self.size.updates, seed=seed)
+            way = {int(at): asked for at, asked in self.found[run]["way"].items()}
+            before = way[3 * self.size.updates]["by_name"]["recall"]
+            gains.append(way[4 * self.size.updates]["by_name"]["recall"] - before)
+        return "capacity" if max(gains) < 0.02 else "it cannot be said"
+
+    def facts_are_in_values(self) -> Optional[bool]:
+        """Criterion 4."""
+        if self.of("resm_init") is None:
+            return None
+        lost = []
+        for seed in self.size.seeds:
+            run = chosen(self.size, self.recalls, "resm_init", seed=seed)
+            assert run.start
+            half = self.found[run.start]["way"]
+            start = {int(at): asked for at, asked in half.items()}[run.updates // 2]
+            gained = self.recalls[run] - start["by_name"]["recall"]
+            without = self.found[run]["train"]["zeroed"]["by_name"]["recall"]
+            lost.append((self.recalls[run] - without) / gained if gained > 0 else 0.0)
+        return all(share >= 0.8 for share in lost)
+
+    def more_slots(self) -> Optional[bool]:
+        """Criterion 5."""
+        sizes = [self.of("resm_init", n_keys=n) for n in (*self.size.smaller, self.size.n_keys)]
+        steps = [self.above(b, a, 0.0) for a, b in pairwise(sizes)]
+        return None if None in steps else all(steps)
+
+    def both(self, *answers: Optional[bool]) -> Optional[bool]:
+        """Whether all hold."""
+        return None if None in answers else all(answers)
+
+    def memory_wins(self, **changed: int) -> Optional[bool]:
+        """Criterion 1, with so many people."""
+        ours = self.of("resm_init", **changed)
+        dense = [self.of(arm, **changed) for arm in ("plain", "wide")]
+        return self.both(*(self.above(ours, other) for other in dense))
+
+    def lines(self) -> List[str]:
+        """A line for each criterion."""
+        ours = self.of("resm_init")
+        highest = max(e["control"]["by_name"]["recall"] for e in self.found.values())
+        answers: Dict[str, Any] = {
+            "1, more at equal updates and multiply-adds": self.memory_wins(),
+            "2, more at equal time": self.above(
+                ours, self.of("plain", updates=4 * self.size.updates)
+            ),
+            "3, capacity or optimisation": self.capacity_or_updates(),
+            "4, the facts are in the values": self.facts_are_in_values(),
+            "5, more slots, more facts": self.more_slots(),
+            "6, INIT helps": self.above(ours, self.of("resm")),
+            "7, ResM over PKM": self.above(ours, self.of("pkm_init"), 0.0),
+            f"8, {self.size.fewer:,} people": self.memory_wins(people=self.size.fewer),
+            f"8, {self.size.more:,} people": self.memory_wins(people=self.size.more),
+            f"9, no leak (control at most {100 * highest:.1f} %)": highest <= 0.02,
+        }
+        words = {None: "open, runs are missing", True: "supported", False: "not supported"}
+        return [f"- {name}: {words.get(answer, answer)}" for name, answer in answers.items()]
+
+
+# --- charts ------------------------------------------------------------------------------------
+
+
+def draw_charts(found: Found, size: Size, folder: Path) -> None:
+    """Recall by name over updates, and over multiply-adds per token."""
+    recalls = {run: recall(found, run) for run in found}
+    arms = [arm for arm in (*WIDTHS, *MEMORIES) if any(run.arm == arm for run in found)]
+    colours = dict(zip((*WIDTHS, *MEMORIES), COLOURS, strict=True))
+
+    def runs_of(arm: str) -> List[Run]:
+        runs = [chosen(size, recalls, arm, seed=seed) for seed in size.seeds]
+        return [run for run in runs if run in found]
+
+    def over_updates(axes: Axes) -> None:
+        for arm in arms:
+            for run in runs_of(arm):
+                way = {int(at): asked for at, asked in found[run]["way"].items()}
+                axes.plot(list(way), [asked["by_name"]["recall"] for asked in way.values()],
+                          color=colours[arm], marker="o", markersize=3, linewidth=1.5,
+                          label=arm if run.seed == size.seeds[0] else None)  # fmt: skip
+        axes.set(xlabel="updates, those of the start counted", ylabel="recall by name")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.legend(loc="upper left")
+
+    def over_compute(axes: Axes) -> None:
+        for arm in arms:
+            runs = [run for run in found if run in set(runs_of(arm))]
+            axes.scatter([multiply_adds(run) for run in runs], [recalls[run] for run in runs],
+                         color=colours[arm], label=arm, s=28)  # fmt: skip
+        axes.set(xlabel="multiply-adds per token", ylabel="recall by name", xscale="log")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.legend(loc="upper left")
+
+    for name, plot in (("over_updates", over_updates), ("over_compute", over_compute)):
+        write_file(folder / f"facts_{name}.svg", draw(plot))
+
+
+def main() -> None:
+    """Read, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder that run.sh fills, or results.json")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--svg", type=Path, metavar="FOLDER", help="write the charts there")
+    args = parser.parse_args()
+    found = read(args.out)
+    if not found:
+        raise SystemExit(f"{args.out} holds no finished run")
+    print(table(found))
+    print()
+    print("\n".join(Criteria(found, SIZES[args.size]).lines()))
+    if args.svg:
+        draw_charts(found, SIZES[args.size], args.svg)
+
+
+if __name__ == "__main__":
+    main()
