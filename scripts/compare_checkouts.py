@@ -17,6 +17,7 @@ import torch
 from _script import run
 
 from pkm_fairseq.experiments.runs.processes import run_to_end
+from pkm_fairseq.models.checkpoints import read_checkpoint
 
 ARMS = {
     "plain": ("--arch", "resm_roberta_tiny", "--memory-layers", "[]"),
@@ -43,8 +44,7 @@ def train(checkout: Path, data: Path, arm: str, updates: int, folder: Path) -> D
     if done.returncode or not file.is_file():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(f"{checkout} did not train {arm}: {last}")
-    checkpoint: Dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
-    return checkpoint
+    return read_checkpoint(str(file), "checkpoint")
 
 
 def numbers(x: Any, name: str) -> Iterator[Tuple[str, Any]]:

@@ -14,6 +14,7 @@ from . import (
     checkpoints,
     commands,
     environment,
+    literals,
     names,
     nan_detector,
     precision,
@@ -61,6 +62,14 @@ CURES: Tuple[Cure, ...] = (
         f"{FAIRSEQ} with torch >= 2.6",
         TESTS + "test_checkpoints_of_fairseq_load_safely",
         prepare=environment.allow_plain_data,
+    ),
+    Cure(
+        "fairseq.utils.eval_str_dict",
+        "options that are written in Python are run (eval), such as encoder_xformers_att_config "
+        "of any attention, also if they come from a checkpoint",
+        FAIRSEQ,
+        TESTS + "test_options_are_read_as_literals_and_not_run",
+        prepare=literals.evaluate_literals_only,
     ),
     Cure(
         "fairseq.checkpoint_utils._upgrade_state_dict",

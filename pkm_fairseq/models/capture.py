@@ -20,6 +20,7 @@ from .checkpoints import (
     load_dictionary,
     options_of,
     read_checkpoint,
+    refuse_other_models,
 )
 from .roberta import PkmRobertaModel
 
@@ -99,6 +100,7 @@ def load_model(
         ValueError: the checkpoint is not of ``pkm_roberta`` or damaged, or the dictionary is
             another one.
     """
+    refuse_other_models(checkpoint, path)
     options = options_of(checkpoint, "model")
     if "memory_layers" not in options:
         raise ValueError(f"{path} holds no options of a pkm_roberta model")

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import warnings
+from argparse import Namespace
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Tuple
 
@@ -15,6 +16,11 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.models.roberta import RobertaModel
 from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.masked_lm import MaskedLMTask
+from fairseq.tasks.multilingual_masked_lm import MultiLingualMaskedLMTask
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
+from fairseq.tasks.sentence_ranking import SentenceRankingTask
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +32,8 @@ UNKNOWN_DICTIONARY = "dictionary: only its size was checked, the checkpoint's ow
 SIZES = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
 # what fairseq looks up in old checkpoints although an evaluation needs none of it
 STAND_INS = {"criterion": "masked_lm", "optimizer": "adam", "lr_scheduler": "fixed"}
+# of RoBERTas; what other tasks of fairseq do with a checkpoint's options nobody has looked at
+TASKS = (MaskedLMTask, MultiLingualMaskedLMTask, SentencePredictionTask, SentenceRankingTask)
 
 
 def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
@@ -53,9 +61,18 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
 
 
 def options_of(checkpoint: Dict[str, Any], part: str) -> Dict[str, Any]:
-    """The options of a part, "model" or "task", that a checkpoint of any age holds."""
-    options = (checkpoint.get("cfg") or {}).get(part) or checkpoint.get("args") or {}
-    return options if isinstance(options, dict) else vars(options)
+    """The options of a part, "model" or "task", that a checkpoint of any age holds.
+
+    Raises:
+        ValueError: they are no dictionary and no namespace, as which fairseq stores them.
+    """
+    return _plain(_plain(checkpoint.get("cfg")).get(part)) or _plain(checkpoint.get("args"))
+
+
+def _plain(options: Any) -> Dict[str, Any]:
+    if options is None or isinstance(options, (dict, Namespace)):
+        return options if isinstance(options, dict) else vars(options or Namespace())
+    raise ValueError(f"a checkpoint's options are a {type(options).__name__}, must be plain data")
 
 
 def architecture_of(checkpoint: Dict[str, Any]) -> Optional[str]:
@@ -186,10 +203,40 @@ def load_model_and_task(
             models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
                 [path], arg_overrides={**names, **overrides}
             )
-        except (RuntimeError, KeyError, AssertionError) as error:
+        except (RuntimeError, KeyError, AssertionError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} cannot be loaded: {reason[:300]}") from None
     return models[0], cfg, task
+
+
+def refuse_other_models(checkpoint: Dict[str, Any], path: str) -> None:
+    """Refuse what is no RoBERTa by its names, before anything is built from it.
+
+    A part may have several names, and fairseq's functions do not agree in which one they take. So
+    each of them is looked at.
+
+    Raises:
+        ValueError: a name is of another model or another task than RoBERTa's.
+    """
+    for name in _names(checkpoint, "model", "arch"):
+        registered = ARCH_MODEL_REGISTRY.get(name, RobertaModel)
+        if "${" in name or not issubclass(registered, RobertaModel):
+            raise ValueError(f"{path} is a model {name!r}, must be a RoBERTa")
+    for name in _names(checkpoint, "task", "task"):
+        if not issubclass(TASK_REGISTRY.get(name, object), TASKS):
+            raise ValueError(
+                f"{path} is of the task {name!r}, must be one of RoBERTa's, such as masked_lm or "
+                "sentence_prediction; a task of your own must be imported"
+            )
+
+
+def _names(checkpoint: Dict[str, Any], part: str, flag: str) -> Iterator[str]:
+    """The names that a checkpoint of any age has for a part; as text, whatever they are."""
+    options = _plain(_plain(checkpoint.get("cfg")).get(part))
+    names = [options[key] for key in ("_name", flag) if options.get(key) is not None]
+    if checkpoint.get("args") is not None:  # fairseq makes up a task that is missing there
+        names.append(_plain(checkpoint["args"]).get(flag))
+    return map(str, names)
 
 
 @contextmanager
@@ -203,8 +250,13 @@ def known_names(checkpoint: Dict[str, Any], path: str) -> Iterator[Dict[str, str
         Options to change: stand-ins for what only a training needs.
 
     Raises:
-        ValueError: the model is not known, and no RoBERTa by its parameters and sizes.
+        ValueError: the model is not known, and no RoBERTa by its parameters and sizes; or model
+            or task are not RoBERTa's.
     """
+    refuse_other_models(checkpoint, path)
+    shard = f"{path[:-3]}-shard0.pt"  # of fairseq's FSDP
+    if os.path.exists(shard):
+        raise ValueError(f"{path}: fairseq would load {shard} in its place, which must go")
     arch = architecture_of(checkpoint)
     args = checkpoint.get("args")
     names = {

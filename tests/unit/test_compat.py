@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, utils
 from fairseq.checkpoint_utils import save_checkpoint
 from fairseq.data import Dictionary, MonolingualDataset, TokenBlockDataset
 from fairseq.data.encoders.utils import get_whole_word_mask
@@ -33,6 +33,7 @@ from fairseq.modules.quantization.scalar import ops
 from fairseq.modules.quantization.scalar.modules import IntEmbedding, IntLinear
 from fairseq.modules.quantization.scalar.utils import quantize_model_
 from fairseq.nan_detector import NanDetector
+from fairseq.optim.adam import FairseqAdam
 from fairseq.options import get_training_parser, parse_args_and_arch
 from fairseq.tasks import LegacyFairseqTask, setup_task
 from fairseq_cli.train import should_stop_early
@@ -83,6 +84,47 @@ def test_checkpoints_of_fairseq_load_safely(tmp_path):
             torch.load(tmp_path / "c.pt", weights_only=True)
     finally:
         torch.serialization.add_safe_globals(allowed)
+
+
+LITERALS = [
+    *("0.9, 0.98", "(0.9, 0.999)", " 0.0005", "[1e-4]", "-1", "1e-30, 1e-3", "'a'", "True", "None"),
+    "{'name': 'linformer', 'dropout': 0.1}",
+    "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+]
+
+
+@pytest.mark.parametrize("text", LITERALS)
+def test_options_are_read_as_literals_and_not_run(text):
+    assert utils.eval_str_dict(text) == eval(text)
+    assert utils.eval_bool(text) == bool(eval(text))
+    if isinstance(eval(text), (tuple, float)):
+        assert utils.eval_str_list(text) == list(np.atleast_1d(eval(text)))
+    for code in (f"print({text})", f"[x for x in ({text},)]", f"({text}).__class__", "x", "9**9"):
+        for evaluate in (utils.eval_str_dict, utils.eval_str_list, utils.eval_bool):
+            with pytest.raises(ValueError, match="must be a Python literal") as caught:
+                evaluate(code)
+            assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_text_and_no_python_is_as_before():
+    assert utils.eval_bool(True) is False  # so fairseq has it
+    assert utils.eval_bool(None, default=True) is True
+    assert utils.eval_str_list([1, 2]) == [1.0, 2.0]
+    for text in ("", "1 +", "a\n" * 100, "[" * 10_000, "[1] + 1", "\0"):
+        with pytest.raises(ValueError, match="must be a Python literal") as caught:
+            utils.eval_str_dict(text)
+        assert len(str(caught.value)) < 200
+
+
+def test_betas_of_adam_are_read_as_literals():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    options = {"lr": [1e-3], "adam_eps": 1e-8, "weight_decay": 0.0, "use_old_adam": True}
+    options |= {"fp16_adam_stats": False, "tpu": False, "adam_betas": "(0.9, 0.98)"}
+    for betas in ("(0.9, 0.98)", "0.9, 0.98"):
+        adam = FairseqAdam(argparse.Namespace(**{**options, "adam_betas": betas}), [parameter])
+        assert adam.optimizer_config["betas"] == (0.9, 0.98)
+    with pytest.raises(ValueError, match=r"an option is 'print\(1\)', must be a Python literal"):
+        FairseqAdam(argparse.Namespace(**{**options, "adam_betas": "print(1)"}), [parameter])
 
 
 @pytest.mark.parametrize("part", ["arch", "task", "criterion"])

@@ -94,9 +94,11 @@ def arch_flags(arch: str, options: Dict[str, Any]) -> List[str]:
         value = options.get(action.dest)
         if action.dest in NOT_CARRIED or value is None or value == action.default:
             continue
-        flags.append(action.option_strings[0])
-        if action.nargs != 0:
-            flags.append(str(value))
+        flag, text = action.option_strings[0], str(value)
+        if action.nargs == 0:
+            flags.append(flag)
+        else:  # what begins with a dash would be read as a flag, such as --user-dir
+            flags += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return flags
 
 

@@ -1,0 +1,49 @@
+"""fairseq reads options that are written in Python; it does so without running them.
+
+Options come from checkpoints, too, and those from anybody.
+"""
+
+import ast
+import sys
+from typing import Any
+
+SHOWN = 60  # letters of a value that is refused
+
+
+def evaluate_literals_only() -> None:
+    """Put ``read`` under the name ``eval`` into every module of fairseq.
+
+    There it stands before Python's own, in whatever function of the module. fairseq imports all
+    modules that evaluate options when it is imported itself.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fairseq."):
+            vars(module)["eval"] = read
+
+
+def read(text: Any) -> Any:
+    """The value of a Python literal, or of literals that are added and multiplied.
+
+    fairseq writes layers of convolutions as ``[(512, 10, 5)] + [(512, 3, 2)] * 4``.
+
+    Args:
+        text: such as ``"0.9, 0.98"``.
+
+    Raises:
+        TypeError: it is no text; fairseq catches that of Python's own ``eval``.
+        ValueError: it is anything else, such as a call; it is not run.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"eval() takes text, not {type(text).__name__}")
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        shown = repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+        raise ValueError(f"an option is {shown}, must be a Python literal") from None
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
+        left, right = _value(node.left), _value(node.right)
+        return left + right if isinstance(node.op, ast.Add) else left * right
+    return ast.literal_eval(node)
