@@ -8,6 +8,24 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pkm_fairseq/__init__.py").read_text())[1]
 
+# each extra holds all that its part imports; pkm_fairseq/__main__.py names the parts
+EXTRAS = {
+    "kernels": ["numba>=0.68"],
+    "fairseq": ["ve-fairseq==0.12.3", "hydra-core>=1.3.2,<1.4", "omegaconf>=2.3,<2.4"],
+    "huggingface": ["transformers>=5.24", "safetensors", "accelerate>=1.15"],
+    "text": ["sentencepiece", "rich"],
+    "reports": ["matplotlib", "jinja2", "rich"],
+    "glue": ["scikit-learn", "scipy", "sentencepiece", "pyyaml", "rich"],
+    "validation": ["faiss-cpu>=1.15", "matplotlib", "rich"],
+    "faiss-gpu": ["faiss-gpu>=1.15", "matplotlib", "rich"],  # instead of validation
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+}
+EXTRAS |= {  # the names of 0.1.0
+    "cpu": EXTRAS["kernels"],
+    "faiss": EXTRAS["validation"],
+    "plots": [*EXTRAS["reports"], "sentencepiece"],
+}
+
 setup(
     name="pkm_fairseq",
     version=VERSION,
@@ -24,12 +42,5 @@ setup(
         "pkm_fairseq.experiments.glue": ["*.yaml"],
     },
     install_requires=["torch>=2.6", "numpy"],
-    extras_require={
-        "fairseq": ["ve-fairseq==0.12.3", "hydra-core>=1.3.2,<1.4", "omegaconf>=2.3,<2.4"],
-        "huggingface": ["transformers>=5.24", "safetensors", "accelerate>=1.15"],
-        "cpu": ["numba>=0.68"],
-        "faiss": ["faiss-cpu>=1.15", "rich", "matplotlib"],
-        "plots": ["matplotlib", "jinja2", "rich", "sentencepiece"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
-    },
+    extras_require=EXTRAS,
 )

@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "pkm_fairseq.huggingface needs transformers, safetensors and accelerate: "
-        "pip install pkm_fairseq[huggingface]"
+        "pip install 'pkm_fairseq[huggingface]'"
     ) from error
 
 from .add import add_memories

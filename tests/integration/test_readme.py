@@ -120,16 +120,24 @@ def test_every_page_and_file_that_readme_links_to_exists() -> None:
     assert len(text.splitlines()) < 150
 
 
-def test_the_package_says_where_it_is_and_what_it_found() -> None:
+def test_the_package_says_where_it_is_what_it_found_and_how_to_get_the_rest() -> None:
     printed = run_well(sys.executable, "-m", "pkm_fairseq").output
     assert f"--user-dir {ROOT / 'pkm_fairseq'}\n" in printed
-    for package in ("torch", "fairseq", "numba", "faiss"):
-        assert re.search(rf"^{package} +\S+ [\d.]+", printed, re.MULTILINE), package
+    for package in ("torch", "ve-fairseq", "numba", "faiss-cpu"):
+        assert re.search(rf" found: (.*, )?{package} [\d.]+", printed), package
     about = json.loads(run_well(sys.executable, "-m", "pkm_fairseq", "--json").output)
     assert about["user_dir"] == str(ROOT / "pkm_fairseq")
-    assert about["packages"]["torch"]["found"].startswith("torch 2.")
+    assert about["parts"]["core"]["packages"]["torch"].startswith("torch 2.")
+    assert about["parts"]["kernels"]["missing"] == [] and about["problem"] is None
     hide = "import sys; sys.modules['numba'] = None; import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda n: None if n == 'numba' else f(n); sys.argv = ['x']; "
     hide += "from pkm_fairseq.__main__ import main; main()"
     missing = run_well(sys.executable, "-c", hide).output
-    assert re.search(r"^numba +missing: pip install -e \.\[cpu\]", missing, re.MULTILINE)
+    assert f"missing: numba; pip install -e '{ROOT}[kernels]'\n" in missing
+
+
+def test_a_torchaudio_of_another_torch_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so')")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    printed = run_well(sys.executable, "-m", "pkm_fairseq", env=environment).output
+    assert printed.endswith("pip uninstall torchaudio\n")

@@ -406,7 +406,7 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == (
         "pkm_fairseq.huggingface needs transformers, safetensors and accelerate: "
-        "pip install pkm_fairseq[huggingface]"
+        "pip install 'pkm_fairseq[huggingface]'"
     ), done.stderr
 
 

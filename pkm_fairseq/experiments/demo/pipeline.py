@@ -22,7 +22,6 @@ from .evaluate import (
     scored,
     unigram_perplexity,
 )
-from .page import write_page
 from .presets import ARMS, Preset
 from .train import HALF, train_arms
 
@@ -132,6 +131,8 @@ def _verdicts(out: Path) -> List[Dict[str, Any]]:
 
 def report(out: Path, preset: Preset) -> Dict[str, Any]:
     """Evaluate the arms, if that is not done, and write the report; what report.json holds."""
+    from .page import write_page  # needs more packages than the other steps
+
     evaluation = evaluate_arms(preset, out / "data", out / "arms", out / "evaluation")
     title = (out / "data" / TITLE).read_text(encoding="utf-8")
     return write_page(out, {**evaluation, "validation": _verdicts(out)}, preset, title)
