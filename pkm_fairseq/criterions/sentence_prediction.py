@@ -20,13 +20,13 @@ class PkmSentencePredictionConfig(UsageConfig, SentencePredictionConfig):
 
     glue_metrics: str = option(
         "",
-        "official metrics to log in validation, in percent over the whole set: comma-separated "
-        "accuracy, f1, mcc, or with --regression-target pearson, spearman (of predictions clipped "
-        "to 0..1, the range of the labels)",
-        "the metrics are those of GLUE, Wang et al. 2018",
+        "official metrics to log in validation, in percent over the whole set, comma-separated: "
+        "accuracy, f1, mcc; with --regression-target pearson, spearman (predictions are clipped to "
+        "0..1, the range of the labels)",
+        "metrics of GLUE, Wang et al. 2018",
     )
     glue_positive_label: str = option(
-        "1", "the label that f1 is of", "that of GLUE's MRPC and QQP, Wang et al. 2018"
+        "1", "positive label of f1", "the label in GLUE's MRPC and QQP, Wang et al. 2018"
     )
 
 

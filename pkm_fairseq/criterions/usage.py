@@ -42,20 +42,21 @@ class UsageConfig(FairseqDataclass):
 
     memory_usage_interval: int = option(
         1000,
-        "count the memory usage of training batches every so many updates; 0: never",
+        "start a count of memory usage in training every this many updates; 0: never",
         OUR_CHOICE,
         test=at_least(0),
     )
     memory_usage_draws: int = option(
         DRAWS,
-        "draws per slot (tokens x heads / slots) in one count of memory usage; a count of training "
-        "batches ends when the next is due",
+        "length of one count of memory usage, in draws per slot (tokens x heads / slots); a count "
+        "in training ends at the latest when the next one starts",
         OUR_CHOICE,
         test=at_least(1),
     )
     memory_usage_tokens: int = option(
         0,
-        "tokens in one count of memory usage, in place of draws; 0: not given",
+        "length of one count of memory usage in tokens, instead of --memory-usage-draws; 0: not "
+        "given",
         OUR_CHOICE,
         test=at_least(0),
     )

@@ -1,4 +1,4 @@
-"""The settings of one product-key memory: each declared here, once, and checked once."""
+"""The settings of one product-key memory, each declared and checked once."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -20,21 +20,21 @@ from .registry import OUTPUTS, QUERIES, VALUES
 
 QUERY_NORMS = {
     "batch": "over the tokens of all workers",
-    "layer": "of each head's query; our choice",
+    "layer": "each head's query separately; our choice",
     "none": "our choice",
 }
 VALUES_INITS = {
     "normal": "N(0, v_dim^-1/2)",
-    "zero": "a residual memory starts as the plain model; our choice",
+    "zero": "a residual memory starts exactly as the plain model; our choice",
 }
 VALUE_DTYPES = {
     "float32": "",
-    "bfloat16": "half the table, read in half the time, but small updates are rounded away; "
-    "computed in float32 all the same",
+    "bfloat16": "halves the table and its read time, but rounds small updates away; "
+    "computation stays in float32",
 }
 SCORE_ACTIVATIONS = {
     "softmax": "over the kept scores of a head",
-    "relu": "of each kept score, so that weights need not add up to 1",
+    "relu": "of each kept score; weights need not sum to 1",
 }
 FREEZABLE = {"values": "", "keys": "its sub-keys", "all": ""}  # parts of a memory
 
@@ -56,10 +56,10 @@ def _even(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Everything that shapes a ``ProductKeyMemory``.
+    """The settings of a ``ProductKeyMemory``.
 
-    Its arguments are the fields below. Their declarations say what they mean and where defaults are
-    from; ``docs/settings.md`` lists them.
+    The arguments are the fields below. Each declares its meaning and the source of its default;
+    ``docs/settings.md`` lists them.
 
     Raises:
         ValueError: a value is impossible; the message names it and what is allowed.
@@ -76,13 +76,14 @@ class MemoryConfig:
     )
     k_dim: int = option(
         256,
-        "width of a query, even; each half has half of it",
+        "width of a query; must be even, since each half has half of it",
         f"{LAMPLE_CODE}, whose text has 512",
         test=_even,
     )
     v_dim: Optional[int] = option(
         None,
-        "width of a value; another one than the encoder's adds an output projection (our choice)",
+        "width of a value; if it differs from the encoder's, the memory has an output projection "
+        "(our choice)",
         LAMPLE,
         test=integer(1),
         default_text="the encoder's width",
@@ -95,29 +96,29 @@ class MemoryConfig:
     )
     values_init: str = option(
         "normal",
-        "what values start with",
+        "initial values",
         LAMPLE_CODE,
         choices=VALUES_INITS,
     )
     value_dtype: str = option(
         "float32",
-        "what values are stored in, in mixed precision too",
+        "dtype in which values are stored, in mixed precision too",
         OUR_CHOICE,
         choices=VALUE_DTYPES,
     )
     input_dropout: float = option(
-        0.0, "dropout on what the query network sees", OUR_CHOICE, test=share
+        0.0, "dropout on the input of the query network", OUR_CHOICE, test=share
     )
     query_dropout: float = option(0.0, "dropout on the normalised query", OUR_CHOICE, test=share)
     read_dropout: float = option(
-        0.0, "dropout on what was read, before the model's own dropout", OUR_CHOICE, test=share
+        0.0, "dropout on the read, before the model's own dropout", OUR_CHOICE, test=share
     )
     key_dropout: float = option(
         0.0,
-        "share of each head's sub-keys of each half that a training step searches without, other "
-        "ones in every step, so that their neighbours learn",
-        "structured dropout on keys is future work of Kim & Jung 2020 by a secondary source, the "
-        "form is our choice",
+        "share of sub-keys that each training step drops from the search, chosen at random per "
+        "head and half, so that other sub-keys are trained too",
+        "a secondary source says that Kim & Jung 2020 propose structured dropout on keys as future "
+        "work; the form is our choice",
         test=share,
     )
     share_values: bool = option(
@@ -131,20 +132,20 @@ class MemoryConfig:
     )
     score_activation: str = option(
         "softmax",
-        "what makes weights of the scores that are kept",
+        "function that turns the kept scores into weights",
         f"{LAMPLE}; relu: {CSORDAS}",
         choices=SCORE_ACTIVATIONS,
     )
     score_scale: float = option(
         1.0,
-        "what scores are multiplied by before that, the inverse of a temperature",
+        "factor on the scores before that function, an inverse temperature",
         f"an option in the {LAMPLE_CODE}",
         test=positive,
     )
     learn_score_scale: bool = option(
         False,
-        "learn that factor, one for each memory, from this start",
-        "as Henry et al. 2020 do it for attention",
+        "learn that factor, one per memory, starting at --memory-score-scale",
+        "as Henry et al. 2020 do for attention",
         test=switch,
     )
     values: str = option(
@@ -155,7 +156,7 @@ class MemoryConfig:
     )
     output: str = option(
         "linear",
-        "what stands after the read",
+        "network after the read",
         OUR_CHOICE,
         choices=OUTPUTS.meanings,
     )
@@ -178,11 +179,11 @@ class MemoryConfig:
 
     @property
     def n_kept_keys(self) -> int:
-        """Sub-keys per half that key dropout leaves in a training step."""
+        """Sub-keys per half that remain in a training step after key dropout."""
         return self.n_keys - int(self.key_dropout * self.n_keys)
 
     def value_width(self, input_dim: int) -> int:
-        """Width of a value of a memory whose input has this width, V."""
+        """Width of a value, V, for an input of this width."""
         return input_dim if self.v_dim is None else self.v_dim
 
     @property

@@ -12,7 +12,7 @@ from .sharding import ColumnShards
 from .values import ValueTable
 
 
-@VALUES.register("experts", "a down vector u and an up vector v, gelu(u x) v; PEER, 2024")
+@VALUES.register("experts", "a network with down vector u and up vector v, gelu(u x) v; PEER, 2024")
 class Experts(nn.Module):
     """Experts of one hidden unit: ``read = sum of weight * gelu(u . x) * v`` (PEER, 2407.04153).
 

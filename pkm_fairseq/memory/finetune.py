@@ -1,4 +1,4 @@
-"""Finetuning that moves only values: the rest of a model is frozen, and perhaps most rows."""
+"""Finetune only values, or only a few rows of them; freeze the rest of the model."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,14 +15,14 @@ from .values import ValueTable
 
 LIN = "Lin et al. 2025"
 PARTS = {
-    "values": "all value tables, and nothing else but new heads",
-    "slots": "of these, in each update, only the rows that its reads choose",
+    "values": "all value tables, and any new head",
+    "slots": "like values, but each update trains only the rows with the highest scores",
 }
 SCOPES = {
-    "batch": "in each update anew, by the reads of its batch",
-    "data": "once, by --memory-finetune-counts",
+    "batch": "in each update, from the reads of its batch",
+    "data": "once, from --memory-finetune-counts",
 }
-SLOTS, SCORE, SCOPE = "50%", "tf-idf", "batch"  # where nobody says otherwise
+SLOTS, SCORE, SCOPE = "50%", "tf-idf", "batch"  # defaults
 
 
 def _budget(name: str, value: Any) -> None:
@@ -34,39 +34,39 @@ def _budget(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What may move when a model with memories is finetuned.
+    """Which parameters a finetuning trains.
 
-    Its arguments are the fields below. Their declarations say what they mean and where defaults are
-    from; ``docs/settings.md`` lists them.
+    The arguments are the fields below. Each declares its meaning and the source of its default;
+    ``docs/settings.md`` lists them.
 
     Raises:
         ValueError: a value is impossible, or has no effect; the message names it.
     """
 
     finetune: Optional[str] = option(
-        None, "train values only, all else frozen", f"as {LIN}", choices=PARTS
+        None, "train only values and freeze the rest", f"as {LIN}", choices=PARTS
     )
     finetune_slots: Optional[str] = option(
         None,
-        "rows of each table that may move: a number, or a share of the rows that are read, as 0.5 "
-        "or 50%",
+        "rows of each table to train: a number, or a share of the rows that are read, e.g. 0.5 or "
+        "50%",
         OUR_CHOICE,
         test=_budget,
         default_text=SLOTS,
     )
     finetune_score: Optional[str] = option(
-        None, "by what they are chosen", LIN, choices=SCORES, default_text=SCORE
+        None, "score that ranks the rows", LIN, choices=SCORES, default_text=SCORE
     )
     finetune_scope: Optional[str] = option(
-        None, "when they are chosen", LIN, choices=SCOPES, default_text=SCOPE
+        None, "when the rows are chosen", LIN, choices=SCOPES, default_text=SCOPE
     )
     finetune_counts: Optional[str] = option(
-        None, "counts of slots on the new text, a file of memory_usage.py --save-counts", OUR_CHOICE
+        None, "slot counts on the new text, a file of memory_usage.py --save-counts", OUR_CHOICE
     )
     background: Optional[str] = option(
         None,
-        "counts of slots on text whose slots are to be spared, a file of memory_usage.py "
-        "--save-counts",
+        "slot counts on background text, whose slots should not change; a file of "
+        "memory_usage.py --save-counts",
         OUR_CHOICE,
     )
 

@@ -1,7 +1,7 @@
-"""How options are declared: once, with their default, meaning, source, choices and check.
+"""Declare each option once: default, meaning, source, choices and check.
 
-A field made by ``option`` carries its declaration. Help texts, fairseq's flags, the tables of
-``docs/settings.md`` and the checks are all made from it.
+``option`` makes a dataclass field that carries the declaration. Help texts, fairseq's flags, the
+tables of ``docs/settings.md`` and the checks follow from it.
 """
 
 from dataclasses import dataclass, field, fields
@@ -15,7 +15,7 @@ CSORDAS = "Csordás et al. 2023"
 BERGES = "Memory Layers at Scale, 2024"
 
 Check = Callable[[str, Any], None]
-Choices = Mapping[str, str]  # text -> what it means; "" where the text says it all
+Choices = Mapping[str, str]  # choice -> its meaning; "" if the choice explains itself
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Option:
     """The declaration of one option.
 
     Args:
-        default: its value where nobody says another one.
+        default: its default value.
         help: what it does, a phrase without a full stop.
-        source: where the default is from, or "our choice".
-        choices: the texts it may be, each with its meaning; a function is called whenever they are
-            needed, and not before, so that kinds which are registered later are among them.
-        test: given the option's name and a value, raises a ValueError that names both and says
-            what is right.
-        default_text: the default in words, where the value says too little.
+        source: where the default comes from, or "our choice".
+        choices: the allowed texts, each with its meaning. A function is called each time the
+            choices are needed, so kinds that are registered later are included.
+        test: takes the option's name and a value; raises a ValueError that names both and says
+            what is allowed.
+        default_text: the default in words, if the value alone is unclear.
     """
 
     default: Any
@@ -41,14 +41,14 @@ class Option:
     default_text: Optional[str] = None
 
     def allowed(self) -> Choices:
-        """The choices of now; empty if any text goes."""
+        """The current choices; empty if any text is allowed."""
         return (self.choices() if callable(self.choices) else self.choices) or {}
 
     def check(self, name: str, value: Any) -> None:
-        """Check a value; None stands for "not given" where it is the default.
+        """Check a value. None means "not given" if the default is None.
 
         Raises:
-            ValueError: the value is impossible; the message names it and what is right.
+            ValueError: the value is impossible; the message names it and what is allowed.
         """
         if value is None and self.default is None:
             return
@@ -59,7 +59,7 @@ class Option:
             self.test(name, value)
 
     def meaning(self, quote: str = "") -> str:
-        """What the option does, and what its choices mean, with ``quote`` around each."""
+        """What the option and its choices mean, with ``quote`` around each choice."""
         choices = [
             f"{quote}{choice}{quote}" + (f" ({means})" if means else "")
             for choice, means in self.allowed().items()
@@ -75,7 +75,7 @@ class Option:
         return f"{self.meaning()} (default: {default or self.default_in_words()}; {self.source})"
 
     def default_in_words(self, value: Any = None) -> str:
-        """The default, or another value in its place, as help texts and tables show it."""
+        """The default, or the given value, as help texts and tables show it."""
         if value is None:
             if self.default_text is not None:
                 return self.default_text
@@ -102,20 +102,20 @@ def option(
 
 
 def field_of(declared: Option, default: Any, default_in_words: Optional[str] = None) -> Any:
-    """A dataclass field for an option that is declared elsewhere, with a default of its own.
+    """A dataclass field with its own default, for an option that is declared elsewhere.
 
     Args:
         declared: the option.
-        default: of the field.
-        default_in_words: what the help text calls the default; None takes the declared one.
+        default: the field's default.
+        default_in_words: the default in the help text; None takes the declared one.
     """
     return field(default=default, metadata=_Metadata(declared, default_in_words))
 
 
 class _Metadata(Mapping[str, Any]):
-    """What a field carries: the declaration and a help text, which is made when it is asked for.
+    """A field's declaration and help text.
 
-    Then all modules are imported, and all kinds of a choice registered.
+    The text is made on access: by then all modules are imported and all kinds registered.
     """
 
     def __init__(self, declared: Option, default_in_words: Optional[str]) -> None:
@@ -135,21 +135,21 @@ class _Metadata(Mapping[str, Any]):
 
 
 def declared_in(config: Any) -> Dict[str, Option]:
-    """The options that a dataclass, or an instance of one, declares, by field."""
+    """The options that a dataclass (or its instance) declares, by field name."""
     return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
 
 
 def flag_of(name: str) -> str:
-    """The flag of an option on the command line, by the name of its field."""
+    """The command-line flag of an option, from its field's name."""
     return "--" + name.replace("_", "-")
 
 
 def check_options(config: type, values: Any) -> None:
-    """Check values against the options that a dataclass declares, named as flags are.
+    """Check values against the options that a dataclass declares; errors name the flags.
 
     Args:
         config: the dataclass.
-        values: an object with an attribute for each option; one that lacks it has the default.
+        values: an object with one attribute per option; a missing one takes the default.
 
     Raises:
         ValueError: a value is impossible.

@@ -15,7 +15,7 @@ class Unchanged(nn.Module):
         return read
 
 
-@OUTPUTS.register("linear", "a projection, none where values are as wide as the encoder")
+@OUTPUTS.register("linear", "a projection; none if values are as wide as the encoder")
 class LinearOutput(nn.Linear):
     """A projection ``y W``, without bias: values of zero then read as exactly zero."""
 
@@ -30,7 +30,7 @@ class LinearOutput(nn.Linear):
         return super().forward(read)
 
 
-@OUTPUTS.register("swilu", "(y * silu(x W1)) W2 of the read y; Memory Layers at Scale, 2024")
+@OUTPUTS.register("swilu", "(y * silu(x W1)) W2 for the read y; Memory Layers at Scale, 2024")
 class SwiluOutput(nn.Module):
     """A gate on what was read: ``(y * silu(x W1)) W2`` (Memory Layers at Scale, 2412.09764).
 

@@ -24,7 +24,7 @@ class LinearQuery(nn.Linear):
         return cls(input_dim, config.heads * config.k_dim)
 
 
-@QUERIES.register("mlp", "two layers, the hidden one as wide as the encoder")
+@QUERIES.register("mlp", "two layers; the hidden layer is as wide as the encoder")
 class MlpQuery(nn.Module):
     """The query ``relu(x W1 + b1) W2 + b2``.
 

@@ -15,7 +15,7 @@ from .kernels import Entries
 from .observe.slot_counts import SlotCounts, count_slots
 
 SCORES = {
-    "tf-idf": "share of the reads x log of how rare the slot is in background text",
+    "tf-idf": "share of the reads x log of the slot's rarity in background text",
     "count": "number of reads",
 }
 

@@ -1,7 +1,7 @@
-"""Options of ``pkm_roberta``: those of fairseq's RoBERTa, the memory's, and the run's it must know.
+"""Options of ``pkm_roberta``: fairseq's RoBERTa options, the memory's, and those of the run.
 
-fairseq reads the dataclass for its flags and for hydra. A field that an architecture may set
-defaults to None, "ask the architecture"; a concrete default would win over it under hydra.
+fairseq makes its flags and hydra's fields from the dataclass. Fields that an architecture may set
+default to None ("ask the architecture"); under hydra a concrete default would override it.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -39,7 +39,7 @@ def repeated(help: str, default: Any = None) -> Any:
 
 @dataclass
 class RobertaOptions(FairseqDataclass):
-    """The options of fairseq's ``roberta``, which knows no dataclass; all must be repeated here."""
+    """Copy of the options of fairseq's ``roberta``, which fairseq declares without a dataclass."""
 
     encoder_layers: Optional[int] = repeated("num encoder layers")
     encoder_embed_dim: Optional[int] = repeated("encoder embedding dimension")
@@ -66,16 +66,16 @@ class RobertaOptions(FairseqDataclass):
     )
     encoder_layerdrop: float = repeated("LayerDrop probability for encoder", 0.0)
     encoder_layers_to_keep: Optional[str] = repeated(
-        "which layers to *keep* when pruning as a comma-separated list; these and memory layers "
-        "are counted in the whole encoder"
+        "which layers to *keep* when pruning as a comma-separated list; this list and "
+        "--memory-layers count the layers of the whole encoder"
     )
     checkpoint_activations: bool = repeated(
-        "keep only the inputs of layers, and run each layer again in backward (as fairseq's "
-        "transformer, default: off)",
+        "store only the inputs of layers, and recompute each layer in the backward pass (as "
+        "fairseq's transformer, default: off)",
         False,
     )
     offload_activations: bool = repeated(
-        "keep those inputs on the CPU (as fairseq's transformer, default: off); sets "
+        "store those inputs on the CPU (as fairseq's transformer, default: off); sets "
         "--checkpoint-activations",
         False,
     )
@@ -98,14 +98,14 @@ class RobertaOptions(FairseqDataclass):
 
 
 def default_by_size(name: str, declared: Option) -> str:
-    """The default of an option of the model in words, and that of the sizes that differ."""
+    """A model option's default in words, with the defaults of sizes that differ."""
     texts = {size: declared.default_in_words(own.get(name)) for size, own in SIZES.items()}
     others = [f"{size}: {text}" for size, text in texts.items() if text != texts["base"]]
     return "; ".join([texts["base"], *others])
 
 
 def _memory_flags() -> List[Tuple[str, Any, Any]]:
-    """A field for each setting of a memory, ``memory_`` in front of its name."""
+    """A field for each memory setting, its name prefixed with ``memory_``."""
     found = []
     for setting in fields(MemoryConfig):
         name, declared = f"memory_{setting.name}", setting.metadata["option"]
@@ -117,7 +117,7 @@ def _memory_flags() -> List[Tuple[str, Any, Any]]:
 
 
 def _finetune_flags() -> List[Tuple[str, Any, Any]]:
-    """A field for each option of finetuning, ``memory_`` in front of its name."""
+    """A field for each finetuning option, its name prefixed with ``memory_``."""
     return [
         (f"memory_{name}", Optional[str], field_of(declared, None))
         for name, declared in declared_in(FinetuneConfig).items()
@@ -125,16 +125,16 @@ def _finetune_flags() -> List[Tuple[str, Any, Any]]:
 
 
 def of_run(node: str, default: Any = None) -> Any:
-    """A field that fairseq's configuration has at ``node``, with its value where nobody says so."""
+    """A field that reads ``node`` of fairseq's configuration, with a default."""
     return field(default=default, metadata={"node": node})
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a model must know of the rest of its run.
+    """The options of the run that a model needs.
 
     Attributes:
-        optimizer: its name; in fairseq's options, under hydra, a config that has one.
+        optimizer: its name; under hydra, a config that holds the name.
     """
 
     optimizer: Any = of_run("optimizer")
@@ -172,8 +172,8 @@ RunNodes = make_dataclass(
 
 _LAYERS = Option(
     None,
-    "encoder layers with a memory, 0-based, as in 3,7; [] for none",
-    "of base the paper's 4th and 8th block as recalled, unverified; else our choice",
+    "encoder layers with a memory, counted from 0, e.g. 3,7; [] for none",
+    "base: 4th and 8th block, recalled from the paper, unverified; other sizes: our choice",
 )
 
 
@@ -186,35 +186,36 @@ class PkmRobertaConfig(RunNodes, MemoryFlags, RobertaOptions):  # type: ignore[m
     )
     memory_mode: Optional[str] = option(
         None,
-        "where the memory stands",
+        "position of the memory",
         f"{LAMPLE}; {KIM}",
         choices=MEMORY_MODES,
-        default_text="replace; of resm_roberta*: residual",
+        default_text="replace; resm_roberta*: residual",
     )
     memory_freeze: Optional[str] = option(
         None,
-        "part of the memory that is not trained",
+        "part of the memory to freeze",
         OUR_CHOICE,
         choices=FREEZABLE,
     )
     memory_shards: int = option(
         1,
-        "split values and their moments by columns over so many data-parallel workers, a divisor "
-        "of their number, with --optimizer pkm_adam; 1: every worker has whole tables",
+        "number of data-parallel workers that share one copy of the values and their moments, "
+        "split by columns; must divide the number of workers and needs --optimizer pkm_adam; "
+        "1: every worker holds whole tables",
         BERGES,
     )
     init_from: Optional[str] = option(
         None,
-        "start a fresh run from the parameters of this checkpoint, pretrained without memory or "
-        "one of ours (INIT); ignored when the run resumes",
+        "start a fresh run from this checkpoint's parameters (INIT): a model pretrained without "
+        "memory, or one with memory; ignored when the run resumes",
         KIM,
     )
 
 
 class ParserWithChoices:
-    """A parser of fairseq's that also gets the choices of our options, as they are now.
+    """fairseq's parser, with the current choices of our options.
 
-    fairseq takes choices from Enums only, which could not be extended any more.
+    fairseq takes choices only from Enums, and an Enum cannot be extended later.
     """
 
     def __init__(self, parser: Any, config: type) -> None:
@@ -222,7 +223,7 @@ class ParserWithChoices:
         self._options = {flag_of(name): option for name, option in declared_in(config).items()}
 
     def add_argument(self, *names: str, **settings: Any) -> Any:
-        """Add a flag, as ``argparse.ArgumentParser.add_argument``."""
+        """Add a flag, as ``argparse.ArgumentParser.add_argument`` does."""
         declared = self._options.get(names[0])
         if declared is not None and declared.allowed():
             settings["choices"] = tuple(declared.allowed())
@@ -230,7 +231,7 @@ class ParserWithChoices:
 
 
 def memory_config(args: Any) -> MemoryConfig:
-    """The memory's settings from fairseq's options.
+    """The memory's settings, read from fairseq's options.
 
     Raises:
         ValueError: a setting is impossible.
@@ -239,7 +240,7 @@ def memory_config(args: Any) -> MemoryConfig:
 
 
 def finetune_config(args: Any) -> FinetuneConfig:
-    """What may move in this run, from fairseq's options.
+    """The finetuning settings, read from fairseq's options.
 
     Raises:
         ValueError: an option is impossible, or has no effect.

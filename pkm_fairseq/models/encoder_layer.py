@@ -10,8 +10,8 @@ from ..memory import ProductKeyMemory, ReadTimes
 from ..memory.observe.staleness import origin_of
 
 MEMORY_MODES = {
-    "replace": "in place of the FFN; PKM, Lample et al. 2019",
-    "residual": "beside it; ResM, Kim & Jung 2020",
+    "replace": "instead of the FFN; PKM, Lample et al. 2019",
+    "residual": "beside the FFN; ResM, Kim & Jung 2020",
 }
 
 

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_VALUE_LR = 1e-3
 SCHEDULES = {
-    "constant": "not at all",
-    "follow": "in proportion to what the schedule makes of --lr; decays, as in UltraMem, 2024",
+    "constant": "it stays constant",
+    "follow": "it changes in proportion to --lr under its schedule; decays, as in UltraMem, 2024",
 }
 
 
@@ -47,38 +47,37 @@ class PkmAdamConfig(FairseqDataclass):
     """Options of ``pkm_adam``."""
 
     adam_betas: Any = field(
-        default=(0.9, 0.999), metadata={"help": "betas for Adam, of values too"}
+        default=(0.9, 0.999), metadata={"help": "betas for Adam, for values too"}
     )
-    adam_eps: float = field(default=1e-8, metadata={"help": "epsilon for Adam, of values too"})
+    adam_eps: float = field(default=1e-8, metadata={"help": "epsilon for Adam, for values too"})
     weight_decay: float = field(
-        default=0.0, metadata={"help": "weight decay of everything but the memories' values"}
+        default=0.0, metadata={"help": "weight decay; the memories' values have none"}
     )
     memory_value_lr: float = option(
         DEFAULT_VALUE_LR,
-        "learning rate of the memories' values; --lr does not touch it",
+        "learning rate of the memories' values, independent of --lr",
         f"{LAMPLE}; {KIM} by a secondary source",
         test=at_least(0),
     )
     memory_value_lr_factor: Optional[float] = option(
         None,
-        "learning rate of the memories' values as a multiple of --lr, in place of "
-        "--memory-value-lr",
+        "learning rate of the memories' values as a multiple of --lr, instead of --memory-value-lr",
         OUR_CHOICE,
         test=at_least(0),
     )
     memory_value_lr_schedule: str = option(
         "constant",
-        "how it changes",
+        "schedule of the values' learning rate",
         LAMPLE,
         choices=SCHEDULES,
     )
     memory_value_optimizer: str = option(
-        "adam", "what updates the memories' values", LAMPLE, choices=VALUE_OPTIMIZERS
+        "adam", "update rule of the memories' values", LAMPLE, choices=VALUE_OPTIMIZERS
     )
     memory_value_clip_norm: float = option(
         0.0,
-        "clip the gradient of all memories' values to this norm, apart from --clip-norm, which is "
-        "for the rest; 0: no clipping",
+        "clip the joint gradient of all memories' values to this norm (--clip-norm clips the "
+        "other parameters only); 0: no clipping",
         OUR_CHOICE,
         test=at_least(0),
     )

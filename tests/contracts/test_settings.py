@@ -30,7 +30,7 @@ PARTS = settings.declared_options()
 OPTIONS = {name: option for part in PARTS.values() for name, option in part.items()}
 MODEL = {**PARTS["model"], **PARTS["memory"], **PARTS["finetuning"]}
 SIZES = ("base", "tiny", "large")
-BY_MODE = "replace; of resm_roberta*: residual"
+BY_MODE = "replace; resm_roberta*: residual"
 
 # an impossible value of each option, and what the message must say of it and of what is right
 BAD = {
