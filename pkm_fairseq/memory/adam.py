@@ -14,13 +14,18 @@ from torch.optim.adamw import adamw
 from . import kernels
 from .collectives import all_gather
 from .gradient import average, entries_that_may_move, is_exchanged, is_table, table_state
-from .kernels import Entries, allocate, at_least_float32, compute_dtype
-from .kernels.torch_backend import row_gradients
+from .kernels import Entries, StochasticRounding, allocate, at_least_float32, compute_dtype
+from .kernels.tables import keys_of
+from .kernels.torch_backend import rounded, row_gradients
 from .values import ValueTable
 
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENT_DTYPES = {
+    "float32": "float64 for values in float64",
+    "bfloat16": "halves their bytes; they are rounded stochastically",
+}
 VALUE_OPTIMIZERS = {"adam": "", "sgd": "values <- values - lr x gradient; no moments"}
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's Adam
 
@@ -40,6 +45,10 @@ class MemoryAdam(torch.optim.Optimizer):
     Of a table whose rows are chosen (``pkm_fairseq.memory.finetune``), rows that are not keep
     value and moments, bit for bit.
 
+    Values and moments in bfloat16 are rounded stochastically (``kernels.StochasticRounding``), so
+    that small updates add up. The chance depends on the table, the step, the row and the column
+    only: a run that resumes, and all workers, round alike.
+
     Args:
         params: parameters or groups, as ``memory_param_groups`` makes them.
         lr: learning rate.
@@ -50,6 +59,8 @@ class MemoryAdam(torch.optim.Optimizer):
         fused: as for torch's AdamW.
         value_optimizer: "adam", or "sgd" for values: ``values <- values - lr * gradient``, without
             moments, of all rows that have a gradient.
+        moment_dtype: what the moments of tables are stored in, "float32" (float64 for a table in
+            float64) or "bfloat16".
         exchange: whether to exchange gradients of tables between workers.
         process_group: the workers; None means all.
 
@@ -60,6 +71,7 @@ class MemoryAdam(torch.optim.Optimizer):
     _exchange = True
     _process_group: Any = None
     _value_optimizer = "adam"
+    _moment_dtype = "float32"
 
     def __init__(
         self,
@@ -72,6 +84,7 @@ class MemoryAdam(torch.optim.Optimizer):
         foreach: Optional[bool] = None,
         fused: Optional[bool] = None,
         value_optimizer: str = "adam",
+        moment_dtype: str = "float32",
         exchange: bool = True,
         process_group: Any = None,
     ) -> None:
@@ -80,12 +93,14 @@ class MemoryAdam(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value}, must be at least 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}, must be two numbers in [0, 1)")
-        if value_optimizer not in VALUE_OPTIMIZERS:
-            raise ValueError(
-                f"value_optimizer is {value_optimizer!r}, must be one of "
-                f"{', '.join(VALUE_OPTIMIZERS)}"
-            )
-        self._value_optimizer = value_optimizer
+        choices = (
+            ("value_optimizer", value_optimizer, VALUE_OPTIMIZERS),
+            ("moment_dtype", moment_dtype, MOMENT_DTYPES),
+        )
+        for name, choice, allowed in choices:
+            if choice not in allowed:
+                raise ValueError(f"{name} is {choice!r}, must be one of {', '.join(allowed)}")
+        self._value_optimizer, self._moment_dtype = value_optimizer, moment_dtype
         self._exchange, self._process_group = exchange, process_group
         self._assembled: Dict[nn.Parameter, Dict[str, Tensor]] = {}  # moments to be saved
         self._is_compared = False  # whether the tables of all workers are known to be equal
@@ -143,7 +158,7 @@ class MemoryAdam(torch.optim.Optimizer):
         lazy = [(g, p) for g in self.param_groups for p in g["params"] if is_table(p)]
         dense = [(p, p.grad) for _, p in lazy if type(p.grad) is Tensor]
         updates = []
-        for group, param in lazy:
+        for place, (group, param) in enumerate(lazy):
             if group["weight_decay"]:
                 raise ValueError(
                     f"a group with a value table has weight_decay {group['weight_decay']}, must be "
@@ -151,7 +166,7 @@ class MemoryAdam(torch.optim.Optimizer):
                 )
             entries = entries_that_may_move(param)
             if entries is not None:
-                updates.append((group, param, entries))
+                updates.append((group, param, entries, place))
             param.grad = None  # what updates the rest skips it
         self._update_rest()
         for update in updates:
@@ -194,25 +209,39 @@ class MemoryAdam(torch.optim.Optimizer):
         """The count of steps of a parameter that has none yet."""
         return torch.zeros((), dtype=torch.float32)
 
-    def _update_rows(self, group: Dict[str, Any], param: nn.Parameter, entries: Entries) -> None:
-        state = self.state[param]
+    def _update_rows(
+        self, group: Dict[str, Any], param: nn.Parameter, entries: Entries, place: int
+    ) -> None:
+        state, shards = self.state[param], table_state(param).shards
         if not state:
             state["step"] = self._new_step(param)
             for moment in self._value_moments():
-                state[moment] = new_moment(param).zero_()
+                state[moment] = self._new_moment(param).zero_()
         state["step"] += 1
+        first_column = 0 if shards is None else shards.rank * param.shape[1]
+        rounding = StochasticRounding(place, int(state["step"]), first_column)
         if self._value_optimizer == "sgd":
-            sgd_rows(param, entries, float(group["lr"]))
+            sgd_rows(param, entries, float(group["lr"]), rounding)
             return
         step, (beta1, beta2) = float(state["step"]), group["betas"]
         correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
         tables = param, state["exp_avg"], state["exp_avg_sq"]
         step_size = float(group["lr"]) * correction
-        kernels.adam_rows(*tables, entries, step_size, group["betas"], group["eps"])
+        kernels.adam_rows(*tables, entries, step_size, group["betas"], group["eps"], rounding)
 
     def _value_moments(self) -> Tuple[str, ...]:
         """The moments that a table has."""
         return MOMENTS if self._value_optimizer == "adam" else ()
+
+    def _new_moment(self, param: Tensor) -> Tensor:
+        """Memory for a moment, not initialised."""
+        if not is_table(param):
+            return torch.empty_like(param, dtype=compute_dtype(param.dtype))
+        dtype = compute_dtype(param.dtype)
+        if self._moment_dtype == "bfloat16" and dtype == torch.float32:
+            dtype = torch.bfloat16
+        n_slots, width = param.shape
+        return allocate(n_slots, width, dtype, param.device)
 
     # --- several workers ----------------------------------------------------------------------
 
@@ -351,7 +380,7 @@ class MemoryAdam(torch.optim.Optimizer):
                     f"{moment} in the state has shape {tuple(whole.shape)}, must be that of its "
                     f"parameter, {tuple(param.shape)}"
                 )
-            moments[moment] = new_moment(param).copy_(whole)
+            moments[moment] = self._new_moment(param).copy_(whole)
         return moments
 
 
@@ -396,18 +425,23 @@ def memory_param_groups(
 
 
 @torch.no_grad()
-def sgd_rows(values: Tensor, entries: Entries, lr: float) -> None:
+def sgd_rows(
+    values: Tensor, entries: Entries, lr: float, rounding: Optional[StochasticRounding] = None
+) -> None:
     """One step of gradient descent, in place, on the rows that the entries are of.
 
     Args:
-        values: (n_slots, V); bfloat16 is rounded to nearest.
+        values: (n_slots, V).
         entries: the gradient, on the device of the table.
         lr: the learning rate.
+        rounding: of values in bfloat16; None rounds to nearest.
     """
+    key, _, _, first_column = keys_of(rounding)
     for rows, g in row_gradients(entries):  # (R,), (R, V)
         moves = (g != 0).any(dim=1)
         rows, g = rows[moves], g[moves]
-        values[rows] = (at_least_float32(values[rows]) - lr * g).to(values.dtype)
+        moved = at_least_float32(values[rows]) - lr * g
+        values[rows] = rounded(moved, values.dtype, rows, key, first_column)
 
 
 def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:
@@ -430,11 +464,3 @@ def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:
     ]
     model._ddp_params_and_buffers_to_ignore = [*ignored, *tables]  # type: ignore[assignment]
     return model
-
-
-def new_moment(param: Tensor) -> Tensor:
-    """Memory for a moment, in at least float32, not initialised."""
-    if not is_table(param):
-        return torch.empty_like(param, dtype=compute_dtype(param.dtype))
-    n_slots, width = param.shape
-    return allocate(n_slots, width, compute_dtype(param.dtype), param.device)

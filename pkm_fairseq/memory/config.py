@@ -29,8 +29,8 @@ VALUES_INITS = {
 }
 VALUE_DTYPES = {
     "float32": "",
-    "bfloat16": "halves the table and its read time, but rounds small updates away; "
-    "computation stays in float32",
+    "bfloat16": "halves the table and its read time; computation stays in float32. MemoryAdam and "
+    "pkm_adam round updates stochastically, other optimizers round small updates away",
 }
 SCORE_ACTIVATIONS = {
     "softmax": "over the kept scores of a head",

@@ -21,7 +21,7 @@ from fairseq.optim.adam import Adam, FairseqAdam
 from omegaconf import II
 from torch import Tensor, nn
 
-from ..memory.adam import VALUE_OPTIMIZERS, MemoryAdam
+from ..memory.adam import MOMENT_DTYPES, VALUE_OPTIMIZERS, MemoryAdam
 from ..memory.gradient import (
     average,
     gradient_is_finite,
@@ -74,6 +74,12 @@ class PkmAdamConfig(FairseqDataclass):
     memory_value_optimizer: str = option(
         "adam", "update rule of the memories' values", LAMPLE, choices=VALUE_OPTIMIZERS
     )
+    memory_moment_dtype: str = option(
+        "float32",
+        "dtype in which the moments of the memories' values are stored",
+        OUR_CHOICE,
+        choices=MOMENT_DTYPES,
+    )
     memory_value_clip_norm: float = option(
         0.0,
         "clip the joint gradient of all memories' values to this norm (--clip-norm clips the "
@@ -119,9 +125,11 @@ class PkmAdam(FairseqAdam):
         groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
         if self._values:
             groups.append({"params": self._values, "weight_decay": 0.0})
-        value_optimizer = cfg.memory_value_optimizer
         self._optimizer = FairseqMemoryAdam(
-            groups, **self.optimizer_config, value_optimizer=value_optimizer
+            groups,
+            **self.optimizer_config,
+            value_optimizer=cfg.memory_value_optimizer,
+            moment_dtype=cfg.memory_moment_dtype,
         )
         self._pin_values()
         self._optimizer.register_step_post_hook(lambda *_: self._log_rows())

@@ -55,6 +55,7 @@ FLAGS = {
     "--memory-shards",
     "--memory-share-values",
     "--memory-usage-interval",
+    "--memory-moment-dtype",
     "--memory-usage-draws",
     "--memory-usage-tokens",
     "--memory-value-clip-norm",
@@ -179,6 +180,7 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-finetune-score": "count",
         "--memory-finetune-scope": "data",
         "--memory-value-optimizer": "sgd",
+        "--memory-moment-dtype": "bfloat16",
     }
     command = [*COMMAND, "--arch", arch]
     others = {"--glue-metrics", "--glue-positive-label"}  # of the other criterion

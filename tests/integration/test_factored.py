@@ -79,8 +79,12 @@ def test_clipping_of_values_changes_what_is_trained(data_bin: Path, tmp_path: Pa
         assert_close_checkpoints(tmp_path / "clipped", tmp_path / "free")
 
 
-def test_values_in_bfloat16_train_and_resume(data_bin: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_values_in_bfloat16_train_and_resume(
+    data_bin: Path, tmp_path: Path, moment_dtype: str
+) -> None:
     options = ["--arch", "resm_roberta_tiny", *MEMORY, "--memory-value-dtype", "bfloat16"]
+    options += ["--memory-moment-dtype", moment_dtype]
     train(data_bin, tmp_path / "whole", *options, "--max-update", "6")
     train(data_bin, tmp_path / "parts", *options, "--max-update", "3")
     half = load(tmp_path / "parts/checkpoint_last.pt")
@@ -95,6 +99,8 @@ def test_values_in_bfloat16_train_and_resume(data_bin: Path, tmp_path: Path) -> 
         assert torch.equal(tensor, {**tensors(parts["model"]), **theirs}[name]), name
     moments = [tensor for tensor in ours.values() if tensor.shape == (256, 32)]
     assert len(moments) == 2 and all(tensor.dtype == torch.float32 for tensor in moments)
+    in_bfloat16 = [torch.equal(tensor.bfloat16().float(), tensor) for tensor in moments]
+    assert in_bfloat16 == [moment_dtype == "bfloat16"] * 2
 
 
 def test_any_other_optimizer_trains_values_in_bfloat16(data_bin: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ MASKED_LM_WORKS = [
     + "--warmup-updates 2 --force-anneal 1 --end-learning-rate 1e-5 --power 2",
     "--memory-finetune slots --memory-finetune-slots 50% --memory-finetune-score count "
     "--memory-finetune-scope batch --memory-value-optimizer sgd",
-    "--memory-finetune values --memory-value-optimizer adam",
+    "--memory-finetune values --memory-value-optimizer adam --memory-moment-dtype bfloat16",
     "--memory-usage-tokens 50 --memory-value-lr-factor 2 --memory-value-lr-schedule follow "
     "--memory-freeze all",
     # names that are registered, one of each kind at a time

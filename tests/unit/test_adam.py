@@ -572,6 +572,58 @@ def test_values_in_bfloat16_have_moments_in_float32_also_when_loaded():
     assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
 
 
+def test_small_updates_of_values_in_bfloat16_add_up():
+    """Each is a twentieth of the last place; of another optimizer they would all be lost."""
+    values = ValueTable(4_000, 8, dtype=torch.bfloat16)
+    nn.init.ones_(values.weight)
+    optimizer = MemoryAdam([{"params": [values.weight], "lr": 2.0**-8 / 20}])
+    slots = torch.arange(4_000)[:, None]
+    for _ in range(40):
+        values(slots, torch.ones(4_000, 1)).sum().backward()  # Adam moves each value by lr
+        optimizer.step()
+    moved = 1 - values.weight.detach().float()
+    assert moved.mean() == pytest.approx(40 * 2.0**-8 / 20, rel=0.02)
+
+
+@pytest.mark.parametrize("value_optimizer", ["adam", "sgd"])
+def test_tables_in_bfloat16_go_on_as_if_they_had_not_stopped(value_optimizer):
+    settings = {"value_optimizer": value_optimizer, "moment_dtype": "bfloat16"}
+    model, twin = (net(value_dtype="bfloat16") for _ in range(2))
+    optimizer, other = adam(model, **settings), adam(twin, **settings)
+    train(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    for x, o in ((model, optimizer), (twin, other)):
+        train(x, o, 3, first=3)
+    assert_same(model, twin, rtol=0, atol=0)
+    moments = [other.state[twin.values].get(name) for name in ("exp_avg", "exp_avg_sq")]
+    assert [x is None or x.dtype == torch.bfloat16 for x in moments] == [True, True]
+    assert (moments[0] is None) == (value_optimizer == "sgd")
+
+
+def test_tables_of_one_optimizer_are_rounded_apart():
+    tables = [ValueTable(64, 8, init="zero", dtype=torch.bfloat16) for _ in range(2)]
+    optimizer = MemoryAdam([t.weight for t in tables], lr=1e-3, value_optimizer="sgd")
+    for table in tables:
+        table(torch.arange(64)[:, None], torch.full((64, 1), 0.3)).sum().backward()
+    optimizer.step()
+    one, other = (table.weight.detach() for table in tables)
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one.float(), torch.full((64, 8), -3e-4), rtol=2**-7, atol=0)
+
+
+def test_moments_of_another_dtype_are_loaded_and_refused():
+    model, twin = net(), net()
+    optimizer, other = adam(model), adam(twin, moment_dtype="bfloat16")
+    train(model, optimizer)
+    other.load_state_dict(optimizer.state_dict())
+    ours, theirs = optimizer.state[model.values], other.state[twin.values]
+    assert torch.equal(theirs["exp_avg"], ours["exp_avg"].bfloat16())
+    with pytest.raises(ValueError, match="moment_dtype is 'int8', must be one of float32, bfloat1"):
+        adam(net(), moment_dtype="int8")
+
+
 # --- several workers --------------------------------------------------------------------------
 
 

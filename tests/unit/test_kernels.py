@@ -6,6 +6,7 @@
 import importlib
 import logging
 import os
+import struct
 import sys
 import threading
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import kernels
-from pkm_fairseq.memory.kernels import Entries, backends, torch_backend
+from pkm_fairseq.memory.kernels import Entries, StochasticRounding, backends, torch_backend
 from pkm_fairseq.memory.search import candidate_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -454,6 +455,104 @@ def test_values_are_rounded_to_nearest_even(backend, dtype):
     assert torch.equal(values, right)
 
 
+def hashed(x):
+    """MurmurHash3's finaliser, written out."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor % 2**32
+    return x ^ (x >> 16)
+
+
+def rounded_by_chance(x, slot, column, table, rounding):
+    """A float32 number as stochastic rounding stores it, by its definition."""
+    key = hashed((hashed((hashed(rounding.seed) + rounding.step) % 2**32) + table) % 2**32)
+    chance = hashed((hashed(slot ^ key) + rounding.first_column + column) % 2**32) >> 16
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    (stored,) = struct.unpack("<f", struct.pack("<I", (bits + chance) >> 16 << 16))
+    return stored
+
+
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16])
+def test_stochastic_rounding_is_that_of_its_definition(backend, moment_dtype):
+    """All is exact in float32 here: moments are g and g * g, values move by a power of two."""
+    backend.can(torch.bfloat16)
+    rounding = StochasticRounding(seed=3, step=70_000, first_column=40)
+    step = 2.0**-9
+    torch.manual_seed(0)
+    values = torch.tensor([[1.0, -1.0, 3.0, 0.25, 1e30]] * 20).bfloat16()
+    g = (torch.arange(100).view(20, 5) - 50) * 2.0**-4 + 2.0**-7  # 10 bits, which bfloat16 has not
+    slots = torch.randperm(300)[:20]
+    table = torch.zeros(300, 5, dtype=torch.bfloat16)
+    table[slots] = values
+    moments = [torch.ones(300, 5, dtype=moment_dtype) for _ in range(2)]
+    entries = entries_of(slots[:, None], torch.ones(20, 1), g)
+    given = [x.to(backend.device) for x in (table, *moments)]
+    entries = Entries(*(x.to(backend.device) for x in entries))
+    kernels.adam_rows(*given, entries, step, (0.0, 0.0), 0.0, rounding)
+    exact = values.float() - step * g.sign(), g, g * g
+    changed = 0
+    for number, (right, of) in enumerate(zip(exact, given, strict=True)):
+        for row, slot in enumerate(slots.tolist()):
+            for column in range(5):
+                x = float(right[row, column])
+                if of.dtype == torch.bfloat16:
+                    x = rounded_by_chance(x, slot, column, number, rounding)
+                    changed += x != float(right[row, column].bfloat16())
+                assert float(of[slot, column]) == x, (number, slot, column)
+    assert changed > 4  # else it might be rounding to nearest
+
+
+def test_the_mean_of_stochastic_rounding_is_the_number(backend):
+    """A hundredth of the last place, which rounding to nearest would lose."""
+    backend.can(torch.bfloat16)
+    steps, n_slots, width = 50, 64, 32
+    share = 0.01
+    up = torch.zeros(steps, n_slots, width)
+    g = torch.full((n_slots, width), -share * 2.0**-7, device=backend.device)
+    slots = torch.arange(n_slots, device=backend.device)
+    entries = entries_of(slots[:, None], torch.ones(n_slots, 1, device=backend.device), g)
+    for step in range(steps):
+        values = torch.ones(n_slots, width, dtype=torch.bfloat16, device=backend.device)
+        moments = torch.zeros_like(g), torch.ones_like(g)
+        rounding = StochasticRounding(0, step)
+        kernels.adam_rows(values, *moments, entries, 1.0, (0.0, 1.0), 0.0, rounding)
+        up[step] = (values.float().cpu() - 1) * 2**7
+    assert set(up.unique().tolist()) == {0.0, 1.0}
+    deviation = (share * (1 - share)) ** 0.5
+    for over in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):  # no step, slot or column is favoured
+        means = up.mean(over)
+        bound = 5 * deviation * (means.numel() / up.numel()) ** 0.5
+        assert ((means - share).abs() < bound).all()
+
+
+def test_stochastic_rounding_keeps_what_is_no_number(backend):
+    backend.can(torch.bfloat16)
+    grads = torch.tensor([[float("nan"), INF, -INF, 0.0, 1.0]], device=backend.device)
+    slots = torch.tensor([[1]], device=backend.device)
+    entries = entries_of(slots, torch.ones(1, 1, device=backend.device), grads)
+    given = [torch.ones(2, 5, device=backend.device).bfloat16() for _ in range(3)]
+    kernels.adam_rows(*given, entries, 1.0, (0.0, 0.5), 1.0, StochasticRounding(0, 1))
+    values, avg, avg_sq = (x[1].float().cpu() for x in given)
+    assert avg[:3].tolist()[1:] == [INF, -INF] and avg_sq[1:3].tolist() == [INF, INF]
+    assert values[:3].isnan().all() and avg[0].isnan() and avg_sq[0].isnan()
+    assert values[3:].isfinite().all()
+
+
+def test_another_rounding_of_rows_that_are_kept_apart(backend):
+    """What a worker with half of the columns rounds is what one with all of them rounds."""
+    backend.can(torch.bfloat16)
+    torch.manual_seed(1)
+    whole = [x.bfloat16() for x in tables(8, torch.bfloat16, backend.device)]
+    _, slots, weights, grads = bags(3, 4, 8, torch.bfloat16, backend.device)
+    halves = [[x[:, at : at + 4].contiguous() for x in whole] for at in (0, 4)]
+    rounding = StochasticRounding(1, 2)
+    kernels.adam_rows(*whole, entries_of(slots, weights, grads), STEP, BETAS, EPS, rounding)
+    for at, half in zip((0, 4), halves, strict=True):
+        entries = entries_of(slots, weights, grads[:, at : at + 4].contiguous())
+        kernels.adam_rows(*half, entries, STEP, BETAS, EPS, rounding._replace(first_column=at))
+    for x, *parts in zip(whole, *halves, strict=True):
+        assert torch.equal(x, torch.cat(parts, dim=1))
+
+
 def test_an_update_is_seen_by_autograd(backend):
     values, *moments = tables(5, torch.float32, backend.device)
     _, slots, weights, grads = bags(1, 2, 5, torch.float32, backend.device)
@@ -544,7 +643,7 @@ def test_bad_reads_are_refused(backend, values, slots, weights, message):
         (1, TABLE[:6], r"moments have shapes \(6, 4\) and \(7, 4\), .* values, \(7, 4\)"),
         (2, torch.zeros(7, 5), r"moments have shapes \(7, 4\) and \(7, 5\), .* values, \(7, 4\)"),
         (2, TABLE.long(), r"dtype torch\.int64"),
-        (1, TABLE.bfloat16(), r"moment has dtype torch\.bfloat16, must be torch\.float32"),
+        (1, TABLE.bfloat16(), r"dtypes torch\.bfloat16 and .*, must both be torch\.float32 for"),
     ],
 )
 def test_bad_tables_are_not_updated(place, table, message):
@@ -553,6 +652,16 @@ def test_bad_tables_are_not_updated(place, table, message):
     entries = entries_of(SLOTS, WEIGHTS, torch.zeros(2, 4))
     with pytest.raises(ValueError, match=message):
         kernels.adam_rows(*given, entries, STEP, BETAS, EPS)
+
+
+@pytest.mark.parametrize("dtypes", [(32, 16, 32), (32, 32, 16), (64, 16, 16)])
+def test_moments_in_bfloat16_are_two_and_of_no_wider_values(dtypes):
+    named = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+    given = [TABLE.to(named[bits]) for bits in dtypes]
+    grads = torch.zeros(2, 4, dtype=given[0].dtype)
+    entries = entries_of(SLOTS, WEIGHTS.to(grads.dtype), grads)
+    with pytest.raises(ValueError, match=r"moments have dtypes .*, must both be torch\.float"):
+        kernels.adam_rows(*given, entries, STEP, BETAS, EPS, StochasticRounding(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ are torch's own, what reads tables and scores is differentiable, and no number i
 
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Callable, ContextManager, Tuple, TypeVar, cast
+from typing import Any, Callable, ContextManager, Optional, Tuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,12 +29,20 @@ from .backends import (
     outside_graphs,
     run,
 )
-from .tables import Entries, allocate, at_least_float32, compute_dtype, is_half
+from .tables import (
+    Entries,
+    StochasticRounding,
+    allocate,
+    at_least_float32,
+    compute_dtype,
+    is_half,
+)
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 __all__ = [
     "Entries",
+    "StochasticRounding",
     "adam_rows",
     "allocate",
     "at_least_float32",
@@ -180,6 +188,7 @@ def adam_rows(
     step_size: float,
     betas: Tuple[float, float],
     eps: float,
+    rounding: Optional[StochasticRounding] = None,
 ) -> None:
     """One step of Adam, in place, on the rows whose gradient has a non-zero element.
 
@@ -188,20 +197,21 @@ def adam_rows(
     ``values <- values - step_size * exp_avg / (sqrt(exp_avg_sq) + eps)``.
 
     Args:
-        values: (n_slots, V), contiguous; bfloat16 is rounded to nearest, ties to even.
-        exp_avg: (n_slots, V), contiguous, in at least float32.
+        values: (n_slots, V), contiguous.
+        exp_avg: (n_slots, V), contiguous, in at least float32; or in bfloat16 with ``rounding``.
         exp_avg_sq: (n_slots, V), as exp_avg.
         entries: the gradient, on the device of the table.
         step_size: the learning rate times Adam's correction of the bias.
         betas: decay rates of the two moments.
         eps: added to the root.
+        rounding: of tables in bfloat16; None rounds values to nearest, ties to even.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, an entry is out of range.
         RuntimeError: tensors are not plain data.
     """
     if is_compiled():
-        given = values, exp_avg, exp_avg_sq, entries, step_size, betas, eps
+        given = values, exp_avg, exp_avg_sq, entries, step_size, betas, eps, rounding
         return outside_graphs(adam_rows)(*given)
     for table in (values, exp_avg, exp_avg_sq):
         _check_table(table)
@@ -210,16 +220,11 @@ def adam_rows(
             f"moments have shapes {tuple(exp_avg.shape)} and {tuple(exp_avg_sq.shape)}, "
             f"must be that of the values, {tuple(values.shape)}"
         )
-    for moment in (exp_avg, exp_avg_sq):
-        if moment.dtype != compute_dtype(values.dtype):
-            raise ValueError(
-                f"a moment has dtype {moment.dtype}, must be {compute_dtype(values.dtype)} "
-                f"for values in {values.dtype}"
-            )
+    _check_moments(values.dtype, exp_avg.dtype, exp_avg_sq.dtype, rounding)
     _check_entries(values, entries)
     _check_numbers(values, exp_avg, exp_avg_sq, *entries)
     tables = (values.detach(), exp_avg, exp_avg_sq)
-    run(values, "adam_rows", *tables, entries, step_size, betas, eps)
+    run(values, "adam_rows", *tables, entries, step_size, betas, eps, rounding)
     torch.autograd.graph.increment_version(values)  # kernels write past torch
 
 
@@ -255,6 +260,22 @@ def _check_table(table: Tensor) -> None:
         raise ValueError(
             f"a table of shape {tuple(table.shape)} has strides {table.stride()}, must be "
             "contiguous: a copy of it would be as large as the table"
+        )
+
+
+def _check_moments(
+    values: torch.dtype,
+    exp_avg: torch.dtype,
+    exp_avg_sq: torch.dtype,
+    rounding: Optional[StochasticRounding],
+) -> None:
+    allowed = [compute_dtype(values)]
+    if rounding is not None and allowed == [torch.float32]:
+        allowed.append(torch.bfloat16)  # to nearest a second moment would stop falling
+    if exp_avg not in allowed or exp_avg != exp_avg_sq:
+        raise ValueError(
+            f"moments have dtypes {exp_avg} and {exp_avg_sq}, must both be "
+            f"{' or '.join(map(str, allowed))} for values in {values}"
         )
 
 

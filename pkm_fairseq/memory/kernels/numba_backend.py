@@ -23,7 +23,7 @@ if numba.config.DISABLE_JIT:
     raise RuntimeError("NUMBA_DISABLE_JIT is set")
 
 from . import numba_kernels as loops
-from .tables import Entries
+from .tables import Entries, StochasticRounding, keys_of
 
 Array = Any  # numpy's arrays; their types say nothing that numba would read
 
@@ -88,12 +88,14 @@ def adam_rows(
     step_size: float,
     betas: Tuple[float, float],
     eps: float,
+    rounding: Optional[StochasticRounding] = None,
 ) -> None:
     """See ``pkm_fairseq.memory.kernels.adam_rows``."""
-    number = _array(exp_avg).dtype.type
+    number = _array(entries.grads).dtype.type
     settings = map(number, (step_size, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps))
     table = map(_array, (values, exp_avg, exp_avg_sq))
-    _run(loops.adam_rows, *table, *_row_entries(entries, len(values)), *settings)
+    given = *table, *_row_entries(entries, len(values)), *settings
+    _run(loops.adam_rows, *given, *keys_of(rounding))
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:

@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
+from .tables import NEAREST
+
 # Sums may be reordered and fused, which vectorises them; NaN and infinity keep their meaning.
 SUMS = {"reassoc", "contract", "nsz"}
 
@@ -242,13 +244,17 @@ def adam_rows(
     beta2,
     gain2,
     eps,
+    key,
+    key_avg,
+    key_avg_sq,
+    first_column,
     tasks,
 ):
     """Adam on the rows whose gradient has a non-zero element; gains are 1 - beta."""
     width = values.shape[1]
     bounds = _shares(starts, tasks)
     for task in numba.prange(tasks):
-        wide, gradient = np.empty(width, exp_avg.dtype), np.empty(width, exp_avg.dtype)
+        gradient, wide = np.empty(width, grads.dtype), np.empty((3, width), grads.dtype)
         for r in range(bounds[task], bounds[task + 1]):
             if not _row_gradient(r, starts, order, bags, weights, grads, gradient):
                 continue
@@ -257,13 +263,16 @@ def adam_rows(
             _prefetch(exp_avg, ahead)
             _prefetch(exp_avg_sq, ahead)
             slot = rows[r]
-            row, avg, avg_sq = _row(values, slot, wide), exp_avg[slot], exp_avg_sq[slot]
+            row = _row(values, slot, wide[0])
+            avg, avg_sq = _row(exp_avg, slot, wide[1]), _row(exp_avg_sq, slot, wide[2])
             for v in range(width):
                 g = gradient[v]
                 avg[v] = beta1 * avg[v] + gain1 * g
                 avg_sq[v] = beta2 * avg_sq[v] + gain2 * g * g
                 row[v] -= step_size * avg[v] / (np.sqrt(avg_sq[v]) + eps)
-            _store(values, slot, row)
+            _store(values, slot, row, key, first_column)
+            _store(exp_avg, slot, avg, key_avg, first_column)
+            _store(exp_avg_sq, slot, avg_sq, key_avg_sq, first_column)
 
 
 @kernel
@@ -353,25 +362,37 @@ def _compile_row(values, slot, wide):
     return widen
 
 
-def _store(values, slot, row):
-    """Put a row that ``_row`` widened back into the table, rounded to nearest even."""
+def _store(values, slot, row, key, first_column):
+    """Put a row that ``_row`` widened back into the table, rounded as the key says."""
 
 
 @overload(_store)
-def _compile_store(values, slot, row):
+def _compile_store(values, slot, row, key, first_column):
     if values.dtype != types.uint16:
-        return lambda values, slot, row: None  # it was updated in place
+        return lambda values, slot, row, key, first_column: None  # it was updated in place
 
-    def narrow(values, slot, row):
+    def narrow(values, slot, row, key, first_column):
         bits = row.view(np.uint32)
+        seed = _mix(np.uint32(slot) ^ np.uint32(key)) + np.uint32(first_column)
         for v in range(len(bits)):
             if row[v] != row[v]:
                 values[slot, v] = NAN_BFLOAT16
+                continue
+            if key == NEAREST:
+                noise = np.uint32(0x7FFF) + (bits[v] >> np.uint32(16) & np.uint32(1))
             else:
-                half = np.uint32(0x7FFF) + (bits[v] >> np.uint32(16) & np.uint32(1))
-                values[slot, v] = np.uint16((bits[v] + half) >> np.uint32(16))
+                noise = _mix(np.uint32(seed + np.uint32(v))) >> np.uint32(16)
+            values[slot, v] = np.uint16(np.uint32(bits[v] + noise) >> np.uint32(16))
 
     return narrow
+
+
+@part
+def _mix(x):
+    """``tables.mix`` of a number in uint32."""
+    x = np.uint32((x ^ x >> np.uint32(16)) * np.uint32(0x85EBCA6B))
+    x = np.uint32((x ^ x >> np.uint32(13)) * np.uint32(0xC2B2AE35))
+    return np.uint32(x ^ x >> np.uint32(16))
 
 
 @intrinsic

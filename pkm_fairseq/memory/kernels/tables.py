@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,46 @@ class Entries(NamedTuple):
     weights: Tensor
     bags: Tensor
     grads: Tensor
+
+
+class StochasticRounding(NamedTuple):
+    """How tables in bfloat16 are rounded: up or down by chance, so that the mean is the number.
+
+    Rounding to nearest loses every update below half of the last place; the mean of stochastic
+    rounding keeps it (Gupta et al. 2015, arXiv 1502.02551). The chance is a hash of seed, step,
+    table, slot and column: the same in every run, on every device and for every worker.
+
+    Attributes:
+        seed: another one for each value table.
+        step: the number of the update.
+        first_column: of a table whose columns are split over workers, the first of this worker.
+    """
+
+    seed: int
+    step: int
+    first_column: int = 0
+
+    def key(self, table: int) -> int:
+        """32 bits for one of the tables of an update: 0 values, 1 and 2 its moments."""
+        return mix(mix(mix(self.seed) + self.step) + table)
+
+
+NEAREST = -1  # in place of a key: round to nearest, ties to even
+
+
+def mix(x: int) -> int:
+    """A hash of 32 bits: MurmurHash3's finaliser (A. Appleby, public domain)."""
+    x &= 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def keys_of(rounding: Optional[StochasticRounding]) -> Tuple[int, int, int, int]:
+    """What kernels are given of a rounding: the keys of values and moments, the first column."""
+    if rounding is None:
+        return NEAREST, NEAREST, NEAREST, 0
+    return rounding.key(0), rounding.key(1), rounding.key(2), rounding.first_column
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

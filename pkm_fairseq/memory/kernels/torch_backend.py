@@ -5,18 +5,19 @@ Products may be fused into sums: where gradients cancel exactly, a rounding erro
 move a row. On CUDA the gradient of scores is summed in an order that differs from run to run.
 """
 
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tables import Entries, at_least_float32
+from .tables import NEAREST, Entries, StochasticRounding, at_least_float32, keys_of
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
 
 CHUNK = 8 << 20  # elements of gathered rows that are held at once
+MASK = 0xFFFFFFFF
 
 
 def topk_pairs(
@@ -87,17 +88,47 @@ def adam_rows(
     step_size: float,
     betas: Tuple[float, float],
     eps: float,
+    rounding: Optional[StochasticRounding] = None,
 ) -> None:
     """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     beta1, beta2 = betas
+    *keys, first_column = keys_of(rounding)
     for rows, g in row_gradients(entries):
         moves = (g != 0).any(dim=1)
-        rows, g = rows[moves], g[moves].to(exp_avg.dtype)  # (R,), (R, V)
-        avg = exp_avg[rows].mul_(beta1).add_(g, alpha=1 - beta1)
-        avg_sq = exp_avg_sq[rows].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        rows, g = rows[moves], g[moves]  # (R,), (R, V)
+        avg = at_least_float32(exp_avg[rows]).mul_(beta1).add_(g, alpha=1 - beta1)
+        avg_sq = at_least_float32(exp_avg_sq[rows]).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         moved = at_least_float32(values[rows]) - step_size * avg / (avg_sq.sqrt() + eps)
-        exp_avg[rows], exp_avg_sq[rows] = avg, avg_sq
-        values[rows] = moved.to(values.dtype)
+        tables = (values, moved), (exp_avg, avg), (exp_avg_sq, avg_sq)
+        for (table, x), key in zip(tables, keys, strict=True):
+            table[rows] = rounded(x, table.dtype, rows, key, first_column)
+
+
+def rounded(x: Tensor, dtype: torch.dtype, rows: Tensor, key: int, first_column: int) -> Tensor:
+    """Rows of a table, (R, V), in the dtype that they are stored in.
+
+    Args:
+        x: the rows, in at least float32.
+        dtype: of the table.
+        rows: (R,), which rows they are.
+        key: of ``StochasticRounding``, which only bfloat16 obeys, or ``NEAREST``.
+        first_column: of the table of all workers.
+    """
+    if key == NEAREST or dtype != torch.bfloat16:
+        return x.to(dtype)
+    columns = torch.arange(first_column, first_column + x.shape[1], device=x.device)
+    noise = _mix(_mix(rows & MASK ^ key)[:, None] + columns) >> 16  # 16 bits
+    bits = x.view(torch.int32) + noise.to(torch.int32)
+    cut = (bits & -0x10000).view(torch.float32)  # the upper half: a bfloat16
+    return torch.where(x.isnan(), x, cut).to(dtype)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """``tables.mix`` of numbers in int64; their products wrap around, which keeps the low bits."""
+    x = x & MASK
+    x = (x ^ x >> 16) * 0x85EBCA6B & MASK
+    x = (x ^ x >> 13) * 0xC2B2AE35 & MASK
+    return x ^ x >> 16
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:

@@ -5,7 +5,7 @@ programs on the CPU, slowly: for tests on machines without a GPU.
 """
 
 import os
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import torch_backend
 from . import triton_kernels as programs
-from .tables import Entries
+from .tables import Entries, StochasticRounding, keys_of
 
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
@@ -93,13 +93,14 @@ def adam_rows(
     step_size: float,
     betas: Tuple[float, float],
     eps: float,
+    rounding: Optional[StochasticRounding] = None,
 ) -> None:
     """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     (beta1, beta2), (n_slots, width) = betas, values.shape
     tables, by_slot = (values, exp_avg, exp_avg_sq), _sorted(entries)
     sizes = n_slots, len(entries.slots), width
     settings = map(float, (step_size, beta1, 1 - beta1, beta2, 1 - beta2, eps))
-    given = *tables, *by_slot, *sizes, *settings
+    given = *tables, *by_slot, *sizes, *settings, *keys_of(rounding)
     _run(programs.adam_rows, (len(entries.slots),), *given, *_whole_rows(width))
 
 

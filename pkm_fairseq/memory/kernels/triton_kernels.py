@@ -229,6 +229,10 @@ def adam_rows(
     beta2: tl.float64,
     gain2: tl.float64,
     eps: tl.float64,
+    key: tl.int64,
+    key_avg: tl.int64,
+    key_avg_sq: tl.int64,
+    first_column: tl.int64,
     ROWS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
@@ -240,22 +244,25 @@ def adam_rows(
     slot, is_first = _first_of_slot(slots)
     if is_first & (slot >= 0) & (slot < n_slots):
         columns = tl.arange(0, BLOCK)
-        number = exp_avg.dtype.element_ty
+        number = grads.dtype.element_ty
         entries = slots, weights, bags, grads, n_entries
         g = _row_gradient(entries, slot, width, columns, ROWS, BLOCK).to(number)
         if tl.max((g != 0).to(tl.int32)) != 0:
             inside = columns < width
             row = slot * width + columns
-            avg = tl.load(exp_avg + row, mask=inside, other=0)
-            avg_sq = tl.load(exp_avg_sq + row, mask=inside, other=0)
+            avg = tl.load(exp_avg + row, mask=inside, other=0).to(number)
+            avg_sq = tl.load(exp_avg_sq + row, mask=inside, other=0).to(number)
             value = tl.load(values + row, mask=inside, other=0).to(number)
             avg = tl.full((), beta1, number) * avg + tl.full((), gain1, number) * g
             avg_sq = tl.full((), beta2, number) * avg_sq + tl.full((), gain2, number) * g * g
             root = _sqrt(avg_sq) + tl.full((), eps, number)
             value -= _divide(tl.full((), step_size, number) * avg, root)
+            columns = columns + first_column
+            avg = _round(avg, exp_avg.dtype.element_ty, slot, columns, key_avg)
+            avg_sq = _round(avg_sq, exp_avg_sq.dtype.element_ty, slot, columns, key_avg_sq)
+            value = _round(value, values.dtype.element_ty, slot, columns, key)
             tl.store(exp_avg + row, avg, mask=inside)
             tl.store(exp_avg_sq + row, avg_sq, mask=inside)
-            value = _round(value, values.dtype.element_ty)
             tl.store(values + row, value, mask=inside)
 
 
@@ -331,10 +338,21 @@ def _divide(x, y):
 
 
 @triton.jit
-def _round(x, number: tl.constexpr):
-    """To the nearest of a dtype, ties to even; bfloat16 by hand: the interpreter cuts it off."""
+def _round(x, number: tl.constexpr, slot, columns, key):
+    """A row in the dtype of its table; a key of -1 rounds bfloat16 to nearest, ties to even."""
     if number == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        seed = _mix(slot.to(tl.uint32) ^ key.to(tl.uint32))
+        noise = (_mix(seed + columns.to(tl.uint32)) >> 16).to(tl.int32)
+        noise = tl.where(key < 0, 0x7FFF + ((bits >> 16) & 1), noise)
+        bits = (bits + noise) >> 16 << 16  # by hand: the interpreter cuts bfloat16 off
         x = tl.where(x != x, float("nan"), bits.to(tl.float32, bitcast=True))
     return x.to(number)
+
+
+@triton.jit
+def _mix(x):
+    """``tables.mix`` of numbers in uint32."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x85EBCA6B, tl.uint32)
+    x = (x ^ (x >> 13)) * tl.full((), 0xC2B2AE35, tl.uint32)
+    return x ^ (x >> 16)
