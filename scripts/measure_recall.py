@@ -38,8 +38,8 @@ def main() -> None:
     results: List[Dict[str, Any]] = []
     for checkpoint in args.checkpoints:
         loaded = load(checkpoint, args.data)
-        people = read_people(args.data, args.split, loaded)[: args.people]
-        found = measure(loaded, people, args.ablate)
+        people = read_people(args.data, args.split, loaded.task.source_dictionary)[: args.people]
+        found = measure(loaded.model, loaded.task.mask_idx, people, args.ablate)
         results.append({"checkpoint": str(checkpoint), "split": args.split, **found})
         print(f"{checkpoint}: {found['people']:,} people, split {args.split}")
         show(found)

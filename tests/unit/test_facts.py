@@ -3,13 +3,11 @@
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from fairseq.data import Dictionary
 
-from pkm_fairseq.experiments.demo.evaluate import Loaded
 from pkm_fairseq.experiments.facts.people import (
     ATTRIBUTES,
     BITS,
@@ -49,10 +47,10 @@ class Oracle:
         return logits[masked_tokens], None
 
 
-def loaded(data):
+def dictionary_of(data):
     dictionary = Dictionary.load(str(data / "dict.txt"))
-    mask = dictionary.add_symbol("<mask>")
-    return Loaded(None, SimpleNamespace(source_dictionary=dictionary, mask_idx=mask))
+    dictionary.add_symbol("<mask>")
+    return dictionary
 
 
 def test_people_have_names_of_their_own_and_uniform_values():
@@ -75,23 +73,24 @@ def test_fewer_people_are_the_first_ones_and_a_seed_draws_others():
 
 
 def test_the_control_is_in_no_training_text(people):
-    at = loaded(people)
-    train, valid, test = (read_people(people, split, at) for split in ("train", "valid", "test"))
+    dictionary = dictionary_of(people)
+    train, valid, test = (
+        read_people(people, split, dictionary) for split in ("train", "valid", "test")
+    )
     assert (len(train), len(valid), len(test)) == (N, N, 1000)
     assert torch.equal(train, valid)
     names = {tuple(person[1:3].tolist()) for person in train}
     assert not names & {tuple(person[1:3].tolist()) for person in test}
-    special = at.task.source_dictionary
-    assert (train[:, 0] == special.bos()).all() and (train[:, -1] == special.eos()).all()
-    assert special.unk() not in torch.cat([train, test])
+    assert (train[:, 0] == dictionary.bos()).all() and (train[:, -1] == dictionary.eos()).all()
+    assert dictionary.unk() not in torch.cat([train, test])
 
 
 def test_recall_and_bits_are_those_of_an_oracle(people):
-    at = loaded(people)
-    train = read_people(people, "train", at)
-    model = Oracle(train[: N // 4], at.task.source_dictionary)
-    found = measure(at._replace(model=model), train)
-    size = len(at.task.source_dictionary)
+    dictionary = dictionary_of(people)
+    train = read_people(people, "train", dictionary)
+    model = Oracle(train[: N // 4], dictionary)
+    found = measure(model, dictionary.index("<mask>"), train)
+    size = len(dictionary)
     for question in ("by_name", "with_others"):
         assert found[question]["recall"] == 0.25
         assert found[question]["bits"] == pytest.approx(0.75 * math.log2(size))
@@ -102,12 +101,12 @@ def test_recall_and_bits_are_those_of_an_oracle(people):
 
 
 def test_other_text_is_refused(people, tmp_path):
-    at = loaded(people)
+    dictionary = dictionary_of(people)
     with pytest.raises(ValueError, match="no split none"):
-        read_people(people, "none", at)
-    at.task.source_dictionary.symbols[read_people(people, "train", at)[0, 1]] = "cat"
+        read_people(people, "none", dictionary)
+    dictionary.symbols[read_people(people, "train", dictionary)[0, 1]] = "cat"
     with pytest.raises(ValueError, match="holds no people: a sentence must be first<number> last"):
-        read_people(people, "train", at)
+        read_people(people, "train", dictionary)
 
 
 # --- the study ---------------------------------------------------------------------------------

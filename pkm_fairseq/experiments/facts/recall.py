@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
-from fairseq.data import data_utils
+from fairseq.data import Dictionary, data_utils
 from torch import Tensor
 from torch.nn import functional
 
 from ...memory.ablation import ablated
 from ...memory.hosts import new_usage, observing, with_memories
 from ...memory.observe.usage import DRAWS
-from ..demo.evaluate import Loaded
 from .people import ATTRIBUTES, NAMES
 
 BATCH_SIZE = 512
@@ -20,13 +19,12 @@ FIRST = 1 + len(NAMES)  # position of the first attribute, behind <s> and the na
 LENGTH = FIRST + len(ATTRIBUTES) + 1  # with </s>
 
 
-def read_people(data: Path, split: str, loaded: Loaded) -> Tensor:
+def read_people(data: Path, split: str, dictionary: Dictionary) -> Tensor:
     """Token ids of the people of a split, (N, 8), each between ``<s>`` and ``</s>``.
 
     Raises:
         ValueError: the split is missing, or holds something else than people.
     """
-    dictionary = loaded.task.source_dictionary
     lines = data_utils.load_indexed_dataset(str(data / split), dictionary)
     if lines is None:
         raise ValueError(f"{data} has no split {split}")
@@ -43,11 +41,12 @@ def read_people(data: Path, split: str, loaded: Loaded) -> Tensor:
     return functional.pad(people, (1, 0), value=dictionary.bos())
 
 
-def measure(loaded: Loaded, people: Tensor, ablate: bool = False) -> Dict[str, Any]:
+def measure(model: Any, mask: int, people: Tensor, ablate: bool = False) -> Dict[str, Any]:
     """Recall and bits of the attributes of people, and the usage of memories meanwhile.
 
     Args:
-        loaded: model in eval mode and task.
+        model: in eval mode.
+        mask: index of the mask token.
         people: token ids, (N, 8).
         ablate: also with all values read as zero.
 
@@ -57,32 +56,32 @@ def measure(loaded: Loaded, people: Tensor, ablate: bool = False) -> Dict[str, A
         surprise at the right one. ``zeroed``, the same with values of zero, if asked for; and
         ``memory``, usage by layer over the tokens of ``with_others``.
     """
-    host = with_memories(loaded.model)
-    found: Dict[str, Any] = {"people": len(people), "by_name": _ask(loaded, people, None)}
+    host = with_memories(model)
+    found: Dict[str, Any] = {"people": len(people), "by_name": _ask(model, mask, people, None)}
     if host is None:
-        found["with_others"] = _ask_each(loaded, people)
+        found["with_others"] = _ask_each(model, mask, people)
         return found
     usage = new_usage(host, DRAWS)
     with observing(host, usage):
-        found["with_others"] = _ask_each(loaded, people)
+        found["with_others"] = _ask_each(model, mask, people)
     found["memory"] = [{"layer": at, **counts.summary()} for at, counts in sorted(usage.items())]
     if ablate:
         with ablated(host, "zero"):
             found["zeroed"] = {
-                "by_name": _ask(loaded, people, None),
-                "with_others": _ask_each(loaded, people),
+                "by_name": _ask(model, mask, people, None),
+                "with_others": _ask_each(model, mask, people),
             }
     return found
 
 
-def _ask_each(loaded: Loaded, people: Tensor) -> Dict[str, float]:
+def _ask_each(model: Any, mask: int, people: Tensor) -> Dict[str, float]:
     """The mean over attributes, each asked for with the other three given."""
-    answers = [_ask(loaded, people, at) for at in range(len(ATTRIBUTES))]
+    answers = [_ask(model, mask, people, at) for at in range(len(ATTRIBUTES))]
     return {name: sum(answer[name] for answer in answers) / len(answers) for name in answers[0]}
 
 
 @torch.no_grad()
-def _ask(loaded: Loaded, people: Tensor, attribute: Optional[int]) -> Dict[str, float]:
+def _ask(model: Any, mask: int, people: Tensor, attribute: Optional[int]) -> Dict[str, float]:
     """Mask an attribute, None for all, and see what the model says."""
     asked = torch.zeros(LENGTH, dtype=torch.bool)
     asked[FIRST : LENGTH - 1] = attribute is None
@@ -91,8 +90,8 @@ def _ask(loaded: Loaded, people: Tensor, attribute: Optional[int]) -> Dict[str, 
     right, bits, count = 0, 0.0, 0
     for batch in people.split(BATCH_SIZE):
         masked = asked.expand_as(batch)
-        tokens = batch.masked_fill(masked, loaded.task.mask_idx)
-        logits, _ = loaded.model(tokens, masked_tokens=masked)  # (masked, V)
+        tokens = batch.masked_fill(masked, mask)
+        logits, _ = model(tokens, masked_tokens=masked)  # (masked, V)
         target = batch[masked]
         right += int(logits.argmax(dim=-1).eq(target).sum())
         bits += functional.cross_entropy(logits.double(), target, reduction="sum").item()

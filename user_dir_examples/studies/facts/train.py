@@ -41,13 +41,14 @@ def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
     """What a finished run knows, and knew on the way."""
     loaded = load(folder / LAST, data)
     found = {"parameters": parameter_count(loaded.model)}
-    found["train"] = measure(loaded, read_people(data, "train", loaded), ablate=True)
-    found["control"] = measure(loaded, read_people(data, "test", loaded))
+    dictionary, mask = loaded.task.source_dictionary, loaded.task.mask_idx
+    people = read_people(data, "train", dictionary)
+    found["train"] = measure(loaded.model, mask, people, ablate=True)
+    found["control"] = measure(loaded.model, mask, read_people(data, "test", dictionary))
     found["control"].pop("memory", None)
     way = {}
     for file in folder.glob("checkpoint[0-9]*.pt"):
-        at = load(file, data)
-        asked = measure(at, read_people(data, "train", at)[:FOLLOWED])
+        asked = measure(load(file, data).model, mask, people[:FOLLOWED])
         asked.pop("memory", None)
         updates = int(file.stem.removeprefix("checkpoint")) * run.epoch
         way[updates + run.updates - run.own_updates] = asked
