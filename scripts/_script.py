@@ -1,4 +1,4 @@
-"""How the scripts begin and end; to be imported before the package."""
+"""Start and end of every script; import this module before the package."""
 
 import contextlib
 import logging
@@ -13,13 +13,13 @@ INTERRUPTED = 130  # exit status
 
 
 def run(main: Callable[[], None], hint: str = "; run it again to continue") -> None:
-    """Run a script; what the user can mend ends it with one line, and so does Ctrl-C.
+    """Run a script; Ctrl-C and errors that the user can fix end it with one line.
 
-    SIGINT is minded in a background job, too, for which a shell without job control has it ignored.
+    SIGINT works in background jobs, too; a shell without job control ignores it there.
 
     Args:
         main: the script.
-        hint: what to say of an interrupted one.
+        hint: the end of the line after an interrupt.
     """
     name = Path(sys.argv[0]).name
     take_interrupts()
@@ -32,12 +32,12 @@ def run(main: Callable[[], None], hint: str = "; run it again to continue") -> N
 
 
 def take_interrupts() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt; to be called when everything is imported."""
+    """Make Ctrl-C raise KeyboardInterrupt; call this after all imports."""
     _listen(_interrupt)
 
 
 def _is_script() -> bool:
-    """Whether a script of this folder is what runs; another program's signals are its own."""
+    """Whether a script of this folder is running; other programs handle their own signals."""
     main = getattr(sys.modules["__main__"], "__file__", None) or ""
     return Path(main).resolve().parent == Path(__file__).resolve().parent
 
@@ -55,13 +55,12 @@ def _interrupt(signum: int, frame: Optional[FrameType]) -> None:
 def _leave(
     signum: Optional[int] = None, frame: Optional[FrameType] = None, hint: str = ""
 ) -> NoReturn:
-    """End at once: taking all that was imported apart takes seconds on a busy machine.
+    """Exit immediately: Python's normal shutdown takes seconds on a busy machine.
 
-    While a script is importing nothing has begun, and what is being imported may catch any
-    exception.
+    During imports no work has begun, and an imported module may catch any exception.
     """
     if signum is None:
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # the reader is gone
             sys.stdout.flush()
     os.write(2, f"{Path(sys.argv[0]).name}: interrupted{hint}\n".encode())
     os._exit(INTERRUPTED)
@@ -69,4 +68,4 @@ def _leave(
 
 _listen(_leave)
 if _is_script():
-    logging.disable(logging.INFO)  # fairseq's and matplotlib's notes when they are imported
+    logging.disable(logging.INFO)  # messages of fairseq and matplotlib at import

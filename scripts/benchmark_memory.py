@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measure the memory: layer, parts, whole models, peak memory, what counting its usage costs.
+"""Benchmark the memory: layer, parts, whole models, peak memory, cost of counting usage.
 
-Both sides of a comparison take turns; a ratio above 1 means that the memory of this plugin is
-faster. Exit status: 0 measured, 1 the sides do not compute the same, 2 any other error.
+Both sides of a comparison run alternately. A ratio above 1 means that this plugin's memory is
+faster. Exit status: 0 measured, 1 the two sides compute different results, 2 any other error.
 """
 
 import argparse
@@ -23,22 +23,33 @@ def parse(argv: Optional[List[str]]) -> Any:
         "--what",
         type=words,
         metavar="NAME,NAME",
-        help="of layer, parts, model, memory, usage (default: all)",
+        help="what to measure: layer, parts, model, memory, usage (default: all)",
     )
     parser.add_argument(
-        "--tokens", type=numbers, metavar="N,N", help="per batch (default: 256,1024,4096)"
+        "--tokens", type=numbers, metavar="N,N", help="tokens per batch (default: 256,1024,4096)"
     )
     parser.add_argument(
-        "--n-keys", type=numbers, metavar="N,N", help="sub-keys (default: 128,256,512,1024)"
+        "--n-keys",
+        type=numbers,
+        metavar="N,N",
+        help="sub-keys per half (default: 128,256,512,1024)",
     )
-    parser.add_argument("--pairs", type=int, metavar="N", help="of each comparison (default: 11)")
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes, few pairs: less than two minutes"
+        "--pairs", type=int, metavar="N", help="pairs of runs per comparison (default: 11)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: as torch chooses")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and inputs (default: 1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and few pairs, under two minutes"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights and inputs (default: 1)"
+    )
     for name in ("json", "markdown", "plot"):
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="write results there")
+        parser.add_argument(
+            f"--{name}", type=Path, metavar="FILE", help="write results to this file"
+        )
     return parser.parse_args(argv)
 
 
@@ -85,7 +96,7 @@ def run(args: Any) -> None:
 
 
 def check_files(args: Any, what: Tuple[str, ...], formats: Tuple[str, ...]) -> None:
-    """Complain before hours of measuring rather than after."""
+    """Check output files before measuring for hours."""
     for option, file in (("json", args.json), ("markdown", args.markdown), ("plot", args.plot)):
         if file and not file.absolute().parent.is_dir():
             raise ValueError(f"--{option} {file}: its folder does not exist")
@@ -99,7 +110,7 @@ def check_files(args: Any, what: Tuple[str, ...], formats: Tuple[str, ...]) -> N
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
-    """Show progress on stderr; yields a function that takes the line of each result."""
+    """Show progress on stderr; yield a function that takes each result's line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -116,7 +127,7 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run; a user's mistake is one line and status 2."""
+    """Run; report a user's mistake in one line, with status 2."""
     args = parse(argv)
     try:
         run(args)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train the same few updates with two checkouts, and compare all that their checkpoints hold.
+"""Train a few updates with two checkouts of the code, and compare their checkpoints.
 
 Each checkout trains a model without memory, a PKM and a ResM with its own code, on one thread.
-With --resume the first checkout trains as many updates before, and both resume its checkpoint.
-Equal means equal to the bit: parameters, buffers, moments and step counts. Status 1 if they differ.
+With --resume the first checkout trains the same number of updates first, and both checkouts resume
+its checkpoint. Parameters, buffers, moments and step counts must be equal to the bit; else the exit
+status is 1.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def numbers(x: Any, name: str) -> Iterator[Tuple[str, Any]]:
 
 
 def compare(one: Dict[str, Any], other: Dict[str, Any]) -> Tuple[int, float, str]:
-    """How many tensors were compared, the largest difference, and where it is."""
+    """The number of compared tensors, the largest difference, and its place."""
     largest, where, compared = 0.0, "", 0
     for part in ("model", "last_optimizer_state"):
         inner = [x[part] if part == "model" else x[part]["state"] for x in (one, other)]
@@ -75,14 +76,18 @@ def compare(one: Dict[str, Any], other: Dict[str, Any]) -> Tuple[int, float, str
 
 
 def main() -> None:
-    """Compare the arms one after the other."""
+    """Compare the arms one by one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT")
-    parser.add_argument("--data", type=Path, required=True, help="folder of fairseq-preprocess")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder made by fairseq-preprocess"
+    )
     parser.add_argument("--updates", type=int, default=50)
-    parser.add_argument("--resume", action="store_true", help="resume the first one's checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="start from a checkpoint of the first checkout"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()
     is_equal = True

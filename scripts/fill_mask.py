@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The most probable pieces at <mask> in a sentence."""
+"""Print the most probable pieces for <mask> in a sentence."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from pkm_fairseq.experiments.demo.evaluate import fill_mask, load
 def main() -> None:
     """Fill the mask."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sentence", help="text with <mask> in it, once")
+    parser.add_argument("sentence", help="text that contains <mask> once")
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -26,7 +26,7 @@ def main() -> None:
         type=Path,
         default=Path("demo_out/data"),
         metavar="FOLDER",
-        help="with spm.model and bin/dict.txt (default: %(default)s)",
+        help="folder with spm.model and bin/dict.txt (default: %(default)s)",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="default: %(default)s")
     args = parser.parse_args()

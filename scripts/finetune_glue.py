@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Finetune pretrained checkpoints on GLUE with fairseq-train, and put their dev results in a table.
+"""Finetune pretrained checkpoints on GLUE with fairseq-train, and tabulate their dev results.
 
-Run it again to continue after an interruption; what is finished is not done again. Flags behind --
-go to fairseq-train as they are.
+Run the script again to continue after an interruption; it skips finished runs. Flags after -- go
+to fairseq-train unchanged.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def seeds(text: str) -> Tuple[int, ...]:
 
 
 def parse(words: List[str]) -> argparse.Namespace:
-    """Parse the command line, with ``further`` what stands behind ``--``."""
+    """Parse the command line; ``further`` holds the flags after ``--``."""
     at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -41,11 +41,14 @@ def parse(words: List[str]) -> argparse.Namespace:
         help="pretrained RoBERTas, with or without memory (default of ARM: the file's folder)",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="FOLDER", help="that prepare_glue.py made"
+        "--data", type=Path, required=True, metavar="FOLDER", help="folder made by prepare_glue.py"
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of --data")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all tasks in --data")
     parser.add_argument(
-        "--seeds", default="5", metavar="N", help="how many, or which: 1,2,3 (default: 5)"
+        "--seeds",
+        default="5",
+        metavar="N",
+        help="number of seeds, or a list such as 1,2,3 (default: 5)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("glue_out"), metavar="FOLDER", help="default: %(default)s"
@@ -55,18 +58,18 @@ def parse(words: List[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", action="extend",
-        help="settings that win over the preset, such as lr=1e-5 max_epoch=3",
+        help="settings that override the preset, such as lr=1e-5 max_epoch=3",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="runs at once (default: 1)"
+        "--workers", type=int, default=1, metavar="N", help="parallel runs (default: 1)"
     )
     parser.add_argument(
         "--keep-last", action="store_true", help="keep checkpoint_last.pt of finished runs"
     )
     parser.add_argument(
         "--memory-tokens", type=int, default=20_000, metavar="N",
-        help="dev tokens on which memories are compared before and after (default: %(default)s; "
-        "0: none)",
+        help="dev tokens on which to compare memory usage before and after finetuning (default: "
+        "%(default)s; 0: no comparison)",
     )  # fmt: skip
     args = parser.parse_args(words[:at])
     args.further = tuple(words[at + 1 :])

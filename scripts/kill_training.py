@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Kill a tiny training with SIGKILL at random moments, and let it go on each time.
+"""Kill a tiny training with SIGKILL at random moments, and resume it each time.
 
-Everything a kill leaves is looked at, and the end is compared with that of the same training left
-alone: status 0 if nothing was lost beyond the last checkpoint and all is equal, else 1. Flags
-behind -- go to fairseq-train, such as -- --memory-n-keys 256 for larger checkpoints.
+The script checks all files after each kill, and compares the final checkpoint with that of an
+undisturbed training. Exit status: 0 if no kill lost more than the updates since the last checkpoint
+and both final checkpoints are equal, else 1. Flags after -- go to fairseq-train, such as
+-- --memory-n-keys 256 for larger checkpoints.
 """
 
 import argparse
@@ -17,20 +18,20 @@ from tests.faults import Choices, kill_training
 
 
 def main() -> None:
-    """Kill, and say what was found."""
+    """Kill and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FOLDER",
-        help="a folder that fairseq-preprocess made",
+        help="folder made by fairseq-preprocess",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/kills"), metavar="FOLDER",
                         help="a new folder (default: %(default)s)")  # fmt: skip
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the moments")
     parser.add_argument("--interval", type=int, default=5, metavar="N",
                         help="updates between checkpoints (default: %(default)s)")  # fmt: skip
     parser.add_argument("--updates", type=int, metavar="N",
-                        help="of the whole training (default: ten for each kill)")  # fmt: skip
+                        help="updates of the whole training (default: ten per kill)")  # fmt: skip
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     args, further = parser.parse_args(words[:at]), tuple(words[at + 1 :])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluate the demo's trained arms, if that is not done, and write report.html and report.json."""
+"""Evaluate the demo's trained arms if needed, and write report.html and report.json."""
 
 import argparse
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure, or calculate, what data-parallel workers exchange for a value table."""
+"""Measure or calculate the traffic between data-parallel workers for a value table."""
 
 import argparse
 
@@ -20,12 +20,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n-keys", type=int, default=128, help="sub-keys per half (default 128)")
     parser.add_argument("--v-dim", type=int, default=768, help="width of a value (default 768)")
-    parser.add_argument("--reads", type=int, default=128, help="heads * knn (default 128)")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", help="of each worker in one update", default=[256, 1024]
+        "--reads", type=int, default=128, help="reads per token, heads * knn (default 128)"
     )
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4], help="how many (2 4)")
-    parser.add_argument("--plan", action="store_true", help="calculate, do not measure")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="tokens per worker and update (256 1024)",
+        default=[256, 1024],
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[2, 4], help="number of workers (2 4)"
+    )
+    parser.add_argument("--plan", action="store_true", help="calculate only")
     shards = "with --plan: workers to a group that shares a table (1 8)"
     parser.add_argument("--shards", type=int, nargs="+", help=shards, default=[1, 8])
     args = parser.parse_args()
@@ -43,7 +51,7 @@ def main() -> None:
 
 
 def print_measured(table: Table, args: argparse.Namespace) -> None:
-    """Print what really crosses, beside the formula."""
+    """Print the measured traffic beside the formula."""
     print("| workers | tokens each | | received by each, MB, by formula | measured | handed over |")
     print("|--:|--:|---|--:|--:|--:|")
     for workers in args.workers:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Finetuned values as a file: the rows that moved, to be put into a checkpoint and taken out again.
+"""Store the rows of values that finetuning changed in a file; apply them, or remove them again.
 
-make     the rows in which a finetuned checkpoint differs from its base
-apply    the base with one or several deltas
-revert   what it was: of a checkpoint that apply wrote, the very bytes of the base
-list     what deltas hold
-report   what moved, which tokens read it, and whether old text needs it
+make     write the rows in which a finetuned checkpoint differs from its base
+apply    add one or several deltas to the base
+revert   remove deltas; this turns the output of apply into the exact bytes of the base
+list     show what deltas contain
+report   show which rows changed, which tokens read them, and whether old text needs them
 
-A delta holds rows of value tables, and names its base by a hash of its model. It is for finetuning
-by --memory-finetune; heads of sentence tasks are not in it, nor is the state of the optimizer.
+A delta holds rows of value tables, and a hash of the base model. It works for models finetuned with
+--memory-finetune. It contains neither heads of sentence tasks nor optimizer state.
 """
 
 import argparse
@@ -55,13 +55,15 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    make = commands.add_parser("make", help="make a delta of two checkpoints")
-    make.add_argument("base", type=Path, metavar="BASE", help="what was finetuned")
-    make.add_argument("finetuned", type=Path, metavar="FINETUNED", help="what came out")
+    make = commands.add_parser("make", help="make a delta from two checkpoints")
+    make.add_argument("base", type=Path, metavar="BASE", help="checkpoint before finetuning")
+    make.add_argument(
+        "finetuned", type=Path, metavar="FINETUNED", help="checkpoint after finetuning"
+    )
     make.add_argument("--out", type=Path, required=True, metavar="DELTA")
     for command, help_text in (
-        ("apply", "put deltas into their base"),
-        ("revert", "take deltas out of a checkpoint, all that are in it"),
+        ("apply", "add deltas to their base"),
+        ("revert", "remove deltas from a checkpoint; name all that it contains"),
     ):
         change = commands.add_parser(command, help=help_text)
         change.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -70,11 +72,13 @@ def parse() -> argparse.Namespace:
         change.add_argument(
             "--sum",
             action="store_true",
-            help="where several deltas touch a row, add their changes up; else they are refused",
+            help="if several deltas change the same row, add up their changes (default: refuse)",
         )
-    listing = commands.add_parser("list", help="say what deltas hold")
+    listing = commands.add_parser("list", help="show what deltas contain")
     listing.add_argument("deltas", type=Path, nargs="+", metavar="DELTA")
-    _add_report(commands.add_parser("report", help="say what moved, and who reads it"))
+    _add_report(
+        commands.add_parser("report", help="show which rows changed, and which tokens read them")
+    )
     return parser.parse_args()
 
 
@@ -82,9 +86,9 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("delta", type=Path, metavar="DELTA")
     report.add_argument("--checkpoint", type=Path, required=True, metavar="FINETUNED")
     source = report.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="DATA-BIN", help="a text, such as the new one")
+    source.add_argument("--data", metavar="DATA-BIN", help="text to read, such as the new one")
     source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
-    report.add_argument("--split", default="train", help="of --data (default: %(default)s)")
+    report.add_argument("--split", default="train", help="split of --data (default: %(default)s)")
     report.add_argument(
         "--sentencepiece-model", "--spm", metavar="FILE", help="tokenizer of --text"
     )
@@ -93,20 +97,24 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         "--background",
         type=Path,
         metavar="FILE",
-        help="counts of old text by memory_usage.py --save-counts: do moved slots overlap with "
-        "those that it needs?",
+        help="slot counts of old text, a file of memory_usage.py --save-counts: shows whether old "
+        "text needs the changed rows",
     )
     report.add_argument(
-        "--tokens", type=int, default=20_000, metavar="N", help="to read (default: %(default)s)"
+        "--tokens",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="tokens to read (default: %(default)s)",
     )
     report.add_argument(
         "--hot", type=int, default=10, metavar="N", help="slots to show (default: %(default)s)"
     )
-    report.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    report.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
 
 
 def main() -> None:
-    """Do what the command says."""
+    """Run the command."""
     args = parse()
     for name in ("out", "json"):
         file = getattr(args, name, None)
@@ -141,7 +149,7 @@ def make(args: argparse.Namespace) -> None:
 
 
 def change(args: argparse.Namespace) -> None:
-    """Put deltas in, or take them out."""
+    """Apply deltas, or revert them."""
     deltas = [load_delta(file) for file in args.deltas]
     rows = combine(deltas, args.sum)
     state = read_checkpoint(str(args.checkpoint), "CHECKPOINT")["model"]
@@ -159,7 +167,7 @@ def change(args: argparse.Namespace) -> None:
 
 
 def described(delta: Delta) -> str:
-    """How many rows of which layers."""
+    """The number of rows per layer, in words."""
     layers = distances_by_layer(delta.tables)
     return "; ".join(f"layer {layer}: {len(moved):,} rows" for layer, moved in layers.items())
 
@@ -180,7 +188,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Say what moved."""
+    """Print which rows changed."""
     for name in ("tokens", "hot"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be at least 1")
@@ -205,7 +213,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def print_layer(layer: Dict[str, Any]) -> None:
-    """What moved in a layer."""
+    """Print which rows of a layer changed."""
     print(
         f"layer {layer['layer']}: {layer['rows_moved']:,} of {layer['n_slots']:,} rows moved, "
         f"norm of the change {layer['change_norm']:.4g}, farthest {layer['change_max']:.4g}"

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What the memories of trained models are used for: usage, readers of slots, drift, curves.
+"""Analyse the memories of trained models: usage, readers of slots, drift, curves.
 
-Checkpoints read a text, and their look-ups are counted; of several checkpoints, the drift from one
-to the next is measured. Logs (memory_usage.jsonl) are drawn over updates. Both can be combined.
+The script runs checkpoints on a text and counts their look-ups. With several checkpoints it also
+measures the drift from each to the next. It draws logs (memory_usage.jsonl) over updates. You can
+combine checkpoints and logs.
 """
 
 import argparse
@@ -26,8 +27,8 @@ TEXT_OPTIONS = (
     (
         ("--sentencepiece-model", "--spm"),
         "FILE",
-        "tokenizer of --text; without it, the text must already consist of symbols of the "
-        "dictionary, separated by blanks",
+        "tokenizer of --text; without it, the text must consist of symbols of the dictionary, "
+        "separated by blanks",
     ),
     (
         ("--dict",),
@@ -37,10 +38,10 @@ TEXT_OPTIONS = (
 )
 WIDTH = 200  # of tables, where there is no terminal
 NUMBERS = (
-    ("--draws", "per slot to count, tokens x heads / slots (default: 100)"),
-    ("--tokens", "to read, in place of --draws"),
+    ("--draws", "draws per slot to count, tokens x heads / slots (default: 100)"),
+    ("--tokens", "tokens to read, instead of --draws"),
     ("--hot", "hottest slots per layer to show (default: 20)"),
-    ("--probe", "tokens by which checkpoints are compared (default: 1000)"),
+    ("--probe", "tokens on which to compare checkpoints (default: 1000)"),
     ("--counts-batch", "sequences in a batch of --save-counts (default: 16)"),
 )
 
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="[NAME=]FILE",
-        help="trained models with memory; called as their folder if they have no name",
+        help="trained models with memory (default of NAME: the file's folder)",
     )
     parser.add_argument(
         "--log",
@@ -64,7 +65,7 @@ def parse() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="[NAME=]FILE",
-        help="memory_usage.jsonl of trainings",
+        help="logs of trainings, memory_usage.jsonl",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DATA-BIN", help="folder made by fairseq-preprocess")
@@ -74,26 +75,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--unmasked",
         action="store_true",
-        help="read the text as it is; without it, tokens are masked as in the training of a masked "
-        "language model, which its log counts",
+        help="read the text unmasked (default: mask tokens as in the training of a masked language "
+        "model, like the counts in its log)",
     )
     parser.add_argument(
         "--force-drift",
         action="store_true",
-        help="measure the drift between checkpoints of different trainings, too",
+        help="also measure the drift between checkpoints of different trainings",
     )
     for option, help_text in NUMBERS:
         parser.add_argument(option, type=int, metavar="N", help=help_text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with charts there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with charts to this file"
+    )
     parser.add_argument(
         "--save-counts",
         type=Path,
         metavar="FILE",
-        help="write there how often the text reads each slot of the checkpoint, and in how many of "
-        "its batches, for --memory-background of finetuning",
+        help="write how often the text reads each slot, and in how many batches, to this file; "
+        "input for --memory-background and --memory-finetune-counts",
     )
-    parser.add_argument("--svg", type=Path, metavar="FOLDER", help="write each chart there")
+    parser.add_argument(
+        "--svg", type=Path, metavar="FOLDER", help="write each chart to this folder"
+    )
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Predictions of finetuned models: the files for GLUE's server, or of your own sentences.
+"""Predict with finetuned models: the files for GLUE's server, or your own sentences.
 
---zip FILE predicts the test sets. --stdin reads an example a line, the two sentences of a pair
-separated by a tab, and prints for each its label and probability, or its score. --ablate measures
-what memories are worth: the dev metrics with values of zero, with values permuted among the slots,
-and with the first choice of each head alone.
+--zip FILE predicts the test sets. --stdin reads one example per line, with a tab between the two
+sentences of a pair, and prints its label and probability, or its score. --ablate measures how much
+the memories contribute: dev metrics with zeroed values, with values permuted among the slots, and
+with only the first choice of each head.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
     print(f"{', '.join(contents)} in {args.zip}")
     missing = missing_files(contents)
     if missing and any(spec.name in TASKS for spec in specs):
-        print(f"GLUE's server wants besides: {', '.join(missing)}")
+        print(f"GLUE's server also needs: {', '.join(missing)}")
 
 
 def parse() -> argparse.Namespace:
@@ -60,26 +60,35 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="finetuned on one task")
     model.add_argument(
-        "--runs", type=Path, metavar="DIR", help="an arm's folder of finetuned tasks: best seeds"
+        "--checkpoint", type=Path, metavar="FILE", help="model finetuned on one task"
+    )
+    model.add_argument(
+        "--runs",
+        type=Path,
+        metavar="DIR",
+        help="an arm's folder of finetuned tasks; takes the best seeds",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="made by prepare_glue.py"
+        "--data", type=Path, required=True, metavar="DIR", help="folder made by prepare_glue.py"
     )
     parser.add_argument(
         "--tasks",
         "--task",
         nargs="+",
         metavar="TASK",
-        help="default: all of --runs; with --checkpoint: its one task",
+        help="default: all tasks of --runs; --checkpoint and --stdin need exactly one",
     )
-    parser.add_argument("--task-spec", type=Path, metavar="FILE", help="yaml: a task of your own")
+    parser.add_argument("--task-spec", type=Path, metavar="FILE", help="yaml file of your own task")
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--zip", type=Path, metavar="FILE", help="write the submission here")
-    output.add_argument("--stdin", action="store_true", help="predict sentences of standard input")
-    output.add_argument("--ablate", action="store_true", help="dev metrics without memories")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what --ablate found")
+    output.add_argument(
+        "--zip", type=Path, metavar="FILE", help="write the submission to this file"
+    )
+    output.add_argument(
+        "--stdin", action="store_true", help="predict sentences from standard input"
+    )
+    output.add_argument("--ablate", action="store_true", help="dev metrics with ablated memories")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results of --ablate")
     args = parser.parse_args()
     if args.json and not args.ablate:
         raise ValueError("--json has no effect without --ablate")
@@ -98,7 +107,7 @@ def chosen_tasks(args: argparse.Namespace) -> List[TaskSpec]:
             raise ValueError(f"--runs {args.runs} has no folder of a task: {', '.join(TASKS)}")
     if (args.checkpoint or args.stdin) and len(specs) != 1:
         option = "--stdin" if args.stdin else "--checkpoint"
-        raise ValueError(f"{option} is for one task, not {len(specs)}: name it with --tasks")
+        raise ValueError(f"{option} needs one task, not {len(specs)}: choose it with --tasks")
     return specs
 
 
@@ -113,7 +122,7 @@ def load(args: argparse.Namespace, spec: TaskSpec) -> Finetuned:
 
 
 def ablate(args: argparse.Namespace, spec: TaskSpec) -> Dict[str, Any]:
-    """Print the dev metrics of a task's model, whole and with its memories switched off in part."""
+    """Print the dev metrics of a task's model, intact and with ablated memories."""
     checkpoint = checkpoint_of(args, spec)
     finetuned = load_finetuned(checkpoint, args.data / spec.name, spec)
     (task,) = prepared_tasks(args.data, [spec.name])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make fairseq's data of text: split, train sentencepiece, encode, fairseq-preprocess.
+"""Turn text into data for fairseq: split, train sentencepiece, encode, fairseq-preprocess.
 
-Whole documents are held out: 5 % of the text for test, 3 % for validation. A document is a file,
-or one of at least 20 contiguous blocks if there are fewer than 20 files. Writes into FOLDER:
+The script holds out whole documents: 5 % of the text for test, 3 % for validation. Each file is a
+document; fewer than 20 files are cut into at least 20 contiguous blocks. It writes into FOLDER:
 spm.model, {train,valid,test}.txt, the same as .pieces, and bin/, which fairseq-train reads.
 """
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make fairseq's data of GLUE's tasks: read, check, tokenise, binarise.
+"""Turn GLUE's tasks into data for fairseq: read, check, tokenise, binarise.
 
-Reads the files of the official download, a folder for each task, and writes for each what
-fairseq-train --task pkm_sentence_prediction reads. A finished task is not done again.
+The script reads the official download, one folder per task, and writes data for
+fairseq-train --task pkm_sentence_prediction. It skips finished tasks.
 """
 
 import argparse
@@ -26,21 +26,21 @@ def main() -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help=f"of {' '.join(TASKS)} (default: all; with --task-spec: none)",
+        help=f"tasks among {' '.join(TASKS)} (default: all; with --task-spec: none)",
     )
     parser.add_argument(
         "--task-spec",
         type=Path,
         metavar="FILE",
-        help="a task of your own: user_dir_examples/glue/task_spec_example.yaml",
+        help="yaml file of your own task, see user_dir_examples/glue/task_spec_example.yaml",
     )
     parser.add_argument(
         "--dict", type=Path, required=True, metavar="FILE", help="the pretrained model's dict.txt"
     )
     parser.add_argument("--bpe", required=True, choices=["sentencepiece", "gpt2"])
     parser.add_argument("--sentencepiece-model", type=Path, metavar="FILE")
-    parser.add_argument("--encoder-json", type=Path, metavar="FILE", help="of --bpe gpt2")
-    parser.add_argument("--vocab-bpe", type=Path, metavar="FILE", help="of --bpe gpt2")
+    parser.add_argument("--encoder-json", type=Path, metavar="FILE", help="for --bpe gpt2")
+    parser.add_argument("--vocab-bpe", type=Path, metavar="FILE", help="for --bpe gpt2")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
     specs = task_names(args.tasks) if args.tasks or not args.task_spec else []

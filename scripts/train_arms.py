@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Train the demo's three arms with fairseq-train: plain, resm_init and pkm.
 
-Two processes at a time, one thread each. What is trained is reused, what was interrupted continues.
+Two processes run at a time, with one thread each. Run the script again to continue after an
+interruption; it reuses finished arms.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def main() -> None:
         type=Path,
         default=Path("demo_out/data"),
         metavar="FOLDER",
-        help="what prepare_corpus.py wrote (default: %(default)s)",
+        help="folder made by prepare_corpus.py (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out/arms"), metavar="FOLDER")
     parser.add_argument("--preset", choices=PRESETS, default="default")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Validate with FAISS that the memories of a trained model find the exact top-k slots.
+"""Check with FAISS that the memories of a trained model find the exact top-k slots.
 
 Exit status: 0 exact, 1 not exact, 2 any error.
 """
@@ -26,14 +26,14 @@ def parse(argv: Optional[List[str]]) -> Any:
     )
     capture.add_arguments(parser)
     parser.add_argument("--layers", metavar="N,N", help="memory layers, 0-based (default: all)")
-    parser.add_argument("--json", metavar="FILE", help="write the report there")
-    parser.add_argument("--plot", metavar="FILE", help="plot the score differences there")
+    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
+    parser.add_argument("--plot", metavar="FILE", help="plot the score differences to this file")
     parser.add_argument(
         "--dtype",
         action="append",
         choices=DTYPES,
         default=[],
-        help="also report what this precision costs; may be given twice",
+        help="also report the errors of this precision; can be given twice",
     )
     args = parser.parse_args(argv)
     if args.layers is not None:
@@ -97,7 +97,7 @@ def run(args: Any) -> bool:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Any]:
-    """Show progress on stderr; yields a function that adds to it."""
+    """Show progress on stderr; yield a function that advances it."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -107,7 +107,7 @@ def progress_bar(total: int) -> Iterator[Any]:
 
 
 def failed(error: BaseException) -> int:
-    """Say what went wrong: one line for what is known to happen, else the traceback."""
+    """Report an error: one line for a known kind of error, else the traceback."""
     if isinstance(error, (ValueError, OSError, ImportError, SystemExit)):
         print(f"validate_faiss: error: {error}", file=sys.stderr)
     else:
@@ -116,7 +116,7 @@ def failed(error: BaseException) -> int:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run; nothing that goes wrong may look like a verdict."""
+    """Run; an error never looks like a verdict."""
     try:
         args = parse(argv)
     except SystemExit:  # argparse: 0 after --help, 2 after a wrong option

@@ -125,7 +125,7 @@ def test_a_submission_of_all_runs(made: Path, tmp_path: Path) -> None:
             assert all(0 <= float(row[1]) <= 5 and row[1][-4] == "." for row in rows)
         else:
             assert {row[1] for row in rows} <= labels[name]
-    missing = "GLUE's server wants besides: CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv, AX.tsv"
+    missing = "GLUE's server also needs: CoLA.tsv, MRPC.tsv, QQP.tsv, QNLI.tsv, WNLI.tsv, AX.tsv"
     assert missing in done.output
     again = predict(made, "--runs", made / "runs", "--zip", tmp_path / "again.zip")
     assert again.status == 0
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_does_not_name_its_labels(
     stored["cfg"]["task"]["data"] = str(tmp_path / "gone" / "SST-2")
     torch.save(stored, tmp_path / "model.pt")
     assert load_sst().labels == ("0", "1")
-    assert "does not say in which order it has its labels" in capsys.readouterr().err
+    assert "does not store the order of its labels" in capsys.readouterr().err
     stored["task_state"]["labels"] = ["good", "bad"]
     torch.save(stored, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="was finetuned on labels good, bad, SST-2 has 0, 1"):
@@ -312,7 +312,7 @@ def test_a_checkpoint_without_a_head_or_with_two(heads: int, made: Path, tmp_pat
 def test_options_that_do_not_go_together(made: Path, tmp_path: Path) -> None:
     zip_file, checkpoint = tmp_path / "sub.zip", checkpoint_of(made, "RTE")
     line = failing(made, "--tasks", "RTE", "QNLI", zip_file=zip_file, checkpoint=checkpoint)
-    assert "--checkpoint is for one task, not 2" in line
+    assert "--checkpoint needs one task, not 2" in line
     line = failing(made, "--tasks", "RTE", zip_file=zip_file, checkpoint="none.pt")
     assert "none.pt: no such file" in line
     line = failing(made, "--runs", tmp_path, zip_file=zip_file)
