@@ -1,9 +1,8 @@
 """Product-key memories for RoBERTa-style models: a torch core, and a fairseq plugin.
 
-``pkm_fairseq.memory`` needs no fairseq; importing it neither imports nor changes fairseq. The
-plugin is registered when fairseq loads this package with ``--user-dir``, or another user-dir that
-imports it; when ``pkm_fairseq.models``, ``tasks``, ``criterions`` or ``optim`` is imported; and by
-``register``.
+``pkm_fairseq.memory`` needs no fairseq; importing it neither imports nor changes fairseq. Three
+things register the plugin: loading this package, or a package that imports it, with ``--user-dir``;
+importing ``pkm_fairseq.models``, ``tasks``, ``criterions`` or ``optim``; and calling ``register``.
 """
 
 from . import plugin as _plugin

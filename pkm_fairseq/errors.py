@@ -1,8 +1,8 @@
-"""How an error that the user can mend ends a fairseq command: one line, and no traceback.
+"""End a fairseq command with one line, without traceback, after an error that the user can fix.
 
-The library raises ValueError and the like, so that programs and notebooks can catch them. Only
-where a command of fairseq runs does such an error become its last line; the standard library only,
-since it is also needed where this package cannot be imported.
+The library raises ValueError and the like, so that programs and notebooks can catch them. Only in
+a fairseq command does such an error become the last line. This module imports only the standard
+library, since it also handles failed imports of this package.
 """
 
 import dis
@@ -12,22 +12,22 @@ from typing import Any, Optional
 
 OURS, FAIRSEQS = ("pkm_fairseq",), ("fairseq", "fairseq_cli")
 MENDABLE = (ValueError, OSError, MemoryError, ImportError)
-REASON = 300  # letters of an error that fairseq covers
+REASON = 300  # length of an error that fairseq wraps
 RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class TrainingError(ValueError, RuntimeError):
-    """What ends a training although its state is sound.
+    """Ends a training whose state is intact.
 
-    On a ValueError within an update fairseq writes ``crash.pt`` beside the checkpoints, on a
+    On a ValueError during an update fairseq writes ``crash.pt`` beside the checkpoints; on a
     RuntimeError it does not.
     """
 
 
 def running_command() -> bool:
-    """Whether a command of fairseq runs here: fairseq-train, -validate, -hydra-train or another.
+    """Whether this process is a fairseq command: fairseq-train, -validate, -hydra-train or another.
 
-    A program that calls fairseq's functions is none.
+    A program that calls fairseq's functions does not count.
     """
     frame: Any = sys._getframe()
     while frame is not None:
@@ -39,16 +39,16 @@ def running_command() -> bool:
 
 
 def for_command(error: Exception) -> BaseException:
-    """What to raise for an error: where a command runs, what ends it with one line."""
+    """The exception to raise for an error; in a command, one that ends it with one line."""
     return SystemExit(str(error)) if running_command() else error
 
 
 def line_of(error: Optional[BaseException]) -> Optional[str]:
-    """The line for an error that the user can mend; None for what looks like a bug.
+    """The line for an error that the user can fix; None for a probable bug.
 
-    That is what our code raises by intention, and what fairseq refuses, or cannot read or import.
-    fairseq covers some errors with one of its own, such as all that arise while a model is loaded:
-    then what it covers is asked for.
+    The user can fix errors that our code raises on purpose, and things that fairseq refuses, or
+    cannot read or import. fairseq wraps some errors in its own, such as all errors while it loads a
+    model; then the wrapped error decides.
     """
     refusal = None
     while error is not None:
@@ -69,7 +69,7 @@ def _flat(error: BaseException) -> str:
 
 
 def _origin(error: BaseException) -> "tuple[str, bool]":
-    """The package from which an error came, and whether by a raise statement."""
+    """The package that raised an error, and whether a raise statement did it."""
     trace = error.__traceback__
     if trace is None:
         return "", False

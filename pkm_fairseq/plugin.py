@@ -1,7 +1,8 @@
-"""When and how the plugin is registered with fairseq.
+"""Register the plugin with fairseq.
 
 fairseq's ``import_user_module`` imports the last part of ``--user-dir`` as a top-level module. If
-a module of that name is there already, it only asks whether the folder is in its ``__path__``.
+a module of that name is already imported, fairseq only checks whether its ``__path__`` contains the
+folder.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ NAME = "pkm_fairseq"
 
 
 def register() -> None:
-    """Register models, tasks, criteria and the optimizer with fairseq; harmless twice.
+    """Register models, tasks, criteria and the optimizer with fairseq; a second call does nothing.
 
     Raises:
         ImportError: fairseq is not installed.
@@ -40,10 +41,10 @@ def register() -> None:
 
 @contextlib.contextmanager
 def _no_logging_set_up() -> Iterator[None]:
-    """While fairseq is imported, leave the root logger to the user.
+    """Keep fairseq's import from configuring the root logger.
 
-    Some of fairseq's modules call ``logging.basicConfig``, which leaves a logger with a handler
-    as it is.
+    Some of fairseq's modules call ``logging.basicConfig``, which does nothing if the logger already
+    has a handler.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)
@@ -54,12 +55,12 @@ def _no_logging_set_up() -> Iterator[None]:
 
 
 def check_name(name: str) -> None:
-    """Refuse the package under another name.
+    """Refuse to import the package under another name.
 
-    numba's cache imports modules by the name that they had when it was filled.
+    numba's cache imports modules by the name that they had when the cache was filled.
 
     Raises:
-        ImportError: with the name.
+        ImportError: the name is wrong; the message says which.
     """
     if name != NAME:
         raise for_command(
@@ -68,7 +69,7 @@ def check_name(name: str) -> None:
 
 
 def is_loading() -> bool:
-    """Whether fairseq is loading a user-dir now: this package, or another one that imports it."""
+    """Whether fairseq is now loading a user-dir: this package, or one that imports it."""
     load = getattr(sys.modules.get("fairseq.utils"), "import_user_module", None)
     code = getattr(load, "__code__", None)
     frame: Any = None if code is None else sys._getframe()
@@ -78,7 +79,7 @@ def is_loading() -> bool:
 
 
 class Places(List[str]):
-    """The ``__path__`` of this package, which registers where fairseq asks for a folder in it."""
+    """The ``__path__`` of this package; it registers the plugin when fairseq looks up a folder."""
 
     def __contains__(self, folder: Any) -> bool:
         if not is_loading():

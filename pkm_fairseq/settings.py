@@ -1,7 +1,7 @@
 """``python -m pkm_fairseq.settings [FILE ...]``: tables of all options, made from declarations.
 
-Without a file it prints them; in files it renews what stands between ``<!-- table: NAME -->`` and
-``<!-- end -->``. ``docs/settings.md`` and ``docs/pretraining.md`` are kept so.
+Without a file it prints them. In files it replaces the text between ``<!-- table: NAME -->`` and
+``<!-- end -->``. It maintains ``docs/settings.md`` and ``docs/pretraining.md``.
 """
 
 import re
@@ -17,13 +17,13 @@ from .models.config import PkmRobertaConfig, default_by_size
 from .optim.pkm_adam import PkmAdamConfig
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# what docs/pretraining.md shows
+# the options in docs/pretraining.md
 FIRST = ["memory_layers", "memory_mode", "init_from", "memory_n_keys", "memory_heads", "memory_knn"]
 FIRST += ["memory_query_norm", "memory_value_dtype", "memory_value_lr", "memory_usage_interval"]
 
 
 def declared_options() -> Dict[str, Dict[str, Option]]:
-    """All options of ours, by what they belong to and by the name of their field."""
+    """All our options, by the part they belong to and the name of their field."""
     model = declared_in(PkmRobertaConfig)
     parts = {
         part: {f"memory_{name}": model[f"memory_{name}"] for name in declared_in(config)}
@@ -62,10 +62,10 @@ def _table(options: Dict[str, Option], marks: Dict[str, str]) -> str:
 
 
 def renewed(text: str) -> str:
-    """A text with its tables as the declarations have them now.
+    """The text with its tables renewed from the declarations.
 
     Raises:
-        ValueError: it has a table of an unknown name.
+        ValueError: a table has an unknown name.
     """
     known = tables()
     unknown = [match[2] for match in TABLE.finditer(text) if match[2] not in known]
@@ -75,7 +75,7 @@ def renewed(text: str) -> str:
 
 
 def main(files: List[str]) -> None:
-    """Print all tables, or renew those in files."""
+    """Print all tables, or renew the tables in files."""
     for file in map(Path, files):
         file.write_text(renewed(file.read_text(encoding="utf-8")), encoding="utf-8")
     if not files:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.labels import label_names
 
-DIGITS = 2  # of the per cent that are logged
+DIGITS = 2  # of the logged per cent
 ROWS = "glue_rows"
 MARK = "glue_metric_"
 
@@ -30,7 +30,7 @@ SCORE_METRICS: Dict[str, Metric] = {
     "pearson": lambda targets, scores: _of_varying(lambda *x: pearsonr(*x)[0], targets, scores),
     "spearman": lambda targets, scores: _of_varying(lambda *x: spearmanr(*x)[0], targets, scores),
 }
-REPORTS = {  # fairseq's options, and what to use in their place
+REPORTS = {  # fairseq's options, and what to use instead
     "report_mcc": "mcc",
     "report_acc_and_f1": "accuracy,f1",
     "report_pearson_and_spearman": "accuracy",
@@ -40,13 +40,13 @@ REPORTS = {  # fairseq's options, and what to use in their place
 def score(metric: str, predictions: Any, targets: Any, positive: Any = 1) -> float:
     """One of GLUE's metrics, in per cent.
 
-    A correlation (mcc, pearson, spearman) with something constant is 0.
+    A correlation (mcc, pearson, spearman) with a constant is 0.
 
     Args:
         metric: accuracy, f1, mcc (Matthews), pearson or spearman.
-        predictions: labels (names or numbers), or scores as ``clip_scores`` leaves them, (N,).
-        targets: the true ones, (N,).
-        positive: the label that f1 is of.
+        predictions: labels (names or numbers), or scores from ``clip_scores``, (N,).
+        targets: the true labels or scores, (N,).
+        positive: the positive label of f1.
 
     Raises:
         ValueError: the metric is unknown, or the lengths differ or are 0.
@@ -57,7 +57,7 @@ def score(metric: str, predictions: Any, targets: Any, positive: Any = 1) -> flo
     predictions, targets = np.asarray(predictions), np.asarray(targets)
     if not 0 < len(predictions) == len(targets):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(targets)} targets: must be as many, and some"
+            f"{len(predictions)} predictions for {len(targets)} targets: must be equal and not 0"
         )
     if metric == "f1":
         predictions, targets = predictions == positive, targets == positive
@@ -65,16 +65,16 @@ def score(metric: str, predictions: Any, targets: Any, positive: Any = 1) -> flo
 
 
 def clip_scores(scores: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Predicted scores moved into the range of the labels.
+    """Clip predicted scores to the range of the labels.
 
-    A regression predicts beyond the range, where no label can be; both what is measured on dev
-    and what is handed in is clipped. That changes Pearson's correlation.
+    A regression can predict outside this range. We clip both the dev predictions and the submitted
+    ones. Clipping changes Pearson's correlation.
     """
     return scores.clamp(low, high)
 
 
 def _of_varying(metric: Metric, targets: np.ndarray, predictions: np.ndarray) -> float:
-    """A correlation; 0 if one side is constant, where it is not defined."""
+    """A correlation; 0 if one side is constant and the correlation undefined."""
     if (targets == targets[0]).all() or (predictions == predictions[0]).all():
         return 0.0
     return metric(targets, predictions)
@@ -83,10 +83,10 @@ def _of_varying(metric: Metric, targets: np.ndarray, predictions: np.ndarray) ->
 class GlueMetrics(FairseqCriterion):
     """Mixin for a sentence-prediction criterion: logs the metrics that ``glue_metrics`` names.
 
-    Each validation batch's logging output carries its rows (id, prediction, target) of all
-    workers. They are collected by a meter of fairseq's own, and the metrics derived from all of
-    them, each row once: workers that ran out of batches see rows again. Where f1 is chosen, the
-    rows hold whether a label is the positive one, which no other metric of two classes minds.
+    The logging output of each validation batch holds the rows (id, prediction, target) of all
+    workers. One of fairseq's meters collects them. The metrics use each row once, since workers
+    that ran out of batches repeat rows. With f1, the rows hold whether a label is the positive one;
+    this does not change the other metrics of two classes.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
@@ -94,14 +94,14 @@ class GlueMetrics(FairseqCriterion):
         names = safe_getattr(cfg, "glue_metrics") or ""
         self._glue_metrics = _checked(names, cfg.regression_target, task)
         _check_reports(cfg, task)
-        self._positive = None  # the class of the label that f1 is of
+        self._positive = None  # the class of f1's positive label
         if "f1" in self._glue_metrics:
             self._positive = _class_of(safe_getattr(cfg, "glue_positive_label", "1"), task)
 
     def forward(
         self, model: Any, sample: Dict[str, Any], reduce: bool = True
     ) -> Tuple[Tensor, Any, Dict[str, Any]]:
-        """Compute the parent's loss; in validation also keep what was predicted."""
+        """Compute the parent's loss; in validation also keep the predictions."""
         if model.training or not self._glue_metrics:
             return super().forward(model, sample, reduce)
         with _outputs_of(model.classification_heads[self.classification_head_name]) as outputs:
@@ -111,23 +111,23 @@ class GlueMetrics(FairseqCriterion):
             predictions, targets = predictions == self._positive, targets == self._positive
         rows = torch.stack([x.double() for x in (sample["id"], predictions, targets)], dim=1)
         logging_output[ROWS] = rows_of_workers(rows).cpu()  # (rows of all workers, 3)
-        # fairseq may sum logging outputs over workers: this says by how much
+        # fairseq may sum logging outputs over workers; this counts the summands
         logging_output.update({MARK + name: 1.0 for name in self._glue_metrics})
         if self.regression_target:
             self.check_numbers(targets.tolist(), "the data")
         return loss, sample_size, logging_output
 
     def check_numbers(self, numbers: Sequence[float], place: str) -> None:
-        """Check the numbers of a validation set of a regression.
+        """Check the targets of a regression's validation set.
 
         Raises:
-            ValueError: predictions, which are clipped, can never reach one of them.
+            ValueError: a target is outside the range to which predictions are clipped.
         """
         for number in numbers if self._glue_metrics else ():
             if not 0 <= number <= 1:
                 raise ValueError(
-                    f"{place}: {number:g} is not in 0..1, to which --glue-metrics wants the "
-                    "numbers of a regression scaled, as prepare_glue.py does"
+                    f"{place}: {number:g} is not in 0..1: --glue-metrics needs regression targets "
+                    "scaled to this range, as prepare_glue.py writes them"
                 )
 
     def _predicted(self, logits: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
         if name not in known:
             kind = "with" if is_regression else "without"
             raise ValueError(
-                f"--glue-metrics names {name}, must be of {', '.join(known)} "
+                f"--glue-metrics names {name}, must be one of {', '.join(known)} "
                 f"{kind} --regression-target"
             )
     if is_regression and chosen and task.cfg.num_classes != 1:
@@ -157,7 +157,7 @@ def _checked(names: str, is_regression: bool, task: Any) -> List[str]:
 
 
 def _check_reports(cfg: Any, task: Any) -> None:
-    """fairseq's own reports take the labels of a classification for numbers."""
+    """Check labels for fairseq's own reports, which read the labels of classes as numbers."""
     for option, metrics_here in REPORTS.items():
         if not safe_getattr(cfg, option) or cfg.regression_target:
             continue
@@ -170,11 +170,11 @@ def _check_reports(cfg: Any, task: Any) -> None:
 
 
 def _class_of(label: str, task: Any) -> int:
-    """The class of a label, which need not be its own number: dictionaries sort by frequency."""
+    """The class of a label. Label "1" need not be class 1: dictionaries sort by frequency."""
     dictionary = task.label_dictionary
     if label not in dictionary:
         raise ValueError(
-            f"--glue-metrics f1 is of label {label!r}, but the label dictionary has "
+            f"--glue-metrics f1 uses label {label!r}, but the label dictionary has "
             f"{', '.join(label_names(dictionary))}: name one with --glue-positive-label"
         )
     return int(dictionary.index(label)) - dictionary.nspecial
@@ -191,7 +191,7 @@ def _outputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
 
 
 def rows_of_workers(rows: Tensor) -> Tensor:
-    """Rows of all data-parallel workers, (R, 3), in the order of workers; each must call it."""
+    """Rows of all data-parallel workers, (R, 3), in the order of workers; each must call this."""
     world = distributed_utils.get_data_parallel_world_size()
     if world == 1:
         return rows
@@ -210,8 +210,8 @@ def rows_of_workers(rows: Tensor) -> Tensor:
 def log_glue_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
     """Log the metrics of one validation step, or of a whole validation, in per cent.
 
-    To be called before fairseq logs its accuracy, which is the same over the whole set: it then
-    gets as many digits as the others.
+    Call it before fairseq logs its accuracy, which is the same over the whole set. fairseq's
+    accuracy then gets the same number of digits.
     """
     chosen = {key for log in logging_outputs for key in log if key.startswith(MARK)}
     if not chosen:

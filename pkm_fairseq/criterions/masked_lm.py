@@ -11,7 +11,7 @@ from .usage import UsageConfig, UsageReports, log_usage
 
 @dataclass
 class PkmMaskedLmConfig(UsageConfig, MaskedLmConfig):
-    """Options of ``pkm_masked_lm``: those of masked_lm, and of memory usage."""
+    """Options of ``pkm_masked_lm``: those of masked_lm, and those of memory usage."""
 
 
 @register_criterion("pkm_masked_lm", dataclass=PkmMaskedLmConfig)

@@ -1,4 +1,4 @@
-"""Memory usage and staleness through a training, by fairseq's logging and as a file."""
+"""Report memory usage and staleness during training, in fairseq's logs and in a file."""
 
 import atexit
 import logging
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 TRAINING = "train"
 
 Loss = Tuple[torch.Tensor, Any, Dict[str, Any]]  # loss, sample size, logging output
-PREFIX = "memory"  # of the keys of a count's report
-REPORTS = "memory_reports"  # fairseq may sum logging outputs over workers: this says by how much
+PREFIX = "memory"  # prefix of the keys of a count's report
+REPORTS = "memory_reports"  # fairseq may sum logging outputs over workers; this counts the summands
 
 
 @dataclass
@@ -65,24 +65,24 @@ class UsageConfig(FairseqDataclass):
 
 
 class UsageReports(FairseqCriterion):
-    """Mixin for a criterion: counts memory usage, in validation and now and then in training.
+    """Mixin for a criterion: counts memory usage in validation, and at intervals in training.
 
-    A count is of a fixed number of draws per slot, or of tokens. A validation subset, or the
-    updates between two counts in training, may hold fewer: each count says how many it has. What
-    it says so far is in the logging outputs as ``memory<layer>_<key>``, plain numbers over all
-    workers; a finished count becomes a line of ``memory_usage.jsonl`` beside the checkpoints.
+    A count covers a fixed number of draws per slot, or of tokens. A validation subset, or the
+    updates between two counts in training, may hold fewer; each count reports its number. The
+    logging outputs hold the current count as ``memory<layer>_<key>``, plain numbers over all
+    workers. A finished count becomes a line of ``memory_usage.jsonl`` beside the checkpoints.
     fairseq-validate writes no such line.
 
-    With the tasks of this plugin each validation subset is counted on its own; with stock tasks,
-    whose batches do not name their subset, all subsets of one validation are counted together.
-    With several workers and stock tasks, dummy batches of idle workers are not recognised in
-    training, nor in validation after the first subset; and workers tell each other about reads
-    when a count is finished, not after each update.
+    With this plugin's tasks each validation subset is counted separately. Batches of stock tasks
+    do not name their subset, so all subsets of one validation are counted together. With several
+    workers and stock tasks, the criterion does not recognise dummy batches of idle workers in
+    training, or in validation after the first subset. Workers then exchange times of reads when a
+    count is finished, not after each update.
     """
 
     def __init__(self, cfg: Any, task: Any) -> None:  # fairseq reads these two names
         super().__init__(cfg, task)
-        # configurations in checkpoints of older versions have none of these
+        # configurations in older checkpoints lack these options
         self._interval = getattr(cfg, "memory_usage_interval", 0)
         self._tokens = getattr(cfg, "memory_usage_tokens", 0)
         self._draws = getattr(cfg, "memory_usage_draws", DRAWS)
@@ -90,16 +90,16 @@ class UsageReports(FairseqCriterion):
         self._folder = None if getattr(cfg, "no_save", True) else Path(cfg.save_dir)
         self._log: Optional[UsageLog] = None
         self._is_training = False  # whether this process trains
-        self._is_alone = False  # whether other workers are not to be asked
+        self._is_alone = False  # whether to skip exchanges with other workers
         self._validation: Dict[str, Count] = {}  # by subset
-        self._said: Dict[str, Dict[str, float]] = {}  # of these counts, for fairseq's log
+        self._said: Dict[str, Dict[str, float]] = {}  # reports of these counts, for fairseq's log
         self._first_ids: Dict[str, List[int]] = {}  # by subset
         self._window: Optional[Count] = None  # of training batches
         self._next_window = 0  # updates
         self._report: Dict[str, float] = {}  # of the last window
 
     def train(self, mode: bool = True) -> Any:
-        """When training goes on, finish the counts of the last validation and forget them."""
+        """When training continues, finish the counts of the last validation and drop them."""
         if mode:
             self.finish_validation()
             self._first_ids.clear()
@@ -126,7 +126,7 @@ class UsageReports(FairseqCriterion):
         if not self._is_training:
             self._begin_training(host, updates)
         if self._interval and updates >= self._next_window:
-            if self._window is not None:  # it holds fewer draws than wanted, and says how many
+            if self._window is not None:  # it has fewer draws than wanted, and reports their number
                 self._close_window(host, updates, sample["target"].device)
             self._window = Count(host, TRAINING, self._tokens, self._draws)
             self._next_window = (updates // self._interval + 1) * self._interval
@@ -138,7 +138,9 @@ class UsageReports(FairseqCriterion):
             self._window.check(loss.device)
             if self._window.is_full:
                 self._close_window(host, updates + 1, loss.device)
-        logging_output.update(self._report)  # in all from then on, or fairseq would log None
+        logging_output.update(
+            self._report
+        )  # from then on in every output, or fairseq would log None
         return loss, sample_size, logging_output
 
     def _begin_training(self, model: HasMemories, updates: int) -> None:
@@ -159,10 +161,10 @@ class UsageReports(FairseqCriterion):
             problem = distributed_utils.broadcast_object(problem, 0, group)
         if problem:
             raise TrainingError(f"memory usage: {problem}")
-        atexit.register(self._finish_at_exit)  # after the last one no training follows
+        atexit.register(self._finish_at_exit)  # no training follows the last validation
 
     def _close_window(self, model: HasMemories, updates: int, device: torch.device) -> None:
-        """Report the count of training batches up to and with this update."""
+        """Report the count of training batches up to and including this update."""
         assert self._window is not None
         merge_read_times(model)
         self._window.updates = updates
@@ -197,10 +199,10 @@ class UsageReports(FairseqCriterion):
         return loss, sample_size, logging_output
 
     def finish_validation(self, tells: bool = True) -> None:
-        """Write the counts of subsets that have fewer tokens than were to be counted.
+        """Write the counts of subsets that had too few tokens.
 
         Args:
-            tells: whether there is a warning of each.
+            tells: whether to warn about each.
         """
         for subset, count in self._validation.items():
             if count.total and not count.is_full:
@@ -212,19 +214,19 @@ class UsageReports(FairseqCriterion):
                 logger.warning(
                     f"memory usage: {subset or 'the validation set'} has {said.tokens} tokens, "
                     f"fewer than the {count.budget} to count: {said.draws_per_slot:.3g} draws per "
-                    f"slot in place of {wanted:.3g}; compare its usage at equal draws only"
+                    f"slot instead of {wanted:.3g}; compare its usage at equal draws only"
                 )
         self._validation.clear()
         self._said.clear()
 
     def _finish_at_exit(self) -> None:
-        self._is_alone = True  # after an error on one worker nobody may answer
+        self._is_alone = True  # after an error, other workers may not answer
         self.finish_validation(tells=False)  # the error must be the last line
 
     def _is_dummy(self, subset: str, sample: Dict[str, Any]) -> bool:
-        """Whether this is a dummy batch, which fairseq gives a worker that has no batch left.
+        """Whether this is a dummy batch, which fairseq gives to a worker without batches.
 
-        fairseq takes the first batch of the subset for it, which worker 0 reads first of all.
+        fairseq uses the subset's first batch as dummy batch. Worker 0 reads that batch first.
         """
         if distributed_utils.get_data_parallel_world_size() == 1:
             return False
@@ -251,7 +253,7 @@ class UsageReports(FairseqCriterion):
 
 
 def _to_log(count: Count) -> Dict[str, float]:
-    """A count's report as logging outputs hold it; nothing if no token was counted."""
+    """A count's report in the form of logging outputs; empty if no token was counted."""
     report = count.report()
     return {**report, REPORTS: 1.0} if report else {}
 
@@ -263,7 +265,7 @@ def _is_first_worker() -> bool:
 
 
 def log_usage(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Log the latest usage among logging outputs of one step, or of a whole validation."""
+    """Log the latest usage in the logging outputs of one step, or of a whole validation."""
     reports = [log for log in logging_outputs if log.get(REPORTS, 0)]
     if not reports:
         return
@@ -271,4 +273,6 @@ def log_usage(logging_outputs: List[Dict[str, Any]]) -> None:
     for key, value in latest.items():
         if key.startswith(PREFIX) and key != REPORTS:
             mean = float(torch.as_tensor(value / latest[REPORTS]))
-            metrics.log_scalar(key, mean, weight=0, round=4)  # weight 0: the latest value, no mean
+            metrics.log_scalar(
+                key, mean, weight=0, round=4
+            )  # weight 0 logs the latest value, not a mean

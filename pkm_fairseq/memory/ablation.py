@@ -1,4 +1,4 @@
-"""Memories that are switched off in part, to see what they are worth to a model."""
+"""Ablate memories, to measure how much they contribute to a model."""
 
 from contextlib import ExitStack, contextmanager
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
@@ -38,15 +38,15 @@ ABLATIONS: Dict[str, Callable[[Tensor, Tensor, Tensor], Reads]] = {
 def ablated(
     model: HasMemories, kind: str, layers: Optional[Sequence[int]] = None, seed: int = 1
 ) -> Iterator[None]:
-    """Switch memories off in part while the context is open; nothing of the model is changed.
+    """Ablate memories while the context is open; the model itself does not change.
 
     Args:
         model: a host's model.
-        kind: "zero": all values read as zero. "permuted": each slot reads the value of another one,
-            by a random permutation of the slots. "top1": each head reads its first choice alone,
-            with the weight of all its reads: under softmax that is 1, as over one score.
-        layers: memory layers; None for all. Layers that share values are ablated one by one, too.
-        seed: of the permutation, the same for every layer.
+        kind: "zero": all values read as zero. "permuted": a random permutation gives each slot the
+            value of another slot. "top1": each head reads only its first choice, with the sum of
+            its weights; under softmax this is 1.
+        layers: memory layers; None for all. Layers that share values can be ablated one by one.
+        seed: of the permutation, which is the same for every layer.
 
     Raises:
         ValueError: there is no such kind.
@@ -63,15 +63,14 @@ def ablated(
 def measure_ablations(
     model: HasMemories, measure: Callable[[], Measured]
 ) -> Dict[str, Dict[str, Measured]]:
-    """Measure a model with its memories switched off in part: all of them, and each alone.
+    """Measure a model with ablated memories: all at once, and each alone.
 
     Args:
         model: a host's model.
-        measure: evaluates it.
+        measure: evaluates the model.
 
     Returns:
-        By memory layer, as text, and of all memories together as "all": by kind of
-        ``ablated``, what was measured.
+        Results by memory layer (as text, or "all" for all memories), then by kind of ``ablated``.
     """
     parts: Dict[str, Optional[List[int]]] = {"all": None}
     parts.update({str(layer): [layer] for layer in model.memory_layers()})
@@ -97,4 +96,4 @@ def _ablated(memory: ProductKeyMemory, kind: str, seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        del memory.search  # the method of the class is in its place again
+        del memory.search  # restores the method of the class

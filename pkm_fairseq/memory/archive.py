@@ -1,4 +1,4 @@
-"""Rows of tensors in a file of torch.save, changed in place: all other bytes stay what they are."""
+"""Change rows of tensors inside a file of torch.save; all other bytes stay the same."""
 
 import shutil
 import struct
@@ -22,22 +22,24 @@ Rows = Mapping[str, Tuple[Tensor, Tensor]]  # name -> slots (R,), rows (R, V)
 
 
 def write_rows(source: Path, target: Path, part: str, rows: Rows) -> None:
-    """Copy a file of torch.save, with other rows in some of its tables.
+    """Copy a file of torch.save and replace some rows of its tables.
 
-    Only the bytes of these rows and the archive's check sums differ. So writing the old rows back
-    gives the old file.
+    Only these rows and the archive's check sums change. Writing the old rows back therefore
+    restores the old file.
 
     Args:
-        source: holds a dictionary.
-        target: gets its name when it is whole; may be the source.
-        part: the key under which the dictionary holds another one, of tensors by name.
-        rows: by name of the table, which must be contiguous.
+        source: a file that holds a dictionary.
+        target: the new file, renamed when it is complete; may be the source.
+        part: the key of the inner dictionary, which holds tensors by name.
+        rows: new rows by name of the table; tables must be contiguous.
 
     Raises:
-        ValueError: the file is of the format before torch 1.6, or a table is not contiguous.
+        ValueError: the file has the format from before torch 1.6, or a table is not contiguous.
     """
     if not zipfile.is_zipfile(source):
-        raise ValueError(f"{source} is in the format before torch 1.6: load and save it first")
+        raise ValueError(
+            f"{source} has the format from before torch 1.6: load it and save it again first"
+        )
     tables = _places(source, part)
     with whole_file(target) as out:
         with source.open("rb") as file:
@@ -53,7 +55,7 @@ def write_rows(source: Path, target: Path, part: str, rows: Rows) -> None:
 
 
 def _places(file: Path, part: str) -> Dict[str, Tuple[Tensor, int]]:
-    """Each tensor, without data, and where its storage begins in the file."""
+    """Each tensor, without data, and the offset of its storage in the file."""
     with FakeTensorMode():
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     tensors = {name: x for name, x in content[part].items() if isinstance(x, Tensor)}
@@ -64,9 +66,9 @@ def _places(file: Path, part: str) -> Dict[str, Tuple[Tensor, int]]:
 def _changes(
     name: str, table: Tensor, start: int, slots: Tensor, rows: Tensor
 ) -> List[Tuple[int, bytes]]:
-    """Where in the file which bytes are to stand."""
+    """Offsets in the file, and the bytes to write there."""
     if not table.is_contiguous():
-        raise ValueError(f"{name} is not contiguous in the file: load and save it first")
+        raise ValueError(f"{name} is not contiguous in the file: load it and save it again first")
     width = table.shape[1] * table.element_size()
     start += int(table.storage_offset()) * table.element_size()
     content = rows.contiguous().view(torch.uint8).numpy()
@@ -75,7 +77,7 @@ def _changes(
 
 
 def _renew_check_sums(source: Path, target: Path, out: BinaryIO, changed: List[int]) -> None:
-    """Write the check sums of the records in which bytes have changed."""
+    """Write new check sums for the changed records."""
     with zipfile.ZipFile(source) as archive:
         records, directory = archive.infolist(), archive.start_dir
     with target.open("rb") as file:
@@ -98,7 +100,7 @@ def _renew_check_sums(source: Path, target: Path, out: BinaryIO, changed: List[i
 
 
 def _central_entries(file: BinaryIO, at: int) -> List[int]:
-    """Where the entries of the central directory stand, in their order."""
+    """The offsets of the central directory's entries, in their order."""
     places: List[int] = []
     while True:
         file.seek(at)
@@ -110,7 +112,7 @@ def _central_entries(file: BinaryIO, at: int) -> List[int]:
 
 
 def _data_of(file: BinaryIO, header: int) -> int:
-    """Where the data of a record begin, behind its local header."""
+    """The offset of a record's data, after its local header."""
     file.seek(header)
     entry = file.read(30)
     assert entry[:4] == LOCAL[0]

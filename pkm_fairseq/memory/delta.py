@@ -1,4 +1,4 @@
-"""What a finetuning of values has moved: rows that go into a model and out again, exactly."""
+"""Deltas: the rows of values that a finetuning changed. Apply and revert them exactly."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from .kernels import at_least_float32
 
 KIND, VERSION = "pkm_fairseq delta", 1
 VALUES = re.compile(r"(^|\.)values\.(\w+\.)*weight$")  # tables of values in a state
-# what a delta neither holds nor compares: times of reads, and heads of tasks
+# not in a delta, and not compared: times of reads, and heads of tasks
 APART = re.compile(r"\.reads\.\w+$|^classification_heads\.")
 
 
@@ -33,12 +33,12 @@ class TableRows(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """Rows that a finetuning has moved.
+    """Rows that a finetuning changed.
 
     Attributes:
-        base: ``hash_of`` the state that it was finetuned from.
-        tables: the moved rows, by the name of their table in the state.
-        about: plain data on where it is from.
+        base: ``hash_of`` the state before finetuning.
+        tables: the changed rows, by the name of their table in the state.
+        about: plain data on the delta's origin.
     """
 
     base: str
@@ -47,7 +47,7 @@ class Delta(NamedTuple):
 
 
 def hash_of(state: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of all tensors of a model's state but times of reads and heads."""
+    """SHA-256, in hex, of all tensors of a model's state except times of reads and heads."""
     digest = hashlib.sha256()
     for name in sorted(state):
         if not APART.search(name):
@@ -67,7 +67,7 @@ def make_delta(
         about: plain data to keep.
 
     Raises:
-        ValueError: they differ in more than rows of values, or not at all.
+        ValueError: the states differ in more than rows of values, or not at all.
     """
     names = {name for name in base if not APART.search(name)}
     theirs = {name for name in finetuned if not APART.search(name)}
@@ -84,7 +84,7 @@ def make_delta(
             continue
         if not VALUES.search(name):
             raise ValueError(
-                f"{name} differs: a delta holds rows of values only, as --memory-finetune moves"
+                f"{name} differs: a delta holds only rows of values, as --memory-finetune trains"
             )
         slots = _differing(was, now)
         tables[name] = TableRows(slots, was[slots].clone(), now[slots].clone())
@@ -94,15 +94,15 @@ def make_delta(
 
 
 def combine(deltas: Sequence[Delta], adds_up: bool = False) -> Dict[str, TableRows]:
-    """The rows of several deltas of one base together, whatever their order.
+    """Combine the rows of several deltas of one base; their order does not matter.
 
     Args:
         deltas: at least one.
-        adds_up: whether their changes of the same row add up, in at least float32; otherwise
-            deltas that touch the same rows are refused.
+        adds_up: whether to add up changes of the same row, in at least float32; otherwise deltas
+            that change the same rows are refused.
 
     Raises:
-        ValueError: they have different bases, or touch the same rows.
+        ValueError: the deltas have different bases, or change the same rows.
     """
     if len({delta.base for delta in deltas}) != 1:
         bases = ", ".join(delta.base[:12] for delta in deltas)
@@ -127,8 +127,8 @@ def _joined(name: str, one: TableRows, other: TableRows, adds_up: bool) -> Table
     both = one.slots[torch.isin(one.slots, other.slots)]
     if len(both) and not adds_up:
         raise ValueError(
-            f"two deltas touch {len(both)} rows of {name} both, such as {int(both[0])}: apply one, "
-            "or add their changes up with --sum"
+            f"two deltas both change {len(both)} rows of {name}, such as {int(both[0])}: apply "
+            "one, or add their changes up with --sum"
         )
     slots = torch.unique(torch.cat([one.slots, other.slots]))
     before = one.before.new_empty(len(slots), one.before.shape[1])
@@ -140,7 +140,7 @@ def _joined(name: str, one: TableRows, other: TableRows, adds_up: bool) -> Table
             rows.after
         ) - at_least_float32(rows.before)
     after = (at_least_float32(before) + change).to(before.dtype)
-    for rows, others in ((one, other), (other, one)):  # what one delta alone has moved, exactly
+    for rows, others in ((one, other), (other, one)):  # rows that only one delta changed, exactly
         alone = ~torch.isin(rows.slots, others.slots)
         after[torch.searchsorted(slots, rows.slots[alone])] = rows.after[alone]
     return TableRows(slots, before, after)
@@ -150,36 +150,36 @@ def check_base(state: Mapping[str, Tensor], base: str) -> None:
     """Check that a state is the base of a delta.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the state is not the base.
     """
     ours = hash_of(state)
     if ours != base:
-        raise ValueError(f"it is another model ({ours[:12]}) than the delta's base ({base[:12]})")
+        raise ValueError(f"the model ({ours[:12]}) is not the delta's base ({base[:12]})")
 
 
 def check_applied(state: Mapping[str, Tensor], rows: Mapping[str, TableRows], base: str) -> None:
-    """Check that a state is a base with some rows applied, and nothing else.
+    """Check that a state is the base with these rows applied, and nothing else.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the state differs from that.
     """
     reverted = dict(state)
     for name, table in rows.items():
         now = state.get(name)
         if now is None or now.shape[1:] != table.after.shape[1:] or len(now) <= table.slots[-1]:
-            raise ValueError(f"it has no table {name} that fits the delta")
+            raise ValueError(f"the model has no table {name} that fits the delta")
         wrong = table.slots[_differing(now[table.slots], table.after)]
         if len(wrong):
             raise ValueError(
-                f"row {int(wrong[0])} of {name} is not what the delta has made of it: it was not "
-                "applied, or others with it"
+                f"row {int(wrong[0])} of {name} differs from the delta's row: the delta was not "
+                "applied, or another one was applied, too"
             )
         reverted[name] = now.index_copy(0, table.slots, table.before)
     check_base(reverted, base)
 
 
 def save_delta(file: Path, delta: Delta) -> None:
-    """Write a delta; the file is whole or absent."""
+    """Write a delta; the file is complete or absent."""
     tables = {name: rows._asdict() for name, rows in delta.tables.items()}
     content = {"kind": KIND, "version": VERSION, "base": delta.base, "about": delta.about}
     with whole_file(file) as out:
@@ -187,7 +187,7 @@ def save_delta(file: Path, delta: Delta) -> None:
 
 
 def load_delta(file: Path) -> Delta:
-    """Read a delta; no code from the file is run.
+    """Read a delta, without running code from the file.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -195,7 +195,7 @@ def load_delta(file: Path) -> Delta:
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     content: Any = None
-    with contextlib.suppress(Exception):  # what is no file of torch's can raise nearly anything
+    with contextlib.suppress(Exception):  # torch.load can raise nearly anything
         content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{file} holds no delta")
@@ -206,7 +206,7 @@ def load_delta(file: Path) -> Delta:
 
 
 def moved_by(rows: TableRows) -> List[float]:
-    """The L2 distance that each row has moved, (R,)."""
+    """The L2 norm of each row's change, (R,)."""
     change = at_least_float32(rows.after) - at_least_float32(rows.before)
     return change.norm(dim=1).tolist()  # type: ignore[no-any-return]
 

@@ -16,19 +16,20 @@ from .values import ValueTable
 class Experts(nn.Module):
     """Experts of one hidden unit: ``read = sum of weight * gelu(u . x) * v`` (PEER, 2407.04153).
 
-    Two tables of values hold the down vectors ``u`` and the up vectors ``v``. With ``init``
-    "zero" only ``v`` starts at zero: the read is then zero, and ``v`` learns from the first step;
-    with ``u`` at zero, too, neither would ever get a gradient.
+    Two value tables hold the down vectors ``u`` and the up vectors ``v``. With ``init`` "zero" only
+    ``v`` starts at zero: the read is then zero, and ``v`` learns from the first step. If ``u`` were
+    zero, too, neither would ever get a gradient.
 
     Args:
         n_slots: number of experts.
         input_dim: width of ``u``.
         v_dim: width of ``v``.
-        init: of ``v``, as for ``ValueTable``. ``u`` is drawn from N(0, input_dim ** -0.5),
-            so that the hidden units of normalised tokens have unit variance (our choice).
-        dtype: as for ``ValueTable``.
-        shards: as for ``ValueTable``; the columns of both tables are split.
-        keeps_dtype: as for ``ValueTable``.
+        init: initialisation of ``v``, see ``ValueTable``. ``u`` is drawn from
+            N(0, input_dim ** -0.5), so that the hidden units of normalised tokens have unit
+            variance (our choice).
+        dtype: see ``ValueTable``.
+        shards: see ``ValueTable``; both tables are split by columns.
+        keeps_dtype: see ``ValueTable``.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Experts(nn.Module):
         shards: Optional[ColumnShards] = None,
         keeps_dtype: bool = False,
     ) -> "Experts":
-        """The experts that a memory of this width and these settings reads."""
+        """Build the experts for a memory of this width and these settings."""
         dtype, v_dim = getattr(torch, config.value_dtype), config.value_width(input_dim)
         init, sizes = config.values_init, (config.n_slots, input_dim, v_dim)
         return cls(*sizes, init, dtype, shards, keeps_dtype)
@@ -64,7 +65,7 @@ class Experts(nn.Module):
         return {"down": self.down, "up": self.up}
 
     def forward(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-        """Sum what the experts of the given slots say, weighted, over heads and neighbours.
+        """The weighted sum of the experts' outputs over heads and neighbours.
 
         Args:
             slots: (N, H, K), int64.

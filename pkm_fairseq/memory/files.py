@@ -1,4 +1,4 @@
-"""Files that are never seen half-written."""
+"""Write files atomically: other programs never see a half-written file."""
 
 import contextlib
 import os
@@ -8,19 +8,19 @@ from typing import BinaryIO, Iterator, Optional
 
 @contextlib.contextmanager
 def whole_file(file: Path, part: Optional[Path] = None) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name when it is whole, or else leaves no trace.
+    """Open a file for writing under a temporary name; rename it when it is complete.
 
-    A kill can leave what was written under the temporary name. The data are on the disk (fsync)
-    before the rename: a file system may do the rename first, and lose the data in a power cut; and
-    some, such as NFS, say only then that there is no room.
+    After an exception no new file remains. A kill can leave the temporary file. fsync writes the
+    data to disk before the rename, for two reasons: some file systems do the rename first and lose
+    the data in a power cut, and some, such as NFS, report a full disk only at fsync.
 
     Args:
         file: replaced at the end.
-        part: the temporary name, in the same folder (default: that of the file, and ``.part``).
+        part: the temporary name, in the same folder (default: the file's name and ``.part``).
 
     Raises:
-        OSError: the file, which the error names, could not be written; what stood under its name
-            is untouched.
+        OSError: the file could not be written. The error names it. An older file of this name is
+            unchanged.
     """
     part = part or file.with_name(f"{file.name}.part")
     try:
@@ -34,12 +34,12 @@ def whole_file(file: Path, part: Optional[Path] = None) -> Iterator[BinaryIO]:
         # torch.save closes its archive after a failed write, which raises a RuntimeError instead
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
-            cause.filename = str(file)  # writing and fsync name no file
+            cause.filename = str(file)  # errors of write and fsync name no file
             raise cause from None
         raise
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a file under a temporary name, and rename it when it is whole."""
+    """Write a file under a temporary name, and rename it when it is complete."""
     with whole_file(file) as out:
         out.write(text.encode())

@@ -88,8 +88,8 @@ class FinetuneConfig:
             )
         if self.finetune_scope == "data" and self.finetune_counts is None:
             raise ValueError(
-                "--memory-finetune-scope data needs --memory-finetune-counts FILE: make it of the "
-                "new text with memory_usage.py --save-counts"
+                "--memory-finetune-scope data needs --memory-finetune-counts FILE: make it from "
+                "the new text with memory_usage.py --save-counts"
             )
         if self.finetune_scope != "data" and self.finetune_counts is not None:
             raise ValueError(
@@ -104,7 +104,7 @@ class FinetuneConfig:
 
     @property
     def budget(self) -> RowBudget:
-        """How many rows may move."""
+        """The number of rows to train."""
         return RowBudget.parse(self.finetune_slots or SLOTS)
 
     def _refuse_options_of_slots(self) -> None:
@@ -120,16 +120,16 @@ class FinetuneConfig:
 def finetune_values(
     model: nn.Module, memories: Mapping[int, ProductKeyMemory], config: FinetuneConfig
 ) -> None:
-    """Freeze a model but for its values, and restrict the rows that may move.
+    """Freeze everything except values, and choose the rows of values to train.
 
-    Queries are normalised by the running statistics from now on, in training, too, which stay as
-    they are. ``MemoryAdam`` does the restricting; no other optimizer can. What is added to the
-    model later, such as a head, is trained.
+    From now on training, too, normalises queries by the running statistics, which do not change.
+    Only ``MemoryAdam`` can restrict an update to some rows. Parts that are added later, such as a
+    head, are trained.
 
     Args:
         model: any module with memories.
-        memories: its memories, by what the files of counts call their layer.
-        config: what may move; nothing is done if ``finetune`` is None.
+        memories: its memories, by their layer's name in the files of counts.
+        config: the settings; if ``finetune`` is None, the function does nothing.
 
     Raises:
         ValueError: there is no memory, or a file of counts is of other memories.
@@ -154,7 +154,7 @@ def row_choices(
     """The choice of rows for each table, by the layers that read it; tables of one memory share it.
 
     Raises:
-        ValueError: a file of counts is missing, no such file, or of other memories.
+        ValueError: a file of counts is missing, invalid, or of other memories.
     """
     background = _counts("background", config)
     data = _counts("finetune_counts", config)
@@ -175,12 +175,12 @@ def row_choices(
 
 
 def check_origins(origins: Mapping[int, Tensor], config: FinetuneConfig) -> None:
-    """Check, when a model's parameters are loaded, that counts are of its queries.
+    """Check, after loading a model's parameters, that the slot counts are of this model.
 
     Args:
-        origins: by layer, in which training its memory came into being, as
-            ``ReadTimes`` has it; zeros if it is not known.
-        config: names the files of counts.
+        origins: by layer, the ``origin`` of its memory in ``ReadTimes``: the training that created
+            it; zeros if unknown.
+        config: the settings, with the files of counts.
 
     Raises:
         ValueError: a file counts the reads of memories of another training.
@@ -194,7 +194,7 @@ def check_origins(origins: Mapping[int, Tensor], config: FinetuneConfig) -> None
                 raise ValueError(
                     f"{flag_of(f'memory_{name}')} {getattr(config, name)} counts the reads of "
                     f"{file.about.get('checkpoint') if file else None}, whose memory in layer "
-                    f"{layer} is of another training: make it of the checkpoint that is finetuned"
+                    f"{layer} is of another training: count with the checkpoint that you finetune"
                 )
 
 
@@ -206,7 +206,7 @@ def _counts(name: str, config: FinetuneConfig) -> Optional[CountsFile]:
 def tables_by_layers(
     memories: Mapping[int, ProductKeyMemory],
 ) -> Dict[Tuple[int, ...], List[ValueTable]]:
-    """The value tables, by the layers that read them; layers that share values stand together."""
+    """The value tables, by the layers that read them; layers that share values form one key."""
     values: Dict[int, Any] = {id(memory.values): memory.values for memory in memories.values()}
     return {
         tuple(i for i, m in sorted(memories.items()) if id(m.values) == key): list(

@@ -1,4 +1,4 @@
-"""What the core knows of a host's model: its memory layers, and the state of its run."""
+"""The interface of a host's model: its memory layers, and the state of its run."""
 
 from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator, Mapping, Optional, Protocol
@@ -12,15 +12,15 @@ from .values import ValueTable
 
 
 class MemoryLayer(Protocol):
-    """A layer of a host's model that reads a memory."""
+    """A layer of a host's model with a memory."""
 
     @property
     def memory(self) -> ProductKeyMemory:
-        """What the layer reads."""
+        """The memory that the layer reads."""
 
     @property
     def reads(self) -> ReadTimes:
-        """When it read which slot in training; one of the memory's observers."""
+        """The update of each slot's last read in training; an observer of the memory."""
 
 
 class HasMemories(Protocol):
@@ -37,8 +37,8 @@ class HasMemories(Protocol):
 def with_memories(model: Any) -> Optional[HasMemories]:
     """The model if it has memories, else None.
 
-    Wrappers, as of data-parallel training, hand over attributes when asked for them, which an
-    ``isinstance`` with a protocol does not see.
+    ``isinstance`` with a protocol fails on wrappers, such as those of data-parallel training: they
+    forward attributes only on access.
     """
     if not hasattr(model, "memory_layers") or not model.memory_layers():
         return None
@@ -47,10 +47,10 @@ def with_memories(model: Any) -> Optional[HasMemories]:
 
 
 def set_finished_updates(model: HasMemories, updates: int) -> None:
-    """Tell a model that its training has finished so many updates.
+    """Tell a model how many updates its training has finished.
 
-    Times of reads after that are of another training, whose parameters this one started from:
-    they are forgotten.
+    Later times of reads come from the training whose parameters this one started from. They are
+    cleared.
     """
     run = model.run
     if run.updates is None or updates < run.updates:
@@ -60,7 +60,7 @@ def set_finished_updates(model: HasMemories, updates: int) -> None:
 
 
 def merge_read_times(model: HasMemories) -> None:
-    """Let every worker know when any of them has read a slot; every worker must call it."""
+    """Merge the times of reads over all workers; every worker must call it."""
     layers = sorted(model.memory_layers().items())
     merge_over_workers([layer.reads for _, layer in layers], model.run.group())
 
@@ -70,7 +70,7 @@ def new_usage(model: HasMemories, draws: Optional[int] = None) -> Dict[int, Memo
 
     Args:
         model: whose memories are to be counted.
-        draws: count so many draws per slot and then no more; None counts all.
+        draws: stop after this many draws per slot; None counts all.
     """
     usage = {}
     for index, layer in model.memory_layers().items():
@@ -81,7 +81,7 @@ def new_usage(model: HasMemories, draws: Optional[int] = None) -> Dict[int, Memo
 
 
 def tables_of_layers(layers: Mapping[int, MemoryLayer]) -> Dict[str, ValueTable]:
-    """The tables of values of each layer, by ``<layer>``, or ``<layer>.<name>`` of several."""
+    """The value tables of each layer, by ``<layer>``, or ``<layer>.<name>`` if it has several."""
     return {
         f"{layer}.{name}" if name else str(layer): table
         for layer, has_memory in sorted(layers.items())
@@ -91,7 +91,7 @@ def tables_of_layers(layers: Mapping[int, MemoryLayer]) -> Dict[str, ValueTable]
 
 @contextmanager
 def observing(model: HasMemories, observers: Mapping[int, Observer]) -> Iterator[None]:
-    """Show observers, by layer index, what the memories look up while the context is open."""
+    """Add observers, by layer index, to the memories while the context is open."""
     layers = model.memory_layers()
     with ExitStack() as stack:
         for index, observer in observers.items():

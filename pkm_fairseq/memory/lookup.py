@@ -1,4 +1,4 @@
-"""What a memory looked up, as it is handed out and as observers are shown it."""
+"""The slots and weights of a look-up, for callers and for observers."""
 
 from functools import cached_property
 from typing import NamedTuple, Optional, Protocol
@@ -9,9 +9,9 @@ from .run import RunState
 
 
 class Lookup(NamedTuple):
-    """What a memory looked up, for usage counts, validation and plots; no gradient.
+    """A look-up for callers: usage counts, validation and plots; no gradient.
 
-    The tensors are the caller's own.
+    The tensors own their memory.
 
     Attributes:
         slots: (..., H, K), int64, the highest score first; -1 at padding.
@@ -23,9 +23,9 @@ class Lookup(NamedTuple):
 
 
 class Observation:
-    """A look-up as observers are shown it; no gradient.
+    """A look-up for observers; no gradient.
 
-    The tensors are the memory's: an observer changes none of them, and copies what it keeps.
+    The tensors belong to the memory. Observers must not change them, and must copy what they keep.
 
     Args:
         x: as below.
@@ -36,7 +36,7 @@ class Observation:
         run: as below.
 
     Attributes:
-        x: (..., input_dim), what the memory was given; at padding it may be anything.
+        x: (..., input_dim), the memory's input; arbitrary at padding.
         padding_mask: (...), True at padding; None means that all are tokens.
         training: whether the memory is in training mode.
         run: the state of the run.
@@ -68,7 +68,7 @@ class Observation:
         return self._as_x(self._weights, 0)
 
     def lookup(self) -> Lookup:
-        """A look-up to keep: its memory is its own, and no part of what autograd saved."""
+        """A look-up to keep: a copy, independent of the tensors that autograd saved."""
         if self.padding_mask is None:
             return Lookup(self.slots.clone(), self.weights.clone())
         return Lookup(self._as_x(self._slots, -1), self._as_x(self._weights, 0))
@@ -79,21 +79,20 @@ class Observation:
 
 
 class Observer(Protocol):
-    """Looks on at a memory: what stands in its ``observers`` is shown each of its look-ups.
+    """Observes a memory: a memory calls each of its ``observers`` with every look-up.
 
-    Dummy batches are not shown, nor is the second pass of a batch that activation checkpointing
-    does in backward.
+    It skips dummy batches, and the second forward pass of activation checkpointing.
     """
 
     def observe(self, seen: Observation) -> None:
-        """Be shown a look-up."""
+        """Receive a look-up."""
 
 
 def restore(rows: Tensor, real: Optional[Tensor], fill: int) -> Tensor:
     """Put the rows of real tokens (N, ...) back among padding (all, ...), which gets ``fill``.
 
     Returns:
-        The very rows if there is no padding, else new memory.
+        ``rows`` itself if there is no padding, else a new tensor.
     """
     if real is None:
         return rows

@@ -20,25 +20,25 @@ class ProductKeyMemory(nn.Module):
     """A product-key memory (Lample et al. 2019).
 
     ``read = sum over heads h and neighbours k of softmax(scores)[h, k] * values[slots[h, k]]``
-    with the ``knn`` best slots of each head found exactly among all ``n_keys ** 2``. The settings
-    may name other kinds of queries, weights, values and output.
-    Padding is no token: it is dropped on entry, so that it is in no statistic and in no read.
+    The search finds the exact ``knn`` best of all ``n_keys ** 2`` slots for each head. The settings
+    can choose other kinds of queries, weights, values and output. The memory drops padding before
+    the query, so no statistic and no read includes it.
 
     Args:
         input_dim: width of the input and of the output.
         config: the settings.
-        values: those of another memory to share; None makes own ones.
-        shards: workers to split the own table over by columns; None means no split.
-        run: the state of the run, one for all memories of a model; None makes an own one.
-        keeps_dtype: whether the own table, and running statistics of the query, stay in their
-            dtype when the model is converted to half precision.
+        values: another memory's values to share; None makes new ones.
+        shards: workers that split the table by columns; None means no split.
+        run: the state of the run, one for all memories of a model; None makes a new one.
+        keeps_dtype: whether the table and the running statistics of the query keep their dtype
+            when the model is converted to half precision.
 
     Attributes:
-        observers: objects that are shown each look-up, see ``Observer``.
+        observers: objects that receive each look-up, see ``Observer``.
 
     Raises:
-        ValueError: shared values are others than the settings ask for, or the workers
-            cannot have equally many columns.
+        ValueError: the shared values do not match the settings, or the columns cannot be divided
+            evenly among the workers.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class ProductKeyMemory(nn.Module):
             return_lookup: also return the slots and weights.
 
         Returns:
-            The read, shaped and typed as x, zero at padding; with ``return_lookup`` the pair
-            of it and a ``Lookup``.
+            The read, with the shape and dtype of x, zero at padding; with ``return_lookup`` the
+            pair of the read and a ``Lookup``.
 
         Raises:
-            ValueError: x or padding_mask has another shape.
+            ValueError: x or padding_mask has a wrong shape.
         """
         self._check_input(x, padding_mask)
         tokens = x.reshape(-1, self.input_dim)  # (all, input_dim)
@@ -107,8 +107,8 @@ class ProductKeyMemory(nn.Module):
     def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
         """The sums of values, (N, v_dim).
 
-        Where rows are chosen by their reads, which are entries of the gradient, a dummy batch of a
-        training reads nothing, and gets zeros.
+        If the optimizer chooses rows by their reads (the entries of the gradient), a dummy batch
+        in training reads nothing and returns zeros.
         """
         is_counted = any(table.chooses_rows for table in self.values.tables().values())
         if not (is_counted and self.training and self.run.is_dummy):
@@ -118,14 +118,14 @@ class ProductKeyMemory(nn.Module):
 
     @torch.no_grad()
     def _show(self, seen: Observation) -> None:
-        if self.run.is_dummy or is_repeated() or is_traced():  # what is traced is no batch
+        if self.run.is_dummy or is_repeated() or is_traced():  # tracing sees no real batch
             return
-        for observer in tuple(self.observers):  # one may take itself off the list
+        for observer in tuple(self.observers):  # an observer may remove itself
             observer.observe(seen)
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
-        """Show an observer the look-ups that are done while the context is open."""
+        """Add an observer while the context is open."""
         self.observers.append(observer)
         try:
             yield
@@ -155,11 +155,11 @@ class ProductKeyMemory(nn.Module):
         return query.view(-1, self.config.heads, 2, self.config.half_dim)
 
     def freeze(self, part: str) -> None:
-        """Take a part of the memory out of training.
+        """Freeze a part of the memory.
 
         Args:
-            part: "values"; "keys", the sub-keys; or "all", the query network and the running
-                statistics of its normalisation, too.
+            part: "values"; "keys" (the sub-keys); or "all", which includes the query network and
+                the running statistics of its normalisation.
 
         Raises:
             ValueError: there is no such part.
@@ -177,8 +177,8 @@ class ProductKeyMemory(nn.Module):
         kind, config, values = VALUES[self.config.values], self.config, self.values
         if not isinstance(values, kind):
             raise ValueError(
-                f"shared values are a {type(values).__name__}, must be a {kind.__name__}, as the "
-                f"settings say: values is {config.values!r}"
+                f"shared values are a {type(values).__name__}, must be a {kind.__name__}, "
+                f"because the setting values is {config.values!r}"
             )
         shape, expected = (values.n_slots, values.v_dim), config.value_width(self.input_dim)
         if shape != (config.n_slots, expected):
@@ -202,14 +202,14 @@ def build_values(
     shards: Optional[ColumnShards] = None,
     keeps_dtype: bool = False,
 ) -> nn.Module:
-    """The values that a memory of this width and these settings reads."""
+    """Build the values for a memory of this width and these settings."""
     return VALUES.build(config.values, input_dim, config, shards, keeps_dtype)
 
 
 def _drops_padding(training: bool, tokens: Tensor) -> bool:
-    """Whether padding leaves the batch, or its read is computed and then overwritten.
+    """Whether to drop padding, or to compute its read and overwrite it.
 
-    It must leave where statistics are taken. Where they are not, a GPU would have to tell the host
-    how many tokens remain, and the host to wait for it; what traces would not know their number.
+    Padding must be dropped if the batch updates statistics. Otherwise it stays: on a GPU the host
+    would have to wait for the number of real tokens, and a trace cannot know it.
     """
     return training or (tokens.device.type == "cpu" and is_plain(tokens))

@@ -1,4 +1,4 @@
-"""What stands after the read: from values to the width of the input."""
+"""Output networks: from the read to the width of the input."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from .registry import OUTPUTS
 
 
 class Unchanged(nn.Module):
-    """The read as it is."""
+    """The read, unchanged."""
 
     def forward(self, read: Tensor, tokens: Tensor) -> Tensor:
         """Return ``read``."""
@@ -17,11 +17,11 @@ class Unchanged(nn.Module):
 
 @OUTPUTS.register("linear", "a projection; none if values are as wide as the encoder")
 class LinearOutput(nn.Linear):
-    """A projection ``y W``, without bias: values of zero then read as exactly zero."""
+    """A projection ``y W`` without bias, so that zero values read as exactly zero."""
 
     @classmethod
     def from_config(cls, input_dim: int, config: MemoryConfig) -> nn.Module:
-        """A projection from values to inputs, or nothing where both are equally wide."""
+        """A projection from values to inputs; ``Unchanged`` if both have the same width."""
         v_dim = config.value_width(input_dim)
         return Unchanged() if v_dim == input_dim else cls(v_dim, input_dim, bias=False)
 
@@ -32,9 +32,9 @@ class LinearOutput(nn.Linear):
 
 @OUTPUTS.register("swilu", "(y * silu(x W1)) W2 for the read y; Memory Layers at Scale, 2024")
 class SwiluOutput(nn.Module):
-    """A gate on what was read: ``(y * silu(x W1)) W2`` (Memory Layers at Scale, 2412.09764).
+    """A gate on the read: ``(y * silu(x W1)) W2`` (Memory Layers at Scale, 2412.09764).
 
-    There is no bias: values of zero then read as exactly zero, and get a gradient all the same.
+    There is no bias, so zero values read as exactly zero. They still get a gradient.
     """
 
     def __init__(self, input_dim: int, v_dim: int) -> None:

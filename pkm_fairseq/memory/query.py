@@ -1,4 +1,4 @@
-"""Query networks, and the normalisation of the query, computed in at least float32."""
+"""Query networks and query normalisations, computed in at least float32."""
 
 from typing import Any, Optional, Tuple
 
@@ -67,22 +67,23 @@ def build_query_norm(
 class BatchQueryNorm(nn.Module):
     """Batch normalisation over tokens (Lample et al. 2019).
 
-    It must be given real tokens only: the memory drops padding before the query. Statistics
-    of fewer than two tokens do not exist; such a batch is normalised by the running ones.
-    Unlike torch's module it has no integer buffer, which fairseq's moving averages cannot take.
+    Its input must hold only real tokens; the memory drops padding before the query. Statistics need
+    at least two tokens; the running statistics normalise smaller batches. Unlike torch's module it
+    has no integer buffer, since fairseq's moving averages cannot handle one.
 
-    Data-parallel workers take the statistics of all their tokens together: in training each of
-    them must then come here equally often, in the forward and in the backward pass, if only with
-    no token. The tokens of a dummy batch are normalised, and enter no statistic.
+    Data-parallel workers compute joint statistics of all their tokens. In training each worker must
+    therefore call this module equally often, forward and backward, even without tokens. Tokens of
+    a dummy batch are normalised, but do not change the statistics.
 
     Args:
         n_features: H * k_dim.
-        run: the state of the run, which names the workers; None makes an own one.
-        keeps_dtype: whether the running statistics stay in their dtype when the model they are
-            part of is converted to half precision, where small changes of them are lost.
+        run: the state of the run, which names the workers; None makes a new one.
+        keeps_dtype: whether the running statistics keep their dtype when the model is converted to
+            half precision, which would lose small changes of them.
 
     Attributes:
-        is_frozen: whether training, too, normalises by the running statistics and leaves them.
+        is_frozen: whether training, too, normalises by the running statistics and does not update
+            them.
     """
 
     eps = 1e-5
@@ -104,7 +105,7 @@ class BatchQueryNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(n_features))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchQueryNorm":
-        """Convert as torch does, but no statistics to half precision, if they keep their dtype."""
+        """Convert as torch does, but leave statistics in their dtype if they keep it."""
         statistics = self.running_mean, self.running_var
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.keeps_dtype and is_half(self.running_mean.dtype):
@@ -135,7 +136,7 @@ class BatchQueryNorm(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
         )
-        if updates and mean is not self.running_mean:  # half precision: a copy was updated
+        if updates and mean is not self.running_mean:  # in half precision a copy was updated
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
         return normed
@@ -160,9 +161,8 @@ class BatchQueryNorm(nn.Module):
 class _JointMoments(torch.autograd.Function):
     """Mean and biased variance, each (F,), of the tokens (N, F) of all workers, and their number.
 
-    Moments of parts are merged as Chan, Golub and LeVeque (1983) do: nothing cancels as in a
-    difference of sums of squares. One exchange of 2 F + 1 numbers per worker, and one of 2 F in the
-    backward pass.
+    It merges the moments of parts as Chan, Golub and LeVeque (1983), without the cancellation in a
+    difference of sums of squares. Each worker sends 2 F + 1 numbers, and 2 F in the backward pass.
     """
 
     @staticmethod
@@ -186,12 +186,14 @@ class _JointMoments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Tuple[Tensor, None]:
         tokens, mean, count = ctx.saved_tensors
         grads = torch.stack([grad_mean, grad_var])
-        dist.all_reduce(grads, group=ctx.group)  # what the statistics do to all workers' losses
+        dist.all_reduce(
+            grads, group=ctx.group
+        )  # the gradient of all workers' losses in the statistics
         return (grads[0] + 2 * grads[1] * (tokens - mean)) / count, None
 
 
 class LayerQueryNorm(nn.LayerNorm):
-    """Layer normalisation of each head's query on its own; our choice, no paper tried it."""
+    """Layer normalisation of each head's query separately; our choice, no paper tried it."""
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise (N, H * k_dim) over each k_dim."""

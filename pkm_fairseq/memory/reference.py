@@ -1,4 +1,4 @@
-"""Every part of a memory in the plainest code: the oracle of tests and of the validation."""
+"""A naive implementation of every part of a memory: the reference for tests and validation."""
 
 from typing import Tuple
 
@@ -22,7 +22,7 @@ def full_keys(keys: Tensor) -> Tensor:
 
 
 def naive_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
-    """Score every slot, keep the best: what ``product_topk`` must equal.
+    """Score every slot and keep the best; ``product_topk`` must return the same.
 
     Args:
         query: (N, H, 2, D).
@@ -38,7 +38,7 @@ def naive_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
 
 
 def naive_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of values over heads and neighbours: what ``ValueTable`` must equal.
+    """Weighted sum of values over heads and neighbours; ``ValueTable`` must return the same.
 
     Args:
         values: (n_slots, V).
@@ -54,7 +54,7 @@ def naive_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def naive_mlp_query(
     x: Tensor, hidden: Tensor, hidden_bias: Tensor, out: Tensor, out_bias: Tensor
 ) -> Tensor:
-    """A query network of one hidden layer: what ``MlpQuery`` must equal.
+    """A query network with one hidden layer; ``MlpQuery`` must return the same.
 
     Args:
         x: tokens, (N, input_dim).
@@ -72,7 +72,7 @@ def naive_mlp_query(
 
 
 def naive_weights(scores: Tensor, activation: str = "softmax", scale: float = 1.0) -> Tensor:
-    """Weights of the scores that were kept, (N, H, K), from scores of that shape."""
+    """Weights of the kept scores, (N, H, K), from scores of that shape."""
     scores = scores * scale
     if activation == "relu":
         return torch.where(scores > 0, scores, 0 * scores)
@@ -81,12 +81,12 @@ def naive_weights(scores: Tensor, activation: str = "softmax", scale: float = 1.
 
 
 def naive_linear_output(read: Tensor, projection: Tensor) -> Tensor:
-    """``y W``: what ``LinearOutput`` must equal; read (N, V), projection (input_dim, V)."""
+    """``y W``, as ``LinearOutput`` must return it; read (N, V), projection (input_dim, V)."""
     return torch.einsum("nv,iv->ni", read, projection)
 
 
 def naive_swilu_output(read: Tensor, x: Tensor, gate: Tensor, projection: Tensor) -> Tensor:
-    """``(y * silu(x W1)) W2``: what ``SwiluOutput`` must equal.
+    """``(y * silu(x W1)) W2``, as ``SwiluOutput`` must return it.
 
     Args:
         read: y, (N, V).
@@ -102,7 +102,7 @@ def naive_swilu_output(read: Tensor, x: Tensor, gate: Tensor, projection: Tensor
 
 
 def naive_experts(down: Tensor, up: Tensor, slots: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-    """``sum of weight * gelu(u . x) * v``: what ``Experts`` must equal.
+    """``sum of weight * gelu(u . x) * v``, as ``Experts`` must return it.
 
     Args:
         down: the vectors u, (n_slots, input_dim).

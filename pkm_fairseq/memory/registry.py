@@ -1,4 +1,4 @@
-"""Kinds of queries, values and outputs, by the names that options give them."""
+"""Registries: kinds of queries, values and outputs, by their names in options."""
 
 from typing import Any, Callable, Dict, TypeVar
 
@@ -10,11 +10,11 @@ Kind = TypeVar("Kind", bound=type)
 class Registry(Dict[str, Any]):
     """Kinds of one part of a memory, by name.
 
-    A kind is a module with a class method ``from_config(input_dim, config)``. How one is written
-    is in ``docs/adding_a_kind.md``.
+    A kind is a module with a class method ``from_config(input_dim, config)``.
+    ``docs/adding_a_kind.md`` shows how to write one.
 
     Args:
-        part: what they are kinds of, the name of the option.
+        part: the part of the memory, which is the name of the option.
     """
 
     def __init__(self, part: str) -> None:
@@ -23,11 +23,11 @@ class Registry(Dict[str, Any]):
         self._means: Dict[str, str] = {}
 
     def register(self, name: str, means: str) -> Callable[[Kind], Kind]:
-        """A decorator that makes a class a kind.
+        """A decorator that registers a class as a kind.
 
         Args:
-            name: what the option is given to choose it.
-            means: what it is and where it is from, for help texts and tables.
+            name: the option's value that chooses this kind.
+            means: its meaning and source, for help texts and tables.
 
         Raises:
             ValueError: the name is taken.
@@ -42,11 +42,11 @@ class Registry(Dict[str, Any]):
         return decorate
 
     def meanings(self) -> Dict[str, str]:
-        """The names of now, each with what it means."""
+        """The current names with their meanings."""
         return {name: self._means[name] for name in self}
 
     def build(self, name: str, *settings: Any) -> nn.Module:
-        """A module of the kind of this name."""
+        """Build a module of the kind with this name."""
         built: nn.Module = self[name].from_config(*settings)
         return built
 

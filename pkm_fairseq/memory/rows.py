@@ -1,7 +1,7 @@
-"""Which rows of a value table an update may move: those that its batch reads unusually often.
+"""Choose the rows of a value table that an update trains: those its batch reads unusually often.
 
-Sparse memory finetuning (Lin et al. 2025, arXiv 2510.15103) ranks slots by TF-IDF: their share in
-the reads of the batch, times a logarithm that is small where background text reads them, too.
+Sparse memory finetuning (Lin et al. 2025, arXiv 2510.15103) ranks slots by TF-IDF: their share of
+the batch's reads, times a logarithm that is small if background text reads them, too.
 """
 
 import math
@@ -22,11 +22,11 @@ SCORES = {
 
 @dataclass(frozen=True)
 class RowBudget:
-    """How many rows may move.
+    """The number of rows to train.
 
     Attributes:
-        count: so many; None if it is a share.
-        share: this share of the rows that are read, in (0, 1], rounded up.
+        count: a fixed number; None if ``share`` is given.
+        share: a share of the rows that are read, in (0, 1], rounded up.
     """
 
     count: Optional[int] = None
@@ -37,7 +37,7 @@ class RowBudget:
         """Read "24000", "0.5" or "50%".
 
         Raises:
-            ValueError: it is none of these; the message says what is right.
+            ValueError: the text is none of these; the message says what is allowed.
         """
         said = str(text).strip()
         try:
@@ -51,17 +51,17 @@ class RowBudget:
             budget = cls(count=0)
         if not (budget.count or 0) >= 1 and not 0 < (budget.share or 0) <= 1:
             raise ValueError(
-                f"{text!r}, must be a number of rows, as 1024, or a share of the rows that are "
-                "read, as 0.5 or 50%"
+                f"{text!r}, must be a number of rows, e.g. 1024, or a share of the rows that are "
+                "read, e.g. 0.5 or 50%"
             )
         return budget
 
     def __str__(self) -> str:
-        """As it was given, in words."""
+        """The number or the share, in words."""
         return f"{self.count:,}" if self.count is not None else f"{100 * (self.share or 0):g} %"
 
     def rows(self, n_read: int) -> int:
-        """How many rows of those that are read may move."""
+        """How many of the rows that are read to train."""
         if self.count is not None:
             return min(self.count, n_read)
         assert self.share is not None
@@ -69,23 +69,23 @@ class RowBudget:
 
 
 class RowChoice:
-    """Chooses the rows of a value table that an update may move.
+    """Chooses the rows of a value table that an update trains.
 
     ``score(i) = c(i) / sum c * log((B + 1) / (b(i) + 1))``, where the batch reads slot i c(i)
-    times, and b(i) of B background batches read it. Rows with the highest scores are chosen among
-    those that are read; of equal scores, that of the lower slot.
+    times, and b(i) of B background batches read it. Among the rows that are read it chooses those
+    with the highest scores; if scores are equal, the lower slot.
 
     Args:
-        budget: how many rows.
-        background: counts of background text; None scores by the number of reads alone.
-        data: choose once, by the counts of this text, and not in each update anew.
+        budget: how many rows to choose.
+        background: counts of background text; None scores only by the number of reads.
+        data: choose once, by the counts of this text; None chooses in each update.
 
     Raises:
         ValueError: the counts are of tables of different sizes, or of no batch.
 
     Attributes:
         n_read: rows that the last update read.
-        n_chosen: rows that it was allowed to move.
+        n_chosen: rows that the last update trained.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class RowChoice:
         if data is not None:
             if background is not None and background.n_slots != data.n_slots:
                 raise ValueError(
-                    f"background counts {background.n_slots} slots, data {data.n_slots}, must be "
-                    "of one table"
+                    f"background counts {background.n_slots} slots, data {data.n_slots}, must "
+                    "count the same table"
                 )
             self._fixed = torch.zeros(data.n_slots, dtype=torch.bool)
             self._fixed[self.choose(data.reads)] = True
@@ -124,7 +124,7 @@ class RowChoice:
         return share if self._rarity is None else share * self._rarity.to(share.device)
 
     def keep(self, entries: Entries, n_slots: int) -> Entries:
-        """The entries of a gradient whose rows may move.
+        """The entries of a gradient whose rows are chosen.
 
         Args:
             entries: one for each read, of all micro-batches and workers.
@@ -148,7 +148,7 @@ def rarity(background: SlotCounts) -> Tensor:
     """``log((B + 1) / (b(i) + 1))`` of each slot i, (n_slots,), float64.
 
     Args:
-        background: b(i) of B batches read slot i.
+        background: the counts b(i) and B.
 
     Raises:
         ValueError: there is no batch.

@@ -1,4 +1,4 @@
-"""What a model's memories must know of the run that they are part of."""
+"""The state of a run that a model's memories need."""
 
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional
@@ -7,19 +7,19 @@ import torch
 
 
 class RunState:
-    """The state of a run, one for all memories of a model, which only read it.
+    """The state of a run, one for all memories of a model; the memories only read it.
 
-    The host of the model sets it. Copies of a model share one copy of it.
+    The model's host sets it. Copies of a model share one copy of it.
 
     Args:
-        workers: returns the process group of the workers that take query statistics together, or
-            None if there is but one. A function that can be imported by its name, since a model is
-            copied and pickled, and a group cannot be.
+        workers: returns the process group of the workers that share query statistics, or None for
+            one worker. It must be importable by name: models are copied and pickled, and process
+            groups cannot be.
 
     Attributes:
         updates: finished updates of the training; None outside a training.
-        is_dummy: whether the batch at hand is a dummy batch, no data: a host gives it to an idle
-            worker, so that it stays in step with the others.
+        is_dummy: whether the current batch is a dummy batch. A host gives dummy batches to idle
+            workers, so that they stay in step with the others.
         workers: as above.
     """
 
@@ -29,12 +29,12 @@ class RunState:
         self.workers = workers
 
     def group(self) -> Any:
-        """The process group of the workers that share statistics; None if there is but one."""
+        """The process group of the workers that share statistics; None for one worker."""
         return None if self.workers is None else self.workers()
 
     @contextmanager
     def dummy_batch(self, is_dummy: bool = True) -> Iterator[None]:
-        """While the context is open, batches are dummy batches, or are not."""
+        """Set ``is_dummy`` while the context is open."""
         before, self.is_dummy = self.is_dummy, is_dummy
         try:
             yield
@@ -43,9 +43,9 @@ class RunState:
 
 
 def is_repeated() -> bool:
-    """Whether this is the second pass of a batch, which activation checkpointing does in backward.
+    """Whether this is activation checkpointing's second forward pass, during backward.
 
-    The first pass has updated all statistics and counts. torch offers no public way to ask;
-    ``torch.utils.checkpoint`` asks in this way itself.
+    The first pass has updated all statistics and counts. torch has no public function for this;
+    ``torch.utils.checkpoint`` itself checks it this way.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

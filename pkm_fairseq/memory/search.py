@@ -13,11 +13,11 @@ from .kernels import compute_dtype, is_plain, without_autocast
 def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
     """Find the ``knn`` slots with the highest scores, exactly.
 
-    A slot is a pair of sub-keys, its score the sum of the two half scores. Sort each half
-    in descending order: the pair of ranks (i, j) is beaten or equalled by the
-    (i + 1)(j + 1) - 1 other pairs at ranks (<= i, <= j), so only pairs with
-    (i + 1)(j + 1) <= knn can matter: 119 candidates for knn = 32 instead of 1,024.
-    Rounding is monotone, so this holds in floating point too.
+    A slot is a pair of sub-keys; its score is the sum of the two half scores. Sort each half in
+    descending order. The (i + 1)(j + 1) - 1 other pairs at ranks (<= i, <= j) beat or equal the
+    pair of ranks (i, j). So only pairs with (i + 1)(j + 1) <= knn can be among the best: 119
+    candidates for knn = 32 instead of 1,024. Rounding is monotone, so this also holds in floating
+    point.
 
     Args:
         query: (..., H, 2, D), any floating dtype.
@@ -26,13 +26,13 @@ def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]
 
     Returns:
         Scores and slots, each (..., H, K), scores descending. Scores are in float32, or in
-        float64 if query or keys are. Slots are int64, ``i1 * S + i2``. Which of several slots
-        with equal scores is kept is not specified.
+        float64 if query or keys are. Slots are int64, ``i1 * S + i2``. The choice among slots
+        with equal scores is not specified.
 
     Raises:
         ValueError: shapes do not fit, knn is out of range, or, on the CPU, the best score of a
-            head is not finite: the softmax would be NaN. On a GPU, where looking would make the
-            host wait, and where torch traces, such scores are returned.
+            head is not finite, so that the softmax would be NaN. On a GPU (where the check would
+            make the host wait) and in traces, such scores are returned.
     """
     _check_search(query, keys, knn)
     dtype = torch.promote_types(compute_dtype(query.dtype), compute_dtype(keys.dtype))
@@ -47,7 +47,7 @@ def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]
 
 
 class _Search(torch.autograd.Function):
-    """The search, differentiable in its scores; half scores are not kept for the backward."""
+    """The search, differentiable in its scores; the backward pass needs no half scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
@@ -90,12 +90,12 @@ def half_scores(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def slot_of(index1: Tensor, index2: Tensor, n_keys: int) -> Tensor:
-    """The slot of a pair of sub-keys; the only place where this is written."""
+    """The slot of a pair of sub-keys; this formula is nowhere else."""
     return index1 * n_keys + index2
 
 
 def draw_kept_keys(heads: int, n_keys: int, n_kept: int, device: torch.device) -> Tensor:
-    """Draw which sub-keys stay in the search, for each head and half on its own.
+    """Draw the sub-keys that stay in the search, separately for each head and half.
 
     Returns:
         (H, 2, n_kept), int64, indices of sub-keys.
@@ -104,7 +104,7 @@ def draw_kept_keys(heads: int, n_keys: int, n_kept: int, device: torch.device) -
 
 
 def product_topk_of(query: Tensor, keys: Tensor, kept: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
-    """As ``product_topk``, among the slots both of whose sub-keys are kept.
+    """Like ``product_topk``, but only among slots whose sub-keys are both kept.
 
     Args:
         query: (N, H, 2, D).
@@ -130,7 +130,7 @@ def candidate_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _kept_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """As ``candidate_ranks``, kept: a GPU need not get them again with every batch."""
+    """Like ``candidate_ranks``, but cached, so that a GPU need not receive them per batch."""
     with torch.inference_mode(False), torch._C.DisableTorchFunction():  # usable in any context
         return _new_ranks(knn, device)
 
@@ -142,8 +142,8 @@ def _new_ranks(knn: int, device: torch.device) -> Tuple[Tensor, Tensor]:
 
 
 def _check_scores(scores: Tensor, query: Tensor, keys: Tensor) -> None:
-    """Complain of scores (N, H, K), descending, whose softmax is NaN; query (N, H, 2, D)."""
-    best = scores[..., 0]  # NaN, if any score is
+    """Refuse scores (N, H, K), descending, whose softmax is NaN; query (N, H, 2, D)."""
+    best = scores[..., 0]  # NaN if any score is NaN
     if best.isfinite().all():
         return
     n_nan, n_infinite = int(best.isnan().sum()), int(best.isinf().sum())

@@ -1,4 +1,4 @@
-"""A value table split by columns over workers, each of which holds a part of every value."""
+"""Split a value table by columns over workers; each worker holds a part of every value."""
 
 from typing import Any, List, Optional, Tuple
 
@@ -9,31 +9,31 @@ from torch import Tensor
 from .collectives import all_gather, all_gather_rows, narrow
 from .kernels import is_traced
 
-ROWS = 8192  # of a table, sent or drawn at once
+ROWS = 8192  # rows to send or draw at once
 
 
 class ColumnShards:
-    """The workers that share a value table, and what they tell each other.
+    """The workers that share a value table, and their communication.
 
-    Workers form groups of W; each group has a whole table, of which every worker holds V / W
-    columns. A read asks all workers of the group: look-ups are gathered, each worker reads its
-    columns for everyone, and the columns go back to who asked. So every worker of a group must
-    take part in every read, forward and backward. All workers must make this, in the same order.
+    Workers form groups of W. Each group holds one whole table, V / W columns per worker. To read,
+    a group gathers the look-ups of all its workers; each worker reads its columns for everyone and
+    sends them back. So every worker of a group must take part in every read, forward and backward.
+    All workers must create this object, in the same order.
 
     Shapes: n tokens of this worker, N of all workers of the group, T reads per token, V v_dim.
 
     Args:
-        n_shards: W, workers to a group; groups are of consecutive ranks.
+        n_shards: W, workers per group; a group has consecutive ranks.
 
     Raises:
-        ValueError: W is no divisor of the number of workers.
+        ValueError: W does not divide the number of workers.
 
     Attributes:
-        rank: this worker's place in its group, and that of its columns in the table.
+        rank: this worker's index in its group, and the index of its columns in the table.
         n_shards: W.
-        group: the process group of the workers of this worker's group.
-        replicas: the process group of the workers, one of each group, with the same columns; None
-            if there is one group only.
+        group: the process group of this worker's group.
+        replicas: the process group of the workers with the same columns, one per group; None if
+            there is only one group.
     """
 
     def __init__(self, n_shards: int) -> None:
@@ -53,10 +53,10 @@ class ColumnShards:
         self.replicas = _own_group(same_columns) if len(first) > 1 else None
 
     def width(self, v_dim: int) -> int:
-        """Columns of each worker.
+        """Columns per worker.
 
         Raises:
-            ValueError: they are not equally many.
+            ValueError: the columns cannot be divided evenly.
         """
         if v_dim % self.n_shards:
             raise ValueError(
@@ -65,19 +65,19 @@ class ColumnShards:
         return v_dim // self.n_shards
 
     def own_columns(self, table: Tensor, v_dim: int) -> Tensor:
-        """This worker's columns of a whole table (n_slots, V), as a view; other shapes as given.
+        """This worker's columns of a whole table (n_slots, V), as a view; other shapes unchanged.
 
         Raises:
-            ValueError: the table is a part of one, and nobody can say which worker's.
+            ValueError: the table is one worker's part, and it is unknown which worker's.
         """
         width = self.width(v_dim)
         if table.dim() == 2 and table.shape[1] == width < v_dim:
             raise ValueError(
-                f"a table of values has shape {tuple(table.shape)}, which is the part of one "
-                f"worker; must be whole, {(len(table), v_dim)}"
+                f"a value table has shape {tuple(table.shape)}, one worker's part; "
+                f"must be whole, {(len(table), v_dim)}"
             )
         if table.dim() != 2 or table.shape[1] != v_dim:
-            return table  # whoever loads it will complain
+            return table  # the loader will raise an error
         return table[:, self.rank * width : (self.rank + 1) * width]
 
     def __deepcopy__(self, memo: Any) -> "ColumnShards":
@@ -85,10 +85,10 @@ class ColumnShards:
         return self
 
     def count_tokens(self, tokens: int, device: torch.device) -> List[int]:
-        """How many tokens each worker of the group has, of this worker's ``tokens``.
+        """The number of tokens of each worker in the group; this worker has ``tokens``.
 
         Raises:
-            RuntimeError: torch traces, which cannot follow the workers.
+            RuntimeError: torch is tracing; a trace cannot include other workers.
         """
         if is_traced():
             raise RuntimeError(
@@ -105,18 +105,18 @@ class ColumnShards:
     def gather_weights(self, weights: Tensor, tokens: List[int]) -> Tensor:
         """The weights of all workers of the group, (N, T), from this worker's (n, T).
 
-        It is differentiable: the backward pass sums what every worker's columns contribute.
+        It is differentiable: the backward pass sums the contributions of all columns.
         """
         return _GatherWeights.apply(weights, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
     def exchange_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
-        """What all columns read for this worker, (n, V), from what its columns read for all.
+        """This worker's whole reads, (n, V), from its columns of all workers' reads.
 
-        It is differentiable: the backward pass hands everyone the gradient of their columns.
+        It is differentiable: the backward pass sends each worker the gradient of its columns.
 
         Args:
             read: (N, V / W).
-            tokens: how many tokens are whose.
+            tokens: the number of tokens of each worker.
         """
         return _ExchangeColumns.apply(read, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -128,34 +128,34 @@ class ColumnShards:
         return _SpreadColumns.apply(x, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
     def sum_dots(self, partial: Tensor, tokens: List[int]) -> Tensor:
-        """Sums of what all columns contribute, (n, T), from this worker's parts for all, (N, T).
+        """Sums over all columns, (n, T), from this worker's contributions for all, (N, T).
 
         It is differentiable, and the adjoint of ``gather_weights``.
         """
         return _SumDots.apply(partial, self, tokens)  # type: ignore[no-untyped-call, no-any-return]
 
     def return_columns(self, read: Tensor, tokens: List[int]) -> Tensor:
-        """Hand everyone what this worker's columns read for them.
+        """Send each worker its reads from this worker's columns.
 
         Args:
             read: (N, V / W).
-            tokens: how many tokens are whose.
+            tokens: the number of tokens of each worker.
 
         Returns:
-            What all columns read for this worker, (n, V).
+            This worker's reads from all columns, (n, V).
         """
         parts = self._exchange(read, tokens, [tokens[self.rank]] * self.n_shards)
         return parts.view(self.n_shards, *self._own_shape(read, tokens)).transpose(0, 1).flatten(1)
 
     def send_columns(self, grad_read: Tensor, tokens: List[int]) -> Tensor:
-        """Hand everyone the gradient of what their columns read.
+        """Send each worker the gradient of the reads from its columns.
 
         Args:
             grad_read: (n, V).
-            tokens: how many tokens are whose.
+            tokens: the number of tokens of each worker.
 
         Returns:
-            The gradient of what this worker's columns read for all, (N, V / W).
+            The gradient of all workers' reads from this worker's columns, (N, V / W).
         """
         n = len(grad_read)
         width = grad_read.shape[1] // self.n_shards
@@ -163,11 +163,11 @@ class ColumnShards:
         return self._exchange(by_shard, [n] * self.n_shards, tokens)
 
     def sum_for_owners(self, partial: Tensor, tokens: List[int]) -> Tensor:
-        """Sum what every worker's columns contribute, for those whose tokens they are.
+        """Sum the contributions of all columns, and give each worker the sums of its tokens.
 
         Args:
             partial: (N, T).
-            tokens: how many tokens are whose.
+            tokens: the number of tokens of each worker.
 
         Returns:
             (n, T).
@@ -179,7 +179,7 @@ class ColumnShards:
         return tokens[self.rank], of_all.shape[1]
 
     def _exchange(self, x: Tensor, rows_to: List[int], rows_from: List[int]) -> Tensor:
-        """Send so many rows to each worker of the group, and receive so many from each."""
+        """Send and receive the given numbers of rows to and from each worker of the group."""
         received = x.new_empty(sum(rows_from), x.shape[1])
         dist.all_to_all_single(received, x.contiguous(), rows_from, rows_to, group=self.group)
         return received
@@ -190,21 +190,20 @@ class ColumnShards:
         return x
 
     def all_have(self, it: bool, device: Optional[torch.device] = None) -> bool:
-        """Whether something is so on every worker of the group."""
+        """Whether a condition holds on every worker of the group."""
         lacking = torch.tensor(int(not it), device=device)
         return not int(self.sum_(lacking))
 
     def assemble(self, columns: Tensor) -> Optional[Tensor]:
-        """Put a whole table together, on the first worker of all.
+        """Assemble the whole table on the worker of rank 0.
 
-        Every worker must call it. Nothing but the table itself has its size.
+        Every worker must call it. No other tensor of the table's size is created.
 
         Args:
-            columns: (n_slots, V / W), this worker's.
+            columns: (n_slots, V / W), this worker's columns.
 
         Returns:
-            The table, (n_slots, V), in the memory of the CPU, on the worker of rank 0; None on
-            all others.
+            The table, (n_slots, V), on the CPU, on the worker of rank 0; None on all others.
         """
         if dist.get_rank() >= self.n_shards:  # another group, with the same table
             return None
@@ -220,9 +219,9 @@ class ColumnShards:
         return whole
 
     def draw_normal_(self, columns: Tensor, std: float) -> None:
-        """Draw this worker's columns of a whole table as torch draws the whole, in place.
+        """Draw this worker's columns in place, with the numbers torch would draw for the whole.
 
-        Random numbers are drawn for all columns, a part of the rows at a time.
+        It draws random numbers for all columns, some rows at a time.
         """
         n_slots, width = columns.shape
         for start in range(0, n_slots, ROWS):
@@ -289,7 +288,7 @@ class _SumDots(torch.autograd.Function):
 
 
 def _own_group(groups: List[List[int]]) -> Any:
-    """Make all the groups, as every worker must, and return that of this worker."""
+    """Create all groups, as every worker must, and return this worker's."""
     rank = dist.get_rank()
     made = [dist.new_group(ranks) for ranks in groups]
     return next(g for g, ranks in zip(made, groups, strict=True) if rank in ranks)

@@ -1,4 +1,4 @@
-"""The architectures of ``pkm_roberta``: what options are where nobody gives them."""
+"""The architectures of ``pkm_roberta``: defaults of options."""
 
 from copy import copy
 from dataclasses import fields
@@ -11,7 +11,7 @@ from ..memory import MemoryConfig
 
 Architecture = Callable[[Any], None]
 
-# what a size sets; all else is RoBERTa-base's, and MemoryConfig's
+# options that a size sets; all others are those of RoBERTa-base and MemoryConfig
 SIZES: Dict[str, Dict[str, Any]] = {
     # small enough to learn on a laptop's CPU within minutes (our choice)
     "tiny": {
@@ -37,7 +37,7 @@ SIZES: Dict[str, Dict[str, Any]] = {
 
 
 def base_architecture(args: Any) -> None:
-    """RoBERTa-base, memories in place of the FFN in layers 3 and 7; sizes: Lample et al. 2019."""
+    """RoBERTa-base, memories instead of the FFN in layers 3 and 7; sizes: Lample et al. 2019."""
     _complete(args, SIZES["base"])
     _complete(args, {"memory_mode": "replace", "encoder_layerdrop": 0.0})
     _complete(args, {f"memory_{f.name}": f.default for f in fields(MemoryConfig)})

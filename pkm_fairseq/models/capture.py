@@ -1,4 +1,4 @@
-"""What the memories of a trained model are asked on real text: their inputs, captured."""
+"""Capture the inputs of a trained model's memories on real text."""
 
 import argparse
 import os
@@ -24,11 +24,11 @@ from .checkpoints import (
 )
 from .roberta import PkmRobertaModel
 
-SENTENCES = 16  # sequences run at once
+SENTENCES = 16  # sequences per batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model is to read which text."""
+    """Add the options that choose a model and a text."""
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a trained model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DATA-BIN", help="folder made by fairseq-preprocess")
@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sentencepiece-model",
         "--spm",
         metavar="FILE",
-        help="tokenizer of --text; without it, the text must already consist of symbols of the "
-        "dictionary, separated by blanks",
+        help="tokenizer of --text; without it, the text must consist of symbols of the dictionary, "
+        "separated by blanks",
     )
     parser.add_argument(
         "--dict",
@@ -52,24 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1000,
         metavar="N",
-        help="tokens to look up in each memory, every head with a query of its own (default: 1000)",
+        help="tokens to look up in each memory; each head has its own query (default: 1000)",
     )
 
 
 def capture(
     args: Namespace, layers: Optional[List[int]] = None
 ) -> Tuple[PkmRobertaModel, Dict[int, Tensor]]:
-    """Load the model of the options of ``add_arguments``, and capture inputs on its text.
+    """Load the model that the options of ``add_arguments`` name, and capture inputs on the text.
 
     Args:
         args: the parsed options.
         layers: memory layers; None for all.
 
     Returns:
-        The model, in eval mode, and by layer its memory's inputs, (queries, width).
+        The model, in eval mode, and its memories' inputs by layer, (queries, width).
 
     Raises:
-        ValueError: an option or a file is wrong; the message says which.
+        ValueError: an option or a file is wrong; the message names it.
     """
     if args.queries < 1:
         raise ValueError(f"--queries is {args.queries}, must be at least 1")
@@ -94,11 +94,11 @@ def capture(
 def load_model(
     checkpoint: Dict[str, Any], dictionary: Dictionary, path: str = "checkpoint"
 ) -> PkmRobertaModel:
-    """Build the model of a checkpoint of ours and load it, in float32 and eval mode.
+    """Build and load the model of a ``pkm_roberta`` checkpoint, in float32 and eval mode.
 
     Raises:
-        ValueError: the checkpoint is not of ``pkm_roberta`` or damaged, or the dictionary is
-            another one.
+        ValueError: the checkpoint is damaged or holds another model, or the dictionary does not
+            match.
     """
     refuse_other_models(checkpoint, path)
     options = options_of(checkpoint, "model")
@@ -109,16 +109,16 @@ def load_model(
     model = PkmRobertaModel.build_model(Namespace(**{**options, "init_from": None}), task)
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
-    except RuntimeError as error:  # names every parameter that does not fit, on lines of its own
+    except RuntimeError as error:  # lists all parameters that do not fit, one per line
         problem = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit its options: {problem}") from None
     return model.float().eval()
 
 
 def pack(lines: Iterable[Tensor], length: int, bos: int) -> Iterator[Tensor]:
-    """Pack lines of token ids into sequences of up to ``length``, each with ``bos`` in front.
+    """Pack lines of token ids into sequences of up to ``length``, each starting with ``bos``.
 
-    A line is cut only where it does not fit into a sequence of its own.
+    It cuts a line only if the line is longer than a sequence.
     """
     room = length - 1
     packed: List[Tensor] = []
@@ -140,13 +140,13 @@ def capture_inputs(
     n_tokens: int,
     layers: Optional[List[int]] = None,
 ) -> Dict[int, Tensor]:
-    """Run the model over sequences of token ids; keep what its memories are given.
+    """Run the model over sequences of token ids, and keep the inputs of its memories.
 
     Args:
         model: in eval mode.
         sequences: token ids, each (T,).
         pad: the padding id; padding is not captured.
-        n_tokens: how many tokens to capture.
+        n_tokens: the number of tokens to capture.
         layers: memory layers; None for all.
 
     Returns:
@@ -189,7 +189,7 @@ def batches(sequences: Iterable[Tensor], pad: int, size: int = SENTENCES) -> Ite
 
 
 def dictionary_of(args: Namespace, checkpoint: Dict[str, Any]) -> Dictionary:
-    """The dictionary that the options name, or the one beside the training data.
+    """The dictionary of the options, or the one beside the training data.
 
     Raises:
         ValueError: there is none.
@@ -221,7 +221,7 @@ def text_lines(args: Namespace, dictionary: Dictionary) -> Iterator[Tensor]:
     """The token ids of the lines of ``args.text``.
 
     Raises:
-        ValueError: it is no UTF-8 text, or of other symbols than the dictionary's.
+        ValueError: the text is not UTF-8, or more than half of its symbols are unknown.
     """
     encode = _encoder(args.sentencepiece_model)
     try:

@@ -1,4 +1,4 @@
-"""Options that are impossible, alone or together, each refused in one line."""
+"""Refuse impossible options and combinations of options, each in one line."""
 
 from importlib.util import find_spec
 
@@ -8,9 +8,9 @@ from ..memory.option import declared_in, flag_of
 from .config import PkmRobertaConfig
 from .plan import Plan
 
-# what pkm_adam cannot be part of: options of fairseq's, values of theirs, and why
+# incompatible with pkm_adam: fairseq's option, its value, and the reason
 NOT_WITH_PKM_ADAM = {
-    ("zero_sharding", "os"): "a worker would forget the gradient of all tables but its own share; "
+    ("zero_sharding", "os"): "a worker would lose the gradient of all tables except its share; "
     "use --zero-sharding none",
     ("ddp_backend", "fully_sharded"): "it flattens tables, which then have no rows; "
     "use --ddp-backend legacy_ddp",
@@ -18,17 +18,17 @@ NOT_WITH_PKM_ADAM = {
     "in every update; use --ddp-backend legacy_ddp",
     ("tpu", True): "it cannot exchange the gradient of values there; use --optimizer adam",
 }
-# what would leave a worker out of a read that the others wait in, or a part of a table unsaved
+# incompatible with shards: a worker would miss a read, or a part of a table would not be saved
 NOT_WITH_SHARDS = {
-    "encoder_layerdrop": "workers would drop other layers, and wait for each other's reads",
-    "store_ema": "the average of a part of a table cannot be saved as a whole",
+    "encoder_layerdrop": "workers would drop different layers, and wait for each other's reads",
+    "store_ema": "the average of a split table cannot be saved as a whole",
     "use_bmuf": "it averages the columns of different workers",
-    "no_save_optimizer_state": "fairseq then does not tell all workers that it saves",
+    "no_save_optimizer_state": "fairseq then does not tell all workers when it saves",
 }
 
 
 def check_plan(plan: Plan) -> None:
-    """Check a model's options, each alone, against each other, and against the run's.
+    """Check a model's options, alone, against each other, and against the run's options.
 
     Raises:
         ValueError: an option is impossible.
@@ -82,7 +82,7 @@ def _check_precision(plan: Plan) -> None:
                 f"common.memory_efficient_{half} alone has no effect in fairseq-hydra-train: set "
                 f"common.{half}=true, too"
             )
-    # what fairseq-train makes of --bf16
+    # fairseq-train's reading of --bf16
     if plan.run.bf16 and plan.run.tpu and not find_spec("torch_xla"):
         raise ValueError(
             "--bf16 and --memory-efficient-bf16 of fairseq-train are for TPUs (torch_xla is not "
@@ -119,14 +119,14 @@ def _check_finetune(plan: Plan) -> None:
         raise ValueError(f"{flag} and --memory-freeze {plan.freeze} exclude each other")
     if plan.run.optimizer != "pkm_adam":
         raise ValueError(
-            f"{flag} does not work with --optimizer {plan.run.optimizer}, which moves rows that "
-            "were not read, too: use --optimizer pkm_adam"
+            f"{flag} does not work with --optimizer {plan.run.optimizer}, which also moves "
+            "rows that were not read: use --optimizer pkm_adam"
         )
     several = distributed_utils.get_data_parallel_world_size() > 1
     if several and plan.run.ddp_backend in ("pytorch_ddp", "c10d"):
         raise ValueError(
             f"{flag} does not work with --ddp-backend {plan.run.ddp_backend} on several workers: "
-            "it wants parameters besides values; use --ddp-backend legacy_ddp"
+            "it needs trainable parameters besides values; use --ddp-backend legacy_ddp"
         )
 
 
@@ -142,7 +142,7 @@ def _check_shards(plan: Plan) -> None:
     if plan.freeze in ("values", "all"):
         raise ValueError(
             f"--memory-freeze {plan.freeze} does not work with --memory-shards {n_shards}: the "
-            "optimizer, which puts whole tables together to save them, does not get frozen ones"
+            "optimizer joins the shards for saving, but gets no frozen tables"
         )
     for option, reason in NOT_WITH_SHARDS.items():
         if getattr(plan, option, None) or getattr(plan.run, option, None):

@@ -22,19 +22,21 @@ class MemoryTransformerEncoder(TransformerEncoder):
         args: fairseq's model options.
         dictionary: the input dictionary.
         embed_tokens: the input embedding.
-        plan: which layers get a memory, and of what kind.
+        plan: the layers with a memory, and the memory's settings.
 
     Attributes:
         run: the state of the run, for all memories.
     """
 
     def __init__(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding, plan: Plan) -> None:
-        # set before super().__init__, which builds the layers one by one without their index
+        # set before super().__init__, which builds the layers without telling their index
         self._plan = plan
         self._shards = None if plan.n_shards == 1 else ColumnShards(plan.n_shards)
         self.run = RunState(data_parallel_group)
         self._n_built = 0
-        self._shared_values: List[nn.Module] = []  # a list: not registered here a second time
+        self._shared_values: List[
+            nn.Module
+        ] = []  # in a list, so that torch does not register it twice
         super().__init__(args, dictionary, embed_tokens)
 
     def build_encoder_layer(self, args: Any) -> nn.Module:
@@ -75,10 +77,10 @@ class MemoryRobertaEncoder(RobertaEncoder):
         super().__init__(args, dictionary)
 
     def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding) -> nn.Module:
-        """Build the transformer, initialised as fairseq does it.
+        """Build the transformer with fairseq's initialisation.
 
-        ``init_bert_params`` draws every Linear from N(0, 0.02), the memory's query and output
-        projection included; sub-keys and values keep the memory's own initialisation.
+        ``init_bert_params`` draws every Linear from N(0, 0.02), including the memory's query and
+        output projection. Sub-keys and values keep the memory's own initialisation.
         """
         encoder = MemoryTransformerEncoder(args, dictionary, embed_tokens, self._plan)
         encoder.apply(init_bert_params)
@@ -86,7 +88,7 @@ class MemoryRobertaEncoder(RobertaEncoder):
 
 
 def data_parallel_group() -> Any:
-    """The process group of data-parallel workers; None if there is but one."""
+    """The process group of data-parallel workers; None for one worker."""
     if distributed_utils.get_data_parallel_world_size() == 1:
         return None
     return distributed_utils.get_data_parallel_group()

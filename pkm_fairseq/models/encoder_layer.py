@@ -26,10 +26,10 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
     In a pre-LN block memory and FFN read LN(h), and the sum is not normalised.
 
     Attributes:
-        reads: when each slot was last read in training by fairseq; observes the memory.
+        reads: the update of each slot's last read in fairseq's training; observes the memory.
     """
 
-    fc1: Any  # None where the memory stands in place of the FFN
+    fc1: Any  # None if the memory replaces the FFN
     fc2: Any
 
     def __init__(self, cfg: TransformerConfig, memory: ProductKeyMemory, mode: str) -> None:
@@ -63,7 +63,7 @@ class MemoryEncoderLayer(TransformerEncoderLayerBase):
     def _attention(
         self, x: Tensor, padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]
     ) -> Tensor:
-        if attn_mask is not None:  # 1 where attention is forbidden; large, not infinite
+        if attn_mask is not None:  # 1 marks forbidden attention; large, not infinite
             forbidden = -1e8 if x.element_size() >= 4 else -1e4
             attn_mask = attn_mask.masked_fill(attn_mask.bool(), forbidden)
         inner = self.self_attn_layer_norm(x) if self.normalize_before else x

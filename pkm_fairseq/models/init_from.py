@@ -1,4 +1,4 @@
-"""INIT (Kim & Jung 2020): start from a checkpoint pretrained without memory, or one of ours."""
+"""INIT (Kim & Jung 2020): start from a checkpoint pretrained without memory, or with one."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ from .plan import Plan
 
 logger = logging.getLogger(__name__)
 
-READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # of a training, not of a model
-ORIGIN = ".reads.origin"  # of these, what memories that go on keep
-FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace
+READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # belong to a training, not to a model
+ORIGIN = ".reads.origin"  # the part that memories keep
+FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace these
 MAX_NAMED = 8
 
 
@@ -28,12 +28,12 @@ def apply_init_from(model: nn.Module, plan: Plan, args: Any, dictionary: Diction
 
     Args:
         model: the model just built.
-        plan: what it was built from.
-        args: fairseq's model options, which are compared with the checkpoint's.
+        plan: the plan of the model.
+        args: fairseq's model options, to compare with the checkpoint's.
         dictionary: the dictionary of the task.
 
     Raises:
-        ValueError: the file is missing, is no checkpoint, or does not fit.
+        ValueError: the file is missing, is not a checkpoint, or does not fit.
     """
     path = plan.init_from
     if path is None:
@@ -60,7 +60,7 @@ def load_parameters(
     """
     heads = [name for name in state if name.startswith("classification_heads.")]
     state = {name: tensor for name, tensor in state.items() if name not in heads}
-    RobertaModel.upgrade_state_dict_named(model, state, "")  # renames what older versions saved
+    RobertaModel.upgrade_state_dict_named(model, state, "")  # renames parameters of older versions
     origins = {name: tensor for name, tensor in state.items() if name.endswith(ORIGIN)}
     state = {name: tensor for name, tensor in state.items() if not READ_TIMES.search(name)}
     fitting = own_columns(model, state)
@@ -95,7 +95,7 @@ def load_parameters(
 
 
 def own_columns(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """A state whose values are this worker's columns, where tables are split over workers."""
+    """The state with only this worker's columns of values, if tables are split over workers."""
     tables = {
         f"{name}.weight": table
         for name, table in model.named_modules(remove_duplicate=False)
@@ -110,10 +110,10 @@ def own_columns(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]
 
 
 def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
-    """Compare the options that decide what a model computes, but that no shape shows.
+    """Compare the options that change a model's output but no parameter's shape.
 
     Raises:
-        ValueError: one differs.
+        ValueError: an option differs.
     """
     theirs = options_of(checkpoint, "model")
     for name in ("encoder_attention_heads", "activation_fn", "encoder_normalize_before"):
@@ -127,9 +127,9 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
 def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
     """Complete a state of an older version, or without memory, in place.
 
-    fairseq's strict loading then takes it. Times of reads that are missing start anew. Of a
-    memory-less state the replaced FFNs are dropped, and the model keeps its initial memory. A
-    state that holds any memory stays subject to strict checks.
+    fairseq's strict loading then accepts it. Missing times of reads start from zero. For a state
+    without memory it drops the replaced FFNs, and the model keeps its initial memory. A state with
+    any memory is still checked strictly.
     """
     own = model.state_dict()
     for name in own:
@@ -150,13 +150,13 @@ def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
 
 
 def _memory_of(name: str) -> Optional[str]:
-    """The memory that a parameter belongs to, as the start of its name; None if to none."""
+    """The name prefix of a parameter's memory; None if it belongs to none."""
     match = MEMORY_PARAMETER.search(name)
     return name[: match.end()] if match else None
 
 
 def _shared(own: Dict[str, Tensor]) -> Iterator[Tuple[str, str]]:
-    """Pairs of names in a model's state that are one and the same tensor."""
+    """Pairs of names in a model's state that share one tensor."""
     first: Dict[int, str] = {}
     for name, tensor in own.items():
         other = first.setdefault(tensor.data_ptr(), name)
@@ -180,5 +180,5 @@ def _listed(items: List[str]) -> str:
 
 
 def _modules(names: List[str]) -> List[str]:
-    """The memories and linear layers that parameters belong to, each once, as patterns."""
+    """The memories and linear layers of the parameters, each once, as patterns."""
     return list(dict.fromkeys(re.sub(r"(\.memory|\.fc[12])\..*", r"\1.*", name) for name in names))

@@ -1,4 +1,4 @@
-"""What model to build: fairseq's options, read once."""
+"""The plan of a model: fairseq's options, read once."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Dict, Optional, Tuple
@@ -16,24 +16,24 @@ from .prune import kept_memory_layers, layers_to_keep
 
 @dataclass(frozen=True)
 class Plan:
-    """A model to be built, and what it must know of its run.
+    """A model to build, and the options of its run that it needs.
 
     Attributes:
-        memory_layers: indices of the layers with a memory, counted from 0 in the model as it is
-            built, that is, without the layers that ``--encoder-layers-to-keep`` leaves out.
+        memory_layers: indices of the layers with a memory, counted from 0 in the built model, that
+            is, without the layers that ``--encoder-layers-to-keep`` removes.
         memory_mode: "replace" or "residual".
         memory: settings of every memory.
-        freeze: the part of the memory that is not trained; None for none.
-        finetune: what alone is trained, if this is a finetuning of values.
-        n_shards: workers that each value table is split over.
-        init_from: the checkpoint that a fresh run starts from; None for none.
-        n_layers: layers of the encoder as it is built.
-        kept_layers: which layers of the whole encoder these are; None for all.
-        encoder_layerdrop: probability with which a training step leaves a layer out.
+        freeze: the frozen part of the memory; None for none.
+        finetune: which parameters to train, if this is a finetuning of values.
+        n_shards: number of workers that share one copy of each value table.
+        init_from: the checkpoint from which a fresh run starts; None for none.
+        n_layers: layers of the built encoder.
+        kept_layers: indices of these layers in the whole encoder; None for all.
+        encoder_layerdrop: probability that a training step skips a layer.
         ffn_reg_scale_factor: of AdaPruning; 0 for none.
         ffn_blocks_to_remove: of AdaPruning; -1 for none.
         grouped_optimizers: the optimizers of fairseq's ``composite``.
-        run: what the model must know of the rest of the run.
+        run: the options of the run that the model needs.
     """
 
     memory_layers: Tuple[int, ...]
@@ -53,7 +53,7 @@ class Plan:
 
 
 def complete_options(args: Any, task: Any) -> None:
-    """Fill in what neither the user nor an architecture has said."""
+    """Fill in the options that neither the user nor an architecture has set."""
     base_architecture(args)
     if safe_getattr(args, "max_positions") is None:
         args.max_positions = task.max_positions()
@@ -90,14 +90,14 @@ def read_plan(args: Any) -> Plan:
 
 
 def write_back(plan: Plan, args: Any) -> None:
-    """Make the options those of the model that was built; the run's checkpoints will hold them.
+    """Set the options to those of the built model; the run's checkpoints store them.
 
-    What is of this run only is cleared: nobody who loads its checkpoints is asked for the file
-    that it started from, for as many workers or for counts of slots, nothing is frozen that this
-    finetuning froze, and its layers are not pruned again.
+    It clears options that belong to this run only. Loading the run's checkpoints then needs neither
+    its initial checkpoint, nor the same number of workers, nor its slot counts; it freezes nothing,
+    and prunes no layers again.
 
     Args:
-        plan: what was read.
+        plan: the plan of the model.
         args: fairseq's model options.
     """
     changed: Dict[str, Any] = {"init_from": None, "memory_shards": 1}
@@ -111,7 +111,7 @@ def write_back(plan: Plan, args: Any) -> None:
     root = args._get_parent() if OmegaConf.is_config(args) else None
     if root is None or root.get("model") is None:
         return
-    with open_dict(root):  # args is a copy when the model is named by its bare name
+    with open_dict(root):  # args is a copy if the model is given by its bare name
         root.model.update({name: v for name, v in changed.items() if name in root.model})
 
 
@@ -124,12 +124,12 @@ def _run_options(args: Any) -> RunOptions:
 
 
 def _name_of(optimizer: Any) -> Optional[str]:
-    """The name of an optimizer, given by its name or as a config that has one."""
+    """The name of an optimizer, given as a name or as a config."""
     name = safe_getattr(optimizer, "_name") if OmegaConf.is_config(optimizer) else optimizer
     return name if isinstance(name, str) else None
 
 
 def _grouped_optimizers(optimizer: Any) -> Tuple[str, ...]:
-    """The optimizers of fairseq's composite, which hydra alone can configure."""
+    """The optimizers of fairseq's composite, which only hydra can configure."""
     groups = (safe_getattr(optimizer, "groups") or {}) if OmegaConf.is_dict(optimizer) else {}
     return tuple(str(safe_getattr(group.optimizer, "_name")) for group in groups.values())

@@ -1,7 +1,7 @@
-"""``--encoder-layers-to-keep``: a model, and the checkpoints it loads, without some layers.
+"""``--encoder-layers-to-keep``: remove layers from a model, and from the checkpoints it loads.
 
-fairseq does the same in ``checkpoint_utils.prune_state_dict``, but again at every start, so that a
-pruned run cannot be resumed; and only here are memory layers known.
+fairseq's ``checkpoint_utils.prune_state_dict`` prunes again at every start, so a pruned run cannot
+resume. It also does not know memory layers. This module replaces it.
 """
 
 import logging
@@ -19,8 +19,8 @@ def layers_to_keep(said: Optional[str], n_layers: int) -> Optional[List[int]]:
     """The layers that ``--encoder-layers-to-keep`` names, ascending; None for no pruning.
 
     Args:
-        said: the option.
-        n_layers: of the whole encoder.
+        said: the option's value.
+        n_layers: layers of the whole encoder.
 
     Raises:
         ValueError: a layer does not exist, or is named twice.
@@ -40,7 +40,7 @@ def layers_to_keep(said: Optional[str], n_layers: int) -> Optional[List[int]]:
 
 
 def kept_memory_layers(memory_layers: List[int], kept: List[int]) -> List[int]:
-    """Memory layers of the whole encoder, counted among the layers that are kept."""
+    """The indices of memory layers among the kept layers."""
     for layer in sorted(set(memory_layers) - set(kept)):
         logger.warning(
             f"memory layer {layer} is not among --encoder-layers-to-keep {','.join(map(str, kept))}"
@@ -49,10 +49,10 @@ def kept_memory_layers(memory_layers: List[int], kept: List[int]) -> List[int]:
 
 
 def prune_state(state: Dict[str, Tensor], kept: Sequence[int]) -> Dict[str, Tensor]:
-    """The state of the layers that are kept, counted anew; the rest of the model as it is.
+    """The state of the kept layers, renumbered; the rest of the model does not change.
 
     Args:
-        state: of a whole model; one with no more layers than are kept is pruned already.
+        state: the state of a whole model; one with no more layers than ``kept`` is already pruned.
         kept: indices of layers, ascending.
 
     Raises:

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class PkmRobertaModel(RobertaModel):
     """RoBERTa with a product-key memory in some of its layers.
 
-    Without memory layers it computes bit for bit what fairseq's ``roberta`` computes.
+    Without memory layers it gives the same results as fairseq's ``roberta``, bit for bit.
     """
 
     _layers_to_keep: Optional[Tuple[int, ...]] = None
@@ -46,7 +46,7 @@ class PkmRobertaModel(RobertaModel):
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Add the flags of the dataclass, of which RobertaModel's method knows nothing."""
+        """Add the flags of the dataclass; RobertaModel's method does not know them."""
         with_choices = ParserWithChoices(parser, getattr(cls, "__dataclass"))
         BaseFairseqModel.add_args.__func__(cls, with_choices)
 
@@ -75,7 +75,7 @@ class PkmRobertaModel(RobertaModel):
 
     @classmethod
     def hub_models(cls) -> Dict[str, Any]:
-        """Models that fairseq would download by name: none, RoBERTa's have no memory."""
+        """Models that fairseq can download by name: none, since RoBERTa's have no memory."""
         return {}
 
     @classmethod
@@ -87,27 +87,26 @@ class PkmRobertaModel(RobertaModel):
         bpe: str = "gpt2",
         **kwargs: Any,
     ) -> RobertaHubInterface:
-        """Load a checkpoint behind fairseq's hub interface, with all its classification heads.
+        """Load a checkpoint with fairseq's hub interface, with all its classification heads.
 
         Args:
             model_name_or_path: the folder of the checkpoint.
-            checkpoint_file: its name there.
-            data_name_or_path: the data folder, with the dictionary; one that begins with a dot is
-                sought in the folder of the checkpoint.
-            bpe: how text is cut into symbols of the dictionary, as ``--bpe`` of fairseq.
+            checkpoint_file: the checkpoint's file name.
+            data_name_or_path: the data folder, with the dictionary; a path that begins with a dot
+                is relative to the folder of the checkpoint.
+            bpe: the tokenizer, as ``--bpe`` of fairseq.
             kwargs: fairseq's options to change, such as ``sentencepiece_model``.
 
         Returns:
-            The interface, in eval mode: in training mode a memory normalises queries by the batch
-            at hand, and changes its statistics.
+            The interface, in eval mode. In training mode a memory would normalise queries by the
+            current batch, and change its statistics.
 
         Raises:
-            ValueError: there is no such folder, checkpoint or data, the dictionary is another one
-                than the checkpoint's, or ``user_dir`` is given, which is not needed where this
-                class has been imported.
+            ValueError: the folder, checkpoint or data do not exist, the dictionary differs from the
+                checkpoint's, or ``user_dir`` is given (importing this class makes it unnecessary).
         """
         if "user_dir" in kwargs:
-            raise ValueError("from_pretrained: leave user_dir away, the plugin is imported already")
+            raise ValueError("from_pretrained: leave out user_dir, the plugin is already imported")
         data = data_name_or_path
         data = os.path.join(model_name_or_path, data) if data.startswith(".") else data
         checkpoint = os.path.join(model_name_or_path, checkpoint_file)
@@ -138,15 +137,16 @@ class PkmRobertaModel(RobertaModel):
             trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
             frozen = sum(p.numel() for p in self.parameters()) - trained
             logger.info(
-                f"--memory-finetune {part}: {trained:,} parameters of values train, in each update "
-                f"{rows} that are read; {frozen:,} are frozen"
+                f"--memory-finetune {part}: {trained:,} parameters of values are trained, in each "
+                f"update {rows} that are read; {frozen:,} are frozen"
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model as fairseq does; at first compare counts of slots with it.
+        """Run the model as fairseq does; the first call checks that slot counts match the model.
 
         Raises:
-            TrainingError: they are of another model; fairseq loads parameters after building.
+            TrainingError: the counts are of another model. The check needs the loaded parameters,
+                and fairseq loads them after building.
         """
         config, self._unchecked = self._unchecked, None
         if config is not None:
@@ -158,15 +158,15 @@ class PkmRobertaModel(RobertaModel):
         return super().forward(*args, **kwargs)
 
     def register_classification_head(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Add a head as fairseq does; it is trained whatever else is frozen."""
+        """Add a head as fairseq does; it is always trained."""
         super().register_classification_head(name, *args, **kwargs)
         if self._finetunes is not None:
             logger.info(f"--memory-finetune {self._finetunes}: the head {name} is trained, too")
 
     def _keep_factored_gradients_out_of_ddp(self, plan: Plan) -> None:
-        """Tell torch's DDP, which wraps the model before there is an optimizer, what to skip.
+        """Tell torch's DDP which parameters to skip; it wraps the model before an optimizer exists.
 
-        It would hand ``pkm_adam`` dense gradients of zeros. The attribute is DDP's own.
+        Otherwise DDP would give ``pkm_adam`` dense gradients of zeros. DDP reads this attribute.
         """
         if plan.run.optimizer == "pkm_adam":
             self._ddp_params_and_buffers_to_ignore = [
@@ -177,21 +177,21 @@ class PkmRobertaModel(RobertaModel):
 
     @property
     def run(self) -> RunState:
-        """The state of the run, which all memories read."""
+        """The state of the run, shared by all memories."""
         run: RunState = self.encoder.sentence_encoder.run
         return run
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Be told, by fairseq's training, how many updates are finished.
+        """Receive the number of finished updates from fairseq's training.
 
         Raises:
-            TrainingError: torchrun started several trainings that know nothing of each other.
+            TrainingError: torchrun started several independent trainings.
         """
         world = int(os.environ.get("WORLD_SIZE", 1))
         is_told = world == 1 or torch.distributed.is_initialized()
         if torch.distributed.is_torchelastic_launched() and not is_told:
             raise TrainingError(
-                f"pkm_roberta: torchrun started {world} workers, but fairseq was told of 1: "
+                f"pkm_roberta: torchrun started {world} workers, but fairseq expects 1: "
                 f"give --distributed-world-size {world} (see docs/distributed.md)"
             )
         super().set_num_updates(num_updates)
@@ -205,18 +205,17 @@ class PkmRobertaModel(RobertaModel):
         }
 
     def merge_read_times(self) -> None:
-        """Let every worker know when any of them has read a slot; every worker must call it."""
+        """Merge the times of reads over all workers; every worker must call it."""
         merge_read_times(self)
 
     @contextmanager
     def record_memory_usage(
         self, usage: Optional[Dict[int, MemoryUsage]] = None
     ) -> Iterator[Dict[int, MemoryUsage]]:
-        """Count what the memories look up while the context is open; padding is not counted.
+        """Count the memories' look-ups while the context is open, without padding.
 
         Args:
-            usage: counters by layer to add to, as ``new_memory_usage`` makes them; None
-                starts new ones.
+            usage: counters by layer to add to, from ``new_memory_usage``; None starts new ones.
 
         Yields:
             The counters, by layer index.
@@ -236,19 +235,19 @@ class PkmRobertaModel(RobertaModel):
         model_cfg: Any = None,
         args: Any = None,
     ) -> Any:
-        """Load as fairseq does, pruned if the model was built with ``encoder_layers_to_keep``.
+        """Load as fairseq does; prune if the model was built with ``encoder_layers_to_keep``.
 
         Raises:
-            ValueError: a layer to keep is not in the state, with a message of one line.
+            ValueError: the state lacks a layer to keep; the message has one line.
         """
         if self._layers_to_keep:
             state_dict = prune_state(state_dict, self._layers_to_keep)
         return super().load_state_dict(state_dict, strict)
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> None:
-        """Take checkpoints of older versions, and memory-less ones, as the start of a run."""
+        """Accept checkpoints of older versions or without memory as the start of a run."""
         if name == "":
-            # of a state without a version, as an EMA's, fairseq drops the last layer norm
+            # without a version, as in an EMA's state, fairseq drops the last layer norm
             version = "sentence_encoder.version"
             state_dict.setdefault(f"encoder.{version}", self.encoder.get_buffer(version).clone())
         super().upgrade_state_dict_named(state_dict, name)

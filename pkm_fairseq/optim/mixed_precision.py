@@ -1,9 +1,9 @@
-"""fairseq's half-precision wrappers of an optimizer, as ``pkm_adam`` needs them.
+"""fairseq's half-precision wrappers of an optimizer, adapted to ``pkm_adam``.
 
 fairseq trains a model in half precision with one of two wrappers: ``FP16Optimizer`` (--fp16, bf16)
 trains float32 copies of the parameters, ``MemoryEfficientFP16Optimizer`` the parameters themselves.
-Values stay in float32 then (see ``ValueTable.keeps_dtype``) and need neither a copy nor a division
-in half precision, which would round small gradients to zero.
+Values stay in float32 (see ``ValueTable.keeps_dtype``). They need no copy, and no division in half
+precision, which would round small gradients to zero.
 """
 
 from typing import Any, Dict, List, Optional
@@ -18,22 +18,22 @@ from ..memory.gradient import is_table
 
 
 class _ValuesApart(optim.FairseqOptimizer):
-    """A half-precision wrapper that treats values as training in full precision does.
+    """A half-precision wrapper that treats values as in full precision.
 
-    fairseq's wrappers put off all factors of the gradient (loss scale, sample size, number of
-    workers, --clip-norm) to the step. Values get theirs before the norms are taken, in float32;
-    --clip-norm, which leaves them out, is not among them.
+    fairseq's wrappers apply all scale factors (loss scale, sample size, number of workers,
+    --clip-norm) in the step. This wrapper scales value gradients in float32, before the norms are
+    computed. --clip-norm does not apply to values.
     """
 
-    _of_values: str  # the attribute with the optimizer that is wrapped
+    _of_values: str  # the attribute that holds the wrapped optimizer
     _multiply_factor: Any
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Clip as the optimizer that is wrapped does, and adapt the loss scale.
+        """Clip as the wrapped optimizer does, and adapt the loss scale.
 
         Raises:
             OverflowError: a gradient is not finite; fairseq catches it and skips the update.
-            TrainingError: the same without CUDA, where fairseq cannot.
+            TrainingError: the same without CUDA, where fairseq cannot skip an update.
         """
         getattr(self, self._of_values).multiply_values(self._multiply_factor)
         try:
@@ -58,27 +58,27 @@ class ValuesMemoryEfficientFP16Optimizer(_ValuesApart, MemoryEfficientFP16Optimi
 
 
 class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
-    """fairseq's wrapper that trains float32 copies; values have none, being in float32.
+    """fairseq's wrapper that trains float32 copies; values are in float32 and need no copy.
 
-    Its state holds the copies, so that a run that resumes goes on as if it had not stopped.
-    fairseq's does not: it makes them anew from the rounded parameters.
+    Its state holds the copies, so a resumed run continues as if it had not stopped. fairseq's
+    wrapper recreates the copies from the rounded parameters.
     """
 
     _of_values = "fp32_optimizer"
 
     @classmethod
     def build_optimizer(cls, cfg: Any, params: List[nn.Parameter], **kwargs: Any) -> Any:
-        """Build it as fairseq does, with copies of everything but values."""
+        """Build it as fairseq does, with copies of all parameters except values."""
         values = [p for p in params if is_table(p)]
         rest = [p for p in params if not is_table(p)]
-        # as fairseq's: not for bfloat16; and not where values alone are trained
+        # as in fairseq: not for bfloat16; also not if only values are trained
         flatten = bool(rest) and not (cfg.common.fp16_no_flatten_grads or cfg.common.bf16)
         copies = cls.build_fp32_params(cfg.optimizer, rest, flatten=flatten)
         trained = [*(copies.values() if flatten else copies), *values]
         return cls(cfg, rest, optim.build_optimizer(cfg.optimizer, trained), copies, **kwargs)
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Clear all gradients."""
         super().zero_grad()
         self.fp32_optimizer.clear_values()
 
@@ -89,10 +89,10 @@ class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load what ``state_dict`` has saved.
+        """Load a state from ``state_dict``.
 
         Raises:
-            ValueError: the copies are flat in one of the two runs only.
+            ValueError: only one of the two runs has flat copies.
         """
         saved, copies = state_dict.get("fp32_params", []), self._copies()
         if [x.shape for x in saved] != [x.shape for x in copies]:

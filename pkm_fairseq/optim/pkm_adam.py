@@ -94,14 +94,14 @@ class PkmAdamConfig(FairseqDataclass):
 class PkmAdam(FairseqAdam):
     """Adam for models with product-key memories.
 
-    Value tables are updated lazily (the papers' sparse updates): a row moves if and only if its
-    accumulated gradient has a non-zero element. They have a learning rate of their own, no weight
-    decay, one step count per table, and stand outside --clip-norm, which sees the rest (our choice:
-    a norm over the table would let few rows that were read scale all others). Their gradient is
-    kept as factors and never has the size of a table.
+    It updates value tables lazily (the papers' sparse updates): a row moves if and only if its
+    accumulated gradient has a non-zero element. Tables have their own learning rate, no weight
+    decay, and one step count per table. --clip-norm does not include them (our choice: in a norm
+    over the table, the few rows that were read would scale all other gradients). Their gradient is
+    stored as factors and never has the size of a table.
 
     Attributes:
-        wrappers: what to build around this optimizer, for mixed precision, in place of fairseq's.
+        wrappers: wrappers for mixed precision, by the fairseq wrapper that they replace.
     """
 
     wrappers: ClassVar[Dict[type, type]] = {
@@ -110,19 +110,19 @@ class PkmAdam(FairseqAdam):
     }
 
     def __init__(self, cfg: PkmAdamConfig, params: Iterable[nn.Parameter]) -> None:
-        FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's would build its own Adam
+        FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's __init__ would build its own Adam
         params = list(params)
         self._values = [p for p in params if is_table(p)]
         rest = [p for p in params if not is_table(p)]
         if not self._values:
             logger.warning(
                 "pkm_adam found no value table among the parameters: --memory-value-lr has no "
-                "effect and it is fairseq's adam"
+                "effect, and pkm_adam works as fairseq's adam"
             )
         check_options(PkmAdamConfig, cfg)
         self._peak_lr = float(self.optimizer_config["lr"])
         self._check_value_lr()
-        groups: List[Dict[str, Any]] = [{"params": rest}]  # first: get_lr() reads its rate
+        groups: List[Dict[str, Any]] = [{"params": rest}]  # first, since get_lr() reads its rate
         if self._values:
             groups.append({"params": self._values, "weight_decay": 0.0})
         self._optimizer = FairseqMemoryAdam(
@@ -133,16 +133,16 @@ class PkmAdam(FairseqAdam):
         )
         self._pin_values()
         self._optimizer.register_step_post_hook(lambda *_: self._log_rows())
-        # schedulers that reach into the groups do not reach values
+        # schedulers that change the groups must not change values
         self._optimizer.register_step_pre_hook(lambda *_: self._pin_values())
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Add the options to fairseq's parser, with the choices of ours."""
+        """Add the options to fairseq's parser, with the choices of our options."""
         super().add_args(ParserWithChoices(parser, PkmAdamConfig))
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of everything but values, which have theirs."""
+        """Set the learning rate of all parameters except values."""
         for group in self._dense_groups():
             group["lr"] = lr
         self._pin_values()
@@ -150,7 +150,7 @@ class PkmAdam(FairseqAdam):
     def load_state_dict(
         self, state_dict: Dict[str, Any], optimizer_overrides: Optional[Dict[str, Any]] = None
     ) -> None:
-        """Load as fairseq's adam does; the values' learning rate is that of this run's options."""
+        """Load as fairseq's adam does; the values' learning rate comes from this run's options."""
         super().load_state_dict(state_dict, optimizer_overrides)
         self._pin_values()
 
@@ -160,7 +160,7 @@ class PkmAdam(FairseqAdam):
                 group["lr"], group["weight_decay"] = self._value_lr(), 0.0
 
     def _value_lr(self) -> float:
-        """The learning rate of values, of now."""
+        """The current learning rate of values."""
         follows = self.cfg.memory_value_lr_schedule == "follow"
         now: float = self._dense_groups()[0]["lr"] if follows else self._peak_lr
         factor: Optional[float] = self.cfg.memory_value_lr_factor
@@ -182,7 +182,7 @@ class PkmAdam(FairseqAdam):
             )
 
     def _log_rows(self) -> None:
-        """Log how many rows the update has read, and may have moved, where rows are chosen."""
+        """Log how many rows the update read and could change, if rows are chosen."""
         choices = {id(rows): rows for p in self._values if (rows := table_state(p).rows)}.values()
         if choices:
             for name in ("read", "chosen"):
@@ -190,10 +190,10 @@ class PkmAdam(FairseqAdam):
                 metrics.log_scalar(f"value_rows_{name}", n_rows, weight=0, round=0)
 
     def all_reduce_grads(self, module: nn.Module) -> None:
-        """Average gradients over data-parallel workers; those of values as factors."""
+        """Average gradients over data-parallel workers; value gradients as factors."""
         own = {id(p) for p in module.parameters()}
         trained = [p for p in self._values if id(p) in own and p.requires_grad]
-        for values in trained:  # else legacy_ddp would make, and send, a dense gradient of zeros
+        for values in trained:  # else legacy_ddp would create and send a dense gradient of zeros
             values.requires_grad_(False)
         try:
             super().all_reduce_grads(module)
@@ -205,15 +205,15 @@ class PkmAdam(FairseqAdam):
                 average(values, distributed_utils.get_data_parallel_group())
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        """Clip the gradient of everything but values, and values on their own if so asked.
+        """Clip all gradients except those of values; clip values separately if the option is set.
 
         Returns:
-            The norm of everything but values; infinity if the gradient of any value is not finite,
-            so that fairseq stops, or lowers the loss scale with --amp.
+            The norm without values; infinity if the gradient of any value is not finite, so that
+            fairseq stops, or lowers the loss scale with --amp.
         """
         params = [p for group in self._dense_groups() for p in group["params"]]
         norm = utils.clip_grad_norm_(params, max_norm, aggregate_norm_fn)
-        if all([gradient_is_finite(p) for p in self._values]):  # none is left out
+        if all([gradient_is_finite(p) for p in self._values]):  # check all of them
             max_value_norm = self.cfg.memory_value_clip_norm
             if max_value_norm <= 0 or math.isfinite(self._clip_values(max_value_norm)):
                 return norm
@@ -226,7 +226,7 @@ class PkmAdam(FairseqAdam):
                 p.grad.mul_(factor)
 
     def multiply_rest(self, factor: Union[float, Tensor]) -> None:
-        """Multiply the gradient of everything but values."""
+        """Multiply all gradients except those of values."""
         params = [p for group in self._dense_groups() for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         if grads:
@@ -235,7 +235,7 @@ class PkmAdam(FairseqAdam):
             torch._foreach_mul_(grads, factor)
 
     def clear_values(self) -> None:
-        """Forget the gradient of values only."""
+        """Clear the gradient of values only."""
         for p in self._values:
             p.grad = None
 
@@ -253,10 +253,10 @@ class PkmAdam(FairseqAdam):
 class FairseqMemoryAdam(MemoryAdam):
     """The core's optimizer with fairseq's formula, step counts and precision for the rest.
 
-    ``PkmAdam`` exchanges the gradients of tables, where fairseq exchanges the others.
+    ``PkmAdam`` exchanges the gradients of tables when fairseq exchanges the others.
     """
 
-    # fairseq's wrapper would put moments back as they were in the file, on the CPU
+    # fairseq's wrapper would restore moments as in the file, on the CPU
     disable_mem_eff_fp16_loading_hack = True
     supports_memory_efficient_fp16 = True
     supports_flat_params = False  # a flat parameter has no rows
@@ -265,7 +265,7 @@ class FairseqMemoryAdam(MemoryAdam):
         super().__init__(params, **settings, exchange=False)
 
     def _update_rest(self) -> None:
-        inspect.unwrap(Adam.step)(self)  # torch may have wrapped it in this optimizer's hooks
+        inspect.unwrap(Adam.step)(self)  # torch may have wrapped step in this optimizer's hooks
 
     def _new_step(self, param: Tensor) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""fairseq tasks that know of memories; importing this package registers the whole plugin."""
+"""fairseq tasks for models with memories; importing this package registers the whole plugin."""
 
 from ..plugin import register
 

@@ -1,4 +1,4 @@
-"""What both tasks share: a hash of the dictionary, named splits, clear errors."""
+"""Code shared by both tasks: a hash of the dictionary, named splits, clear errors."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from ..models.checkpoints import dictionary_sha256
 class NamedSplitDataset(BaseWrapperDataset):
     """A data set whose batches name their split.
 
-    The criteria tell validation subsets apart by it.
+    The criteria use the name to distinguish validation subsets.
     """
 
     def __init__(self, dataset: Any, split: str) -> None:
@@ -28,10 +28,10 @@ class NamedSplitDataset(BaseWrapperDataset):
 
 
 class MemoryTrainStep(FairseqTask):
-    """Mixin for a task: memories know what is data, and what other workers have read.
+    """Mixin for a task: tells memories about dummy batches, and about other workers' reads.
 
-    fairseq gives a worker that has run out of batches a dummy batch, whose loss counts nothing.
-    It enters no statistic of a memory.
+    fairseq gives dummy batches to workers without batches, and ignores their loss. A memory's
+    statistics skip them.
     """
 
     def train_step(
@@ -44,14 +44,14 @@ class MemoryTrainStep(FairseqTask):
         ignore_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Do forward and backward; ``ignore_grad`` says that this is a dummy batch."""
+        """Do forward and backward; ``ignore_grad`` marks a dummy batch."""
         step = super().train_step
         host = with_memories(model)
         with contextlib.nullcontext() if host is None else host.run.dummy_batch(ignore_grad):
             return step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """Finish an update; what is saved after it tells when any worker has read a slot."""
+        """Finish an update and merge all workers' times of reads, before anything is saved."""
         super().optimizer_step(optimizer, model, update_num)
         host = with_memories(model)
         if host is not None:
@@ -59,26 +59,27 @@ class MemoryTrainStep(FairseqTask):
 
 
 class TellsEndOfValidation(FairseqTask):
-    """Mixin for a task: lets its criterion finish its counts before a checkpoint is saved.
+    """Mixin for a task: makes its criterion finish its counts before a checkpoint is saved.
 
-    Else a kill after the save would lose them: the training goes on behind that validation.
+    Otherwise a kill after the save would lose them: the resumed training does not repeat that
+    validation.
     """
 
     _criterion: Any = None
 
     def build_criterion(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the criterion, and remember it."""
+        """Build the criterion, and store it."""
         self._criterion = super().build_criterion(*args, **kwargs)
         return self._criterion
 
     def post_validate(self, model: Any, stats: Any, agg: Any) -> None:
-        """What fairseq-train calls at the end of each validation subset."""
+        """Finish the counts; fairseq-train calls this at the end of each validation subset."""
         if hasattr(self._criterion, "finish_validation"):
             self._criterion.finish_validation()
 
 
 def remember_dictionary(task: Any) -> None:
-    """Have the task's dictionary hash stored in its checkpoints, for ``--init-from``."""
+    """Store the hash of the task's dictionary in its checkpoints, for ``--init-from``."""
     task.state.merge_state_dict({"dictionary_sha256": dictionary_sha256(task.source_dictionary)})
 
 
@@ -92,7 +93,7 @@ def require_dictionary(folder: str) -> None:
 
 
 def require_examples(folder: str, split: str) -> None:
-    """Stop with one line if a split is there, but has no example."""
+    """Stop with one line if a split exists but has no example."""
     file = os.path.join(folder, f"{split}.bin")
     if os.path.isfile(file) and not os.path.getsize(file):
         raise ValueError(f"split {split} in {folder} is empty: it must hold at least one example")

@@ -1,4 +1,4 @@
-"""The task ``pkm_masked_lm``: fairseq's masked_lm that remembers its dictionary."""
+"""The task ``pkm_masked_lm``: fairseq's masked_lm, plus a hash of its dictionary."""
 
 from dataclasses import dataclass
 from typing import Any

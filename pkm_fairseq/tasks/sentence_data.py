@@ -1,4 +1,4 @@
-"""The parts of sentence data, compared with each other before anything is trained on them."""
+"""Check that the parts of sentence data match, before a training uses them."""
 
 import math
 import os
@@ -14,10 +14,10 @@ class SentenceData:
     """A folder with ``input0``, ``input1`` for pairs, and ``label``.
 
     Attributes:
-        folder: of the parts.
+        folder: the folder of the parts.
         symbols: the dictionary of the inputs.
-        labels: the dictionary of the labels; None where numbers are predicted.
-        n_targets: classes, or numbers of an example.
+        labels: the dictionary of the labels; None for a regression.
+        n_targets: number of classes, or of numbers per example.
     """
 
     folder: str
@@ -30,12 +30,12 @@ class SentenceData:
 
         Args:
             split: such as train.
-            combine: whether train1 and so on are read as well.
-            needs_targets: whether it must have labels; a test set that is predicted has none.
+            combine: whether to read train1 and so on, too.
+            needs_targets: whether it must have labels; a test set has none.
 
         Raises:
-            ValueError: with the place: a part is missing or has another number of examples, the
-                inputs have different dictionaries, or a label is none that can be learned.
+            ValueError: a part is missing or has another number of examples, the inputs have
+                different dictionaries, or a label is invalid. The message names the place.
         """
         inputs = self._part("input0", split, self.symbols, combine)
         if inputs is None:
@@ -56,7 +56,7 @@ class SentenceData:
         return os.path.join(self.folder, *names)
 
     def _part(self, part: str, split: str, dictionary: Dictionary, combine: bool) -> Any:
-        """Binarised data; None if there are none."""
+        """Binarised data; None if missing."""
         path = self._path(part, split)
         dataset = data_utils.load_indexed_dataset(path, dictionary, combine=combine)
         if dataset is not None and getattr(dataset, "supports_prefetch", False):
@@ -70,7 +70,7 @@ class SentenceData:
             return
         second = self._part("input1", split, self.symbols, combine)
         if second is None:
-            raise ValueError(f"no split {split} in {folder}, but in {self._path('input0')}")
+            raise ValueError(f"no split {split} in {folder}, but one in {self._path('input0')}")
         if len(second) != n_examples:
             raise ValueError(
                 f"{self._path('input1', split)} has {len(second)} examples, "
@@ -85,7 +85,7 @@ class SentenceData:
     # --- targets ------------------------------------------------------------------------------
 
     def _check_labels(self, split: str, combine: bool, needs_targets: bool) -> Optional[int]:
-        """Check labels; how many there are, None for none."""
+        """Check labels; return their number, None if missing."""
         assert self.labels is not None
         path = self._path("label", split)
         examples = self._part("label", split, self.labels, combine)
@@ -100,13 +100,13 @@ class SentenceData:
         return len(examples)
 
     def _problem_of_label(self, symbols: List[int]) -> Optional[str]:
-        """What is wrong with the symbols of one example's label."""
+        """The problem with one example's label, if any."""
         assert self.labels is not None
         label = [symbol for symbol in symbols if symbol != self.labels.eos()]
         file = self._path("label", "dict.txt")
         names = " ".join(self.labels[symbol] for symbol in label if symbol < len(self.labels))
         if len(label) != 1:
-            return f"must be one label, is {len(label)} of them: {names!r}"
+            return f"must be one label, has {len(label)}: {names!r}"
         if not self.labels.nspecial <= label[0] < len(self.labels):
             return f"its label is not in {file}"
         label_class = label[0] - self.labels.nspecial
@@ -118,7 +118,7 @@ class SentenceData:
         return None
 
     def _check_numbers(self, split: str, needs_targets: bool) -> Optional[int]:
-        """Check the numbers of a regression; of how many examples, None for none."""
+        """Check the numbers of a regression; return the number of examples, None if missing."""
         file = self._path("label", f"{split}.label")
         if not os.path.isfile(file):
             if needs_targets:
@@ -137,7 +137,7 @@ class SentenceData:
         """The place, as ``file:line``, and the numbers of each example of a regression.
 
         Raises:
-            ValueError: something is no finite number.
+            ValueError: a text is not a finite number.
         """
         file = self._path("label", f"{split}.label")
         with open(file, encoding="utf-8", errors="replace") as lines:
@@ -152,5 +152,5 @@ def _number(text: str, place: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{place}: {text!r} is no finite number")
+        raise ValueError(f"{place}: {text!r} is not a finite number")
     return value

@@ -1,4 +1,4 @@
-"""The task ``pkm_sentence_prediction``: fairseq's, dictionary and labels remembered."""
+"""The task ``pkm_sentence_prediction``: fairseq's, plus a dictionary hash and the labels."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
         super().__init__(cfg, data_dictionary, label_dictionary)
         remember_dictionary(self)
-        if not cfg.regression_target:  # what the outputs of the head stand for
+        if not cfg.regression_target:  # meanings of the head's outputs
             self.state.merge_state_dict({"labels": label_names(label_dictionary)})
 
     @classmethod
@@ -57,10 +57,10 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         return task
 
     def check(self, split: str, combine: bool = False, needs_targets: bool = True) -> None:
-        """Compare all parts of a split, as ``SentenceData.check`` says.
+        """Compare all parts of a split, see ``SentenceData.check``.
 
         Raises:
-            ValueError: they do not fit together.
+            ValueError: the parts do not fit together.
         """
         is_regression = self.cfg.regression_target
         labels = None if is_regression else self.label_dictionary
@@ -74,7 +74,7 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> Any:
         """Load a split; ValueError if it is empty or its parts do not fit together.
 
-        Without a criterion, where nothing is trained or validated, it need not have labels.
+        Without a criterion (no training, no validation) labels may be missing.
         """
         require_examples(os.path.join(self.cfg.data, "input0"), split)
         self.check(split, combine, needs_targets=self._criterion is not None)

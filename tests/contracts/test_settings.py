@@ -80,7 +80,7 @@ BAD = {
     "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
     "memory_usage_tokens": (-5, ["memory-usage-tokens is -5", "at least 0"]),
     "glue_metrics": ("bleu", ["--glue-metrics names bleu", "accuracy, f1, mcc"]),
-    "glue_positive_label": ("yes", ["is of label 'yes'", "has 0, 1", "--glue-positive-label"]),
+    "glue_positive_label": ("yes", ["uses label 'yes'", "has 0, 1", "--glue-positive-label"]),
 }
 
 

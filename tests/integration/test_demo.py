@@ -144,7 +144,7 @@ MISTAKES = {
     "too small": (["demo.py", "--corpus", "small.txt"], "small.txt is too small"),
     "foreign folder": (
         ["prepare_corpus.py", "lines.txt", "--out", "foreign"],
-        "foreign is not empty and not of our making",
+        "foreign holds files of another program",
     ),
     "no data": (["train_arms.py", "--data", "nothing"], "nothing"),
     "no checkpoint": (["fill_mask.py", "a <mask>", "--data", "nothing"], "nothing"),

@@ -298,7 +298,7 @@ def test_an_interrupted_finetuning_continues(ready: SimpleNamespace, tmp_path: P
         (["--set", "lrr=1"], "unrecognized arguments: --lrr 1"),
         (["--preset", "big"], "preset big: no such file"),
         (["--workers", "0"], "--workers must be at least 1"),
-        (["--", "--seed", "3"], "seed is decided by this script"),
+        (["--", "--seed", "3"], "this script sets seed itself"),
         (["--checkpoint", "README.md"], "README.md: not a readable checkpoint"),
     ],
 )

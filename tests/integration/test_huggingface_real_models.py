@@ -58,7 +58,7 @@ def test_a_roberta_of_fairseq_from_2020_crosses_over_and_comes_back(
     text = tmp_path / "chains.txt"
     text.write_text(f"{CHAIN}\n{CHAIN[:40]}<mask> {CHAIN[42:]}\n")
     said = convert_to_transformers(file, tmp_path / "there", text=text)
-    assert f"{text}: 2 lines are cut alike" in said
+    assert f"{text}: 2 lines are tokenized alike" in said
     convert_to_fairseq(tmp_path / "there", tmp_path / "back", text=text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "there").eval()

@@ -161,7 +161,7 @@ def test_logs_alone(trained: Path, tmp_path: Path) -> None:
     html_file = tmp_path / "logs.html"
     options = ["--log", f"whole={trained / 'memory_usage.jsonl'}", f"cut={log}"]
     done = run_well(sys.executable, SCRIPT, *options, "--html", html_file)
-    assert f"warning: {log}: the last line was cut off and is left out" in done.output
+    assert f"warning: {log}: skipped the last line, which is incomplete" in done.output
     page = Page(html_file.read_text())
     check_page(page)
     for said in (
@@ -169,7 +169,7 @@ def test_logs_alone(trained: Path, tmp_path: Path) -> None:
         "Staleness of first choices, median",
         "split valid",
         "split train",
-        "cut off",
+        "incomplete",
     ):
         assert said in page.text, said
 
@@ -184,7 +184,7 @@ def test_a_short_text_is_said_and_read_to_its_end(
     (line,) = (line for line in done.output.splitlines() if line.startswith("warning:"))
     # 256 slots, 2 heads: 12,800 tokens are 100 draws; <s>, 5 words and 2 ends of lines are 8
     assert "has only 8 of the 12,800 tokens wanted" in line
-    assert "0.0625 draws per slot in place of 100" in line
+    assert "0.0625 draws per slot instead of 100" in line
     assert json.loads(file.read_text())["checkpoints"][0]["layers"][0]["tokens"] == 8
 
 
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_an_older_version_has_no_origin(
         (["--log", "DATA/dict.txt"], "line 1 is no"),
         (["--log", "LOG", "--html", "no-folder/x.html"], "must be a file in a folder that exists"),
         (["--log", "LOG", "LOG"], "two files are called"),
-        ([], "nothing to look at"),
+        ([], "nothing to analyse"),
         (["--log", "LOG", "--save-counts", "c.pt"], "--save-counts c.pt needs one --checkpoint"),
         (["--log", "LOG", "--counts-batch", "2"], "--counts-batch has no effect without"),
         (["--log", "LOG", "--counts-batch", "0"], "--counts-batch is 0, must be at least 1"),

@@ -157,7 +157,7 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     "--lr-scheduler tri_stage": "please specify steps or phase_ratio",
     "--lr-scheduler triangular": "--max-lr: invalid float value",
     "--lr-scheduler cosine --lr 1e-4,1e-3": "Cannot use a fixed learning rate schedule with cosine",
-    "--mask-whole-words": "--mask-whole-words needs a --bpe that says where words begin",
+    "--mask-whole-words": "--mask-whole-words needs a --bpe that marks where words begin",
     "--mask-whole-words --bpe sentencepiece --sentencepiece-model none": "file none not found",
     "--distributed-world-size 2": "--distributed-backend is nccl, which needs GPUs",
     "--distributed-init-method tcp://localhost:1": "backend is nccl, which needs GPUs",

@@ -291,7 +291,7 @@ def test_the_hub_interface_predicts_with_a_finetuned_head(spoken: Path) -> None:
         ({"model_name_or_path": "roberta.base"}, "roberta.base does not exist"),
         ({"checkpoint_file": "none.pt"}, "none.pt does not exist"),
         ({"data_name_or_path": "./none"}, "none does not exist"),
-        ({"user_dir": "pkm_fairseq"}, "leave user_dir away"),
+        ({"user_dir": "pkm_fairseq"}, "leave out user_dir"),
     ],
 )
 def test_what_the_hub_interface_does_not_find_is_named(

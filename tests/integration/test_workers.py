@@ -169,7 +169,7 @@ def test_torchrun_without_fairseqs_world_size_is_refused(data_bin: Path, tmp_pat
     torchrun = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", free_port()]
     refused = run(*torchrun, *launched(data_bin, tmp_path))
     assert refused.status != 0
-    assert "torchrun started 2 workers, but fairseq was told of 1" in refused.output
+    assert "torchrun started 2 workers, but fairseq expects 1" in refused.output
     assert not list(tmp_path.glob("*.pt"))
 
 

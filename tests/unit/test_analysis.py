@@ -356,7 +356,7 @@ def test_a_truncated_last_line_is_recovered_and_said(tmp_path: Path) -> None:
     args = Namespace(log=[str(file)], checkpoint=[], data=None, text=None, split="valid")
     warnings: List[str] = []
     found = analyse.analyse(args, lambda *_: None, warnings.append)
-    assert warnings == [f"{file}: the last line was cut off and is left out"]
+    assert warnings == [f"{file}: skipped the last line, which is incomplete"]
     assert found.report["notes"] == warnings
     assert found.report["logs"][0]["last"][0]["update"] == 10
 
@@ -367,7 +367,7 @@ def test_logs_that_contradict_their_header_or_are_none(tmp_path: Path) -> None:
     for records, match in (
         ([record(10, "valid"), wrong], "line 3 counts 25 slots and 2 heads in layer 1, the header"),
         ([{**record(10, "valid"), "shared": summary(1)}], "line 2 counts a shared table"),
-        ([{**record(10, "valid"), "split": None}], "line 2 does not say of which split"),
+        ([{**record(10, "valid"), "split": None}], "line 2 does not name its split"),
         ([record(10, "valid"), record(20, "valid", layers=(1, 3))], "line 3 is no count of"),
         ([], "holds no count of memory usage yet"),
     ):
@@ -532,7 +532,7 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({}, "nothing to look at"),
+        ({}, "nothing to analyse"),
         ({"checkpoint": ["a"]}, "needs a text"),
         ({"checkpoint": ["a"], "data": "d", "tokens": 0}, "--tokens is 0, must be at least 1"),
         ({"checkpoint": ["a"], "data": "d", "draws": 0}, "--draws is 0, must be at least 1"),

@@ -313,7 +313,7 @@ def test_what_does_not_fit_into_memory_is_skipped_with_a_reason(part, monkeypatc
     part.measure(settings, found, *more)
     assert len(found.entries) == part.count(settings)
     reasons = {e["reason"] for e in found.entries}
-    assert any("of 1.0 GiB that are free" in reason for reason in reasons)
+    assert any("of the 1.0 GiB that are free" in reason for reason in reasons)
     assert found.as_dict(1.0)["skipped"] == found.entries
 
 

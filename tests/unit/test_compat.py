@@ -286,7 +286,7 @@ def test_whole_words_are_masked(tmp_path):
 @pytest.mark.parametrize("options", [[], ["--bpe", "characters"]])
 def test_whole_words_need_to_know_where_words_begin(tmp_path, options):
     task = masked_lm_of_words(tmp_path, *options)
-    with pytest.raises(ValueError, match=r"needs a --bpe that says where words begin.* it is"):
+    with pytest.raises(ValueError, match=r"needs a --bpe that marks where words begin.* it is"):
         task.load_dataset("train")
 
 
@@ -538,7 +538,7 @@ def test_what_is_left_out_of_a_validation_is_told(caplog, n_examples, options, k
         return
     (line,) = told
     assert line.startswith(f"split valid: {left_out}")
-    assert line.endswith("no multiple of 8: --required-batch-size-multiple 1 keeps all")
+    assert line.endswith("not a multiple of 8: --required-batch-size-multiple 1 keeps all")
 
 
 def test_a_validation_of_which_nothing_is_left_is_an_error():

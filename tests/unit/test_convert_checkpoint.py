@@ -227,9 +227,9 @@ def test_sentencepiece_and_its_dictionary_cross_over(tmp_path: Path) -> None:
     said = convert_to_transformers(
         file, there, sentencepiece_model=tmp_path / "spm.model", text=text
     )
-    assert f"{text}: 4 lines are cut alike" in said
+    assert f"{text}: 4 lines are tokenized alike" in said
     again = convert_to_fairseq(there, back, text=text)
-    assert f"{text}: 4 lines are cut alike" in again
+    assert f"{text}: 4 lines are tokenized alike" in again
     assert Dictionary.load(str(back / "dict.txt")).symbols == dictionary.symbols[:-1]
     assert (back / "sentencepiece.bpe.model").read_bytes() == (tmp_path / "spm.model").read_bytes()
     # at a mask text is not begun anew: "the <mask>." has no blank before its end
@@ -262,9 +262,9 @@ def test_byte_pairs_of_gpt2_and_their_dictionary_cross_over(tmp_path: Path) -> N
     file = save(model_of("plain", dictionary, max_positions=64), tmp_path / "x.pt", dictionary)
     there, back, text = tmp_path / "there", tmp_path / "back", text_of(tmp_path)
     said = convert_to_transformers(file, there, gpt2_bpe=folder, text=text)
-    assert f"{text}: 4 lines are cut alike" in said
+    assert f"{text}: 4 lines are tokenized alike" in said
     again = convert_to_fairseq(there, back, text=text)
-    assert f"{text}: 4 lines are cut alike" in again and "--bpe gpt2" in again[0]
+    assert f"{text}: 4 lines are tokenized alike" in again and "--bpe gpt2" in again[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(there)
     assert tokenizer.tokenize("the cat") == ["the", "\u0120cat"]
 
@@ -274,7 +274,7 @@ def test_text_that_is_cut_otherwise_is_found(
 ) -> None:
     monkeypatch.setattr(tokenizers.pre_tokenizers, "WhitespaceSplit", lambda: None)
     text = text_of(tmp_path, ["w1 w2 w3"])
-    with pytest.raises(ValueError, match="line 1 is cut otherwise from symbol 1 on"):
+    with pytest.raises(ValueError, match="line 1 is tokenized differently from symbol 1 on"):
         convert_to_transformers(checkpoint(), tmp_path / "out", text=text)
 
 
@@ -297,13 +297,13 @@ def spoiled(file: Path, change: Callable[[Dict[str, Any]], Any]) -> Path:
 
 Make = Callable[[Callable[..., Path], Path], Any]
 TO_TRANSFORMERS: Dict[str, Make] = {
-    "has heads, which do not cross over: classification_heads.x": lambda new, _: spoiled(
+    "has heads, which cannot be converted: classification_heads.x": lambda new, _: spoiled(
         new(), lambda s: s["model"].update({"classification_heads.x.dense.weight": torch.zeros(1)})
     ),
-    "transformers' RoBERTa is built otherwise: encoder_normalize_before is True": lambda new, _: (
+    "transformers' RoBERTa is built differently: encoder_normalize_before is True": lambda new, _: (
         new(encoder_normalize_before=True)
     ),
-    "transformers' RoBERTa is built otherwise: activation_fn is relu, must be gelu": (
+    "transformers' RoBERTa is built differently: activation_fn is relu, must be gelu": (
         lambda new, _: new(activation_fn="relu")
     ),
     "cannot be loaded: .*odd.weight": lambda new, _: spoiled(
@@ -352,13 +352,13 @@ def without_head(folder: Path) -> None:
 TO_FAIRSEQ: Dict[str, Callable[[Path], Any]] = {
     "the special tokens of .* are .'<pad>', '<s>'": other_specials,
     "has 20 tokens, more than 19 embeddings": lambda folder: their_model_of_rows(folder, 19),
-    "fairseq's RoBERTa is built otherwise: layer_norm_eps is 1e-12, must be 1e-05": (
+    "fairseq's RoBERTa is built differently: layer_norm_eps is 1e-12, must be 1e-05": (
         lambda folder: changed(folder, layer_norm_eps=1e-12)
     ),
-    "fairseq's RoBERTa is built otherwise: hidden_act is relu": (
+    "fairseq's RoBERTa is built differently: hidden_act is relu": (
         lambda folder: changed(folder, hidden_act="relu")
     ),
-    "holds no masked language model: lm_head.bias is missing": without_head,
+    "holds no complete masked language model: lm_head.bias is missing": without_head,
     "has no tokenizer": lambda folder: [
         (folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")
     ],

@@ -124,7 +124,7 @@ def test_deltas_of_other_rows_stack_and_of_the_same_rows_add_up_if_so_asked(
     expected[[1, 2, 3]] += 0.5
     assert torch.equal(values_of(out), expected)
     status, said = script("apply", base, one, third, "--out", back)
-    assert status == 1 and "two deltas touch 1 rows of" in said and "such as 2" in said
+    assert status == 1 and "two deltas both change 1 rows of" in said and "such as 2" in said
     assert not back.exists()
     assert script("apply", base, one, other, third, "--sum", "--out", out)[0] == 0
     expected[[2, 4]] += 0.25
@@ -144,12 +144,12 @@ def test_what_does_not_belong_together_is_refused_in_one_line(base, delta_of, sc
     new = finetuned(base, tmp_path / "new.pt", [9], **{"x.weight": torch.zeros(3)})
     out = tmp_path / "out"
     for options, said in (
-        (["apply", other, delta], "it is another model ("),
-        (["apply", after, delta], "it is another model ("),
-        (["revert", base, delta], f"row 5 of {VALUES} is not what the delta has made of it"),
-        (["revert", other, delta], f"row 5 of {VALUES} is not what the delta has made of it"),
+        (["apply", other, delta], ") is not the delta's base ("),
+        (["apply", after, delta], ") is not the delta's base ("),
+        (["revert", base, delta], f"row 5 of {VALUES} differs from the delta's row"),
+        (["revert", other, delta], f"row 5 of {VALUES} differs from the delta's row"),
         (["make", base, base], "no value differs"),
-        (["make", base, torn], f"{keys} differs: a delta holds rows of values only"),
+        (["make", base, torn], f"{keys} differs: a delta holds only rows of values"),
         (["make", base, wide], f"{keys} is torch.float32 (3,) in the finetuned model, must be"),
         (["make", base, new], "x.weight is in one of the two models only"),
         (["make", base, tmp_path / "none.pt"], "none.pt: no such file"),
@@ -162,7 +162,7 @@ def test_what_does_not_belong_together_is_refused_in_one_line(base, delta_of, sc
         assert not out.exists()
     extra = finetuned(base, tmp_path / "extra.pt", [5, 6, 9])
     status, said = script("revert", extra, delta, "--out", out)  # something else has moved, too
-    assert status == 1 and "it is another model (" in said
+    assert status == 1 and ") is not the delta's base (" in said
 
 
 def test_heads_are_no_part_of_a_delta_and_that_is_said(base, script, tmp_path):
@@ -240,7 +240,10 @@ def test_files_that_cannot_be_changed_in_place_are_refused(tmp_path):
     old, turned = tmp_path / "old.pt", tmp_path / "turned.pt"
     torch.save({"model": {}}, old, _use_new_zipfile_serialization=False)
     torch.save({"model": {"a": torch.ones(2, 3).t()}}, turned)
-    for file, said in ((old, "is in the format before torch 1.6"), (turned, "a is not contiguous")):
+    for file, said in (
+        (old, "has the format from before torch 1.6"),
+        (turned, "a is not contiguous"),
+    ):
         with pytest.raises(ValueError, match=said):
             write_rows(file, tmp_path / "out", "model", rows)
     assert not (tmp_path / "out").exists()

@@ -145,7 +145,7 @@ def test_a_budget_is_a_number_or_a_share(text, of_100):
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "0.0", "1.5", "150%", "many", "nan", "%", None])
 def test_an_impossible_budget_is_refused(text):
-    with pytest.raises(ValueError, match="must be a number of rows, as 1024, or a share"):
+    with pytest.raises(ValueError, match=r"must be a number of rows, e\.g\. 1024, or a share"):
         RowBudget.parse(text)
 
 
@@ -187,8 +187,8 @@ def test_counts_are_saved_and_loaded(tmp_path):
 def test_what_is_no_file_of_counts_is_refused_in_one_line(tmp_path):
     for content, said in (
         (None, "f: no such file"),
-        (b"PK\x03\x04 and no archive", "f: no counts of slots"),
-        ({"model": {}}, "f: no counts of slots"),
+        (b"PK\x03\x04 and no archive", "f: not a file of slot counts"),
+        ({"model": {}}, "f: not a file of slot counts"),
         ({"kind": "pkm_fairseq slot counts", "version": 2}, "f: its version is 2, must be 1"),
     ):
         if isinstance(content, bytes):
@@ -230,7 +230,7 @@ def test_what_is_impossible_or_has_no_effect_is_refused(settings, said):
 def test_counts_of_other_memories_are_refused(tmp_path):
     for n_slots, layers, said in (
         (CONFIG.n_slots, ((0,), (2,)), "counts 64 slots of layer 0; 64 slots of layer 2: must"),
-        (81, ((0,), (1,)), "must count 64 slots of layer 0, as the model has it"),
+        (81, ((0,), (1,)), "must count 64 slots of layer 0, as in the model"),
     ):
         file = write_background(tmp_path / "other.pt", n_slots, layers)
         with pytest.raises(ValueError, match=said):

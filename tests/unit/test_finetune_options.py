@@ -42,8 +42,8 @@ def test_values_alone_are_trained_and_a_new_head_and_both_is_said(caplog):
     said = [record.message for record in caplog.records if "--memory-finetune" in record.message]
     frozen = sum(p.numel() for name, p in finetuned().named_parameters() if name != VALUES)
     assert said == [
-        "--memory-finetune values: 400 parameters of values train, in each update all rows that "
-        f"are read; {frozen:,} are frozen",
+        "--memory-finetune values: 400 parameters of values are trained, in each update all rows "
+        f"that are read; {frozen:,} are frozen",
         "--memory-finetune values: the head new is trained, too",
     ]
     head = {f"classification_heads.new.{x}.{y}" for x in ("dense", "out_proj")

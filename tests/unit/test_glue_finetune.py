@@ -73,8 +73,8 @@ def test_settings_as_flags():
     [
         (["lr"], "--set lr: must be KEY=VALUE"),
         (["=1"], "must be KEY=VALUE"),
-        (["seed=1"], "--set: seed is decided by this script"),
-        (["save-dir=x"], "save_dir is decided by this script"),
+        (["seed=1"], "--set: this script sets seed itself"),
+        (["save-dir=x"], "this script sets save_dir itself"),
     ],
 )
 def test_impossible_overrides_are_refused(pairs, message):
@@ -84,19 +84,19 @@ def test_impossible_overrides_are_refused(pairs, message):
 
 def test_further_flags_may_not_say_what_the_script_decides():
     check_further(["--fp16", "--update-freq", "2"])
-    with pytest.raises(ValueError, match="restore_file is decided"):
+    with pytest.raises(ValueError, match="this script sets restore_file"):
         check_further(["--restore-file=x"])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("all: [", "is no yaml"),
-        ("- 1", "nothing but the parts all, memory, tasks"),
-        ("alle: {}", "nothing but the parts"),
+        ("all: [", "is not yaml"),
+        ("- 1", "only the parts all, memory, tasks"),
+        ("alle: {}", "only the parts"),
         ("all: 3", "must be keys and values"),
         ("tasks: {CoLA: 1e-5}", "must be keys and values"),
-        ("tasks: {CoLA: {arch: roberta}}", "arch is decided by this script"),
+        ("tasks: {CoLA: {arch: roberta}}", "this script sets arch itself"),
     ],
 )
 def test_impossible_presets_are_refused(tmp_path, text, message):
@@ -178,7 +178,7 @@ def test_tasks_that_are_not_there_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match="holds no prepared task"):
         prepared_tasks(tmp_path / "nothing")
     (data / "RTE" / "task.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"not as prepare_glue.py writes it"):
+    with pytest.raises(ValueError, match=r"is not a file of prepare_glue.py"):
         prepared_tasks(data, ["RTE"])
     (data / "CoLA" / "input0" / "dict.txt").write_text("x 1\n")
     with pytest.raises(ValueError, match="one dictionary"):
@@ -267,7 +267,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         read_arms([str(tmp_path / "a" / "z.pt")], dictionary)
     with pytest.raises(ValueError, match="names arm a twice"):
         read_arms([str(file), str(file)], dictionary)
-    with pytest.raises(ValueError, match=r"'../a' can be no name of an arm"):
+    with pytest.raises(ValueError, match=r"'../a' cannot be the name of an arm"):
         read_arms([f"../a={file}"], dictionary)
 
 

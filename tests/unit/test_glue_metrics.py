@@ -278,9 +278,13 @@ def test_a_positive_label_that_is_not_there_ends_with_one_line():
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        ("bleu", {}, "--glue-metrics names bleu, must be of accuracy, f1, mcc without"),
-        ("pearson", {}, "names pearson, must be of accuracy, f1, mcc without --regression"),
-        ("mcc", {"is_regression": True}, "must be of pearson, spearman with --regression-target"),
+        ("bleu", {}, "--glue-metrics names bleu, must be one of accuracy, f1, mcc without"),
+        ("pearson", {}, "names pearson, must be one of accuracy, f1, mcc without --regression"),
+        (
+            "mcc",
+            {"is_regression": True},
+            "must be one of pearson, spearman with --regression-target",
+        ),
         ("f1", {"num_classes": 3}, "f1 needs --num-classes 2, not 3"),
         ("pearson", {"is_regression": True}, "of a regression needs --num-classes 1, not 2"),
     ],
@@ -293,7 +297,7 @@ def test_impossible_metrics_end_with_one_line(names, options, message):
 def test_targets_that_are_not_scaled_end_with_one_line():
     sample = dev_set(is_regression=True)[0]
     sample["target"] = sample["target"] * 5 + 1
-    with pytest.raises(ValueError, match=r"the data: .* is not in 0\.\.1, to which"):
+    with pytest.raises(ValueError, match=r"the data: .* is not in 0\.\.1: --glue-metrics needs"):
         criterion_of("pearson", True, 1)(model_of(1), sample)
 
 

@@ -136,7 +136,7 @@ def test_a_finished_task_is_skipped_until_its_files_change(made, tmp_path, capsy
     capsys.readouterr()
     run(made, out, ["RTE", "WNLI"], glue=glue)
     printed = capsys.readouterr().out
-    assert "RTE: was prepared from other files or settings, done anew" in printed
+    assert "RTE: files or settings changed, prepared again" in printed
     assert "WNLI: already prepared" in printed
     assert written_at(out, "WNLI") == before[1]
     assert len(as_fairseq_reads(out / "RTE", "valid", 2)[1]) == 21
@@ -197,7 +197,7 @@ def test_a_bad_file_leaves_nothing_half_written_and_the_old_data(made, tmp_path)
 
 def test_a_folder_not_of_our_making_is_left_alone(made, tmp_path):
     glue = write_glue(tmp_path / "glue", ["RTE"])
-    with pytest.raises(ValueError, match=r"without task\.json: not of our making"):
+    with pytest.raises(ValueError, match=r"without task\.json: prepare_glue\.py did not make it"):
         run(made, glue, ["RTE"], glue=glue)
     assert (glue / "RTE" / "train.tsv").is_file()
 

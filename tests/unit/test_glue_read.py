@@ -169,7 +169,7 @@ def test_a_missing_test_file_is_a_note_and_others_an_error(tmp_path):
     (folder / "test.tsv").unlink()
     splits, notes = read_task(folder, TASKS["CoLA"])
     assert list(splits) == ["train", "valid"]
-    assert "CoLA: no test.tsv, so there will be no predictions of it" in notes
+    assert "CoLA: no test.tsv, so no predictions for it" in notes
     (folder / "dev.tsv").unlink()
     with pytest.raises(ValueError, match=re.escape(f"{folder / 'dev.tsv'}: no such file")):
         read_task(folder, TASKS["CoLA"])

@@ -81,9 +81,9 @@ def test_a_label_beyond_the_classes_is_named_with_its_place(data, split):
         (labels("neutral", "unheard"), r"example 2: its label is not in .*/label/dict.txt"),
         (
             labels("neutral", "neutral", "neutral positive"),
-            "example 3: must be one label, is 2 of them: 'neutral positive'",
+            "example 3: must be one label, has 2: 'neutral positive'",
         ),
-        (labels("neutral", ""), "example 2: must be one label, is 0 of them: ''"),
+        (labels("neutral", ""), "example 2: must be one label, has 0: ''"),
         ([*labels("neutral"), [99]], r"example 2: its label is not in .*/label/dict.txt"),
         (labels("neutral"), r"/label/valid has 1 examples, .*/input0/valid has 4"),
     ],
@@ -104,14 +104,17 @@ def test_labels_need_no_end(data):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1\n2\nthree\n4\n", r"label/valid.label:3: 'three' is no finite number"),
-        ("1\nnan\n3\n4\n", r"label/valid.label:2: 'nan' is no finite number"),
-        ("1\n2\n3\n-inf\n", r"label/valid.label:4: '-inf' is no finite number"),
+        ("1\n2\nthree\n4\n", r"label/valid.label:3: 'three' is not a finite number"),
+        ("1\nnan\n3\n4\n", r"label/valid.label:2: 'nan' is not a finite number"),
+        ("1\n2\n3\n-inf\n", r"label/valid.label:4: '-inf' is not a finite number"),
         ("1\n2\n\n4\n", r"label/valid.label:3: 0 numbers, but --num-classes is 1"),
         ("1 2\n2\n3\n4\n", r"label/valid.label:1: 2 numbers, but --num-classes is 1"),
         ("1\n2\n3\n", r"label/valid.label has 3 examples, .*/input0/valid has 4"),
         ("", r"label/valid.label has 0 examples, .*/input0/valid has 4"),
-        ("1\n2\n\xff\n4\n", "label/valid.label:3: '\N{REPLACEMENT CHARACTER}' is no finite number"),
+        (
+            "1\n2\n\xff\n4\n",
+            "label/valid.label:3: '\N{REPLACEMENT CHARACTER}' is not a finite number",
+        ),
     ],
 )
 def test_what_is_no_number_is_named_with_its_line(data, text, message):
@@ -137,7 +140,7 @@ def test_both_sentences_of_a_pair_are_there(data):
         task_of(data).load_dataset("valid")
     for file in (data / "input1").glob("valid.*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"no split valid in .*/input1, but in .*/input0"):
+    with pytest.raises(ValueError, match=r"no split valid in .*/input1, but one in .*/input0"):
         task_of(data).load_dataset("valid")
 
 

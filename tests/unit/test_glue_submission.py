@@ -214,7 +214,7 @@ def test_own_sentences_get_a_label_and_its_probability(data):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "the input has no line"),
+        (b"", "the input has no lines"),
         (b"a\tb\nc\n", "line 2 of the input: 1 columns, must be 2: 'c'"),
         (b"a\tb\tc\n", "line 1 of the input: 3 columns, must be 2"),
         (b"a\tb\n\xff\tb\n", "line 2 of the input: not UTF-8"),

@@ -262,7 +262,7 @@ def test_the_model_card_says_what_is_known_and_leaves_other_cards_alone(tmp_path
     card = (tmp_path / "README.md").read_text()
     n_parameters = sum(p.numel() for p in model.parameters())
     facts = (f"{n_parameters:,}", f"{2 * 64 * 16:,}", "beside the feed-forward of layers 0, 2")
-    for fact in (*facts, "2 heads x 4 slots", "AutoModelForMaskedLM", "It was not counted"):
+    for fact in (*facts, "2 heads x 4 slots", "AutoModelForMaskedLM", "No usage was counted"):
         assert fact in card, fact
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
@@ -287,9 +287,14 @@ def test_a_tokenizer_beside_the_model_is_found_and_fills_masks(tmp_path: Path) -
         (lambda: nn.Linear(2, 2), [0], "residual", "the model is a Linear, must be one of transf"),
         (lambda: with_memories("bert"), [1], "residual", r"has memories in layers \[0, 2\]"),
         (lambda: plain("bert"), [0], "both", "mode is 'both', must be one of residual, replace"),
-        (lambda: plain("bert"), [3], "residual", r"layers are \[3\], must be different ones of 0"),
-        (lambda: plain("bert"), [1, 1], "residual", r"layers are \[1, 1\], must be different"),
-        (lambda: plain("bert"), [], "residual", r"layers are \[\], must be different"),
+        (
+            lambda: plain("bert"),
+            [3],
+            "residual",
+            r"layers are \[3\], must be one or more different numbers in 0",
+        ),
+        (lambda: plain("bert"), [1, 1], "residual", r"layers are \[1, 1\], must be one or more"),
+        (lambda: plain("bert"), [], "residual", r"layers are \[\], must be one or more"),
         (
             lambda: transformers.BertLMHeadModel(configuration("bert", is_decoder=True)),
             [0],
@@ -310,7 +315,7 @@ def test_a_tokenizer_beside_the_model_is_found_and_fills_masks(tmp_path: Path) -
             ),
             [0],
             "residual",
-            "type 'albert' is not known, must be one of bert, roberta, xlm-roberta, electra, dist",
+            "type 'albert' is unknown, must be one of bert, roberta, xlm-roberta, electra, dist",
         ),
     ],
 )
@@ -364,10 +369,10 @@ class ToyModel(transformers.PreTrainedModel):  # type: ignore[misc, name-defined
 
 def test_another_architecture_is_named_added_to_saved_and_loaded(tmp_path: Path) -> None:
     toy = ToyModel(ToyConfig())
-    with pytest.raises(ValueError, match="register_architecture names the modules"):
+    with pytest.raises(ValueError, match="add another one with register_architecture"):
         add_memories(toy, SMALL, [0])
     register_architecture(ToyConfig, Architecture("tower.stages", ffn="mix"), [ToyModel])
-    with pytest.raises(ValueError, match="'toy' is known already"):
+    with pytest.raises(ValueError, match="'toy' is already registered"):
         register_architecture(ToyConfig, Architecture("tower.stages", ffn="mix"))
     x, mask = torch.randn(2, 3, 16), torch.tensor([[1, 1, 1], [1, 1, 0]])
     before = toy.eval()(x)

@@ -287,7 +287,4 @@ def test_only_whole_tables_are_loaded_and_an_error_waits_for_nobody(tmp_path: Pa
     for found in (whole, other):
         assert found["crashed"].shape == (N_SLOTS, V_DIM // 2)
         part, table = (N_SLOTS, V_DIM // 2), (N_SLOTS, V_DIM)
-        assert (
-            f"shape {part}, which is the part of one worker; must be whole, {table}"
-            in (found["refused"])
-        )
+        assert f"shape {part}, one worker's part; must be whole, {table}" in (found["refused"])

@@ -252,7 +252,7 @@ def test_a_validation_set_that_is_too_small_is_counted_whole_and_said(tmp_path, 
     (said,) = [r.getMessage() for r in caplog.records if "fewer" in r.getMessage()]
     assert "30 tokens" in said
     assert "100" in said
-    assert "2.4 draws per slot in place of 8" in said  # 60 / 25, 200 / 25
+    assert "2.4 draws per slot instead of 8" in said  # 60 / 25, 200 / 25
 
 
 def test_a_task_of_the_plugin_has_it_counted_before_the_checkpoint_is_saved(tmp_path):

@@ -1,1 +1,1 @@
-"""What looks on at a memory: counts, times of reads, readers of slots, and their log."""
+"""Observers of a memory: usage counts, times of reads, readers of slots, and their log."""

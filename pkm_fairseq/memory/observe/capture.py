@@ -1,4 +1,4 @@
-"""What a memory is given, kept."""
+"""Capture the inputs of a memory."""
 
 from typing import List
 
@@ -9,10 +9,10 @@ from ..lookup import Observation
 
 
 class InputCapture:
-    """Keeps the inputs of a memory for real tokens, in their order.
+    """Keeps a memory's inputs for real tokens, in order.
 
     Attributes:
-        n_tokens: how many are kept.
+        n_tokens: number of tokens kept.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class InputCapture:
         self.n_tokens += len(tokens)
 
     def inputs(self) -> Tensor:
-        """All that is kept, (n_tokens, input_dim).
+        """All captured inputs, (n_tokens, input_dim).
 
         Raises:
             ValueError: nothing was looked up.

@@ -1,4 +1,4 @@
-"""One count of look-ups over all workers, and what it says."""
+"""One count of look-ups over all workers, and its report."""
 
 from typing import Any, Dict, Optional, Sequence
 
@@ -37,15 +37,15 @@ class Count:
     """A count of the look-ups of a number of tokens, over all workers.
 
     Args:
-        model: whose memories are counted; its run says who the workers are.
-        split: what the tokens are of.
-        tokens: how many to count; 0 means as many as make ``draws``.
+        model: the model with the memories; its run names the workers.
+        split: the data split of the tokens.
+        tokens: number of tokens to count; 0 means enough for ``draws``.
         draws: first choices per slot to count.
 
     Attributes:
         usage: this worker's counters, by layer.
-        total: those of all workers, as of the last ``add_up``; of one worker, its own.
-        updates: updates of the training, that under way included; None outside a training.
+        total: the sum over all workers at the last ``add_up``; with one worker, its counters.
+        updates: updates of the training, including the current one; None outside a training.
     """
 
     def __init__(self, model: HasMemories, split: str, tokens: int = 0, draws: int = DRAWS) -> None:
@@ -69,7 +69,7 @@ class Count:
         return any(table.shards is not None for table in tables_of_layers(self.layers).values())
 
     def check(self, device: torch.device) -> None:
-        """See whether all workers have counted enough; every worker must call it."""
+        """Check whether all workers have counted enough; every worker must call it."""
         lacking = not all(usage.is_full for usage in self.usage.values())
         if self.group is not None:
             anywhere = torch.tensor(int(lacking), device=device)
@@ -85,7 +85,7 @@ class Count:
         self.total = {layer: total for layer, total in totals.items() if total.tokens}
 
     def report(self) -> Dict[str, float]:
-        """What there is to log, as ``memory<layer>_<key>``; nothing if no token was counted."""
+        """Numbers to log, as ``memory<layer>_<key>``; empty if no token was counted."""
         report: Dict[str, float] = {}
         for layer, total in sorted(self.total.items()):
             summary = total.summary(per_head=False)
@@ -103,8 +103,8 @@ class Count:
         """The line of ``memory_usage.jsonl``; every worker must call it if tables are split.
 
         Args:
-            initial: values at the start of the training, by layer; None if they are not known.
-            is_alone: whether other workers are not to be asked how far their columns have moved.
+            initial: values at the start of the training, by layer; None if unknown.
+            is_alone: whether to skip the exchange with workers that hold other columns.
         """
         moved = {layer: self._moved(layer, initial, is_alone) for layer in self.total}
         layers = [
@@ -117,7 +117,7 @@ class Count:
         return {**head, "layers": layers, "shared": shared}
 
     def _shared(self, moved: Dict[int, Any]) -> Dict[str, Any]:
-        """Of the one table that all layers read; a token counts once for each layer."""
+        """Usage of the table that all layers share; a token counts once per layer."""
         totals = list(self.total.values())
         whole = MemoryUsage(totals[0].n_slots, totals[0].heads)
         for total in totals:
@@ -142,7 +142,7 @@ class Count:
         shards = next(iter(tables.values())).shards  # of all alike
         if shards is not None and is_alone:
             return None
-        if shards is not None:  # all workers must know, to add up what they find
+        if shards is not None:  # all workers must take part in the sum
             is_known = shards.all_have(is_known, next(iter(tables.values())).weight.device)
         if not is_known:
             return None
@@ -150,11 +150,11 @@ class Count:
 
 
 def sum_over_workers(local: MemoryUsage, group: Any) -> MemoryUsage:
-    """The usage of all workers together; ``local`` is left as it is.
+    """The sum of all workers' usage; ``local`` does not change.
 
     Args:
-        local: this worker's.
-        group: the process group of the workers; None, if there is but one, returns ``local``.
+        local: this worker's usage.
+        group: the process group of the workers; None (one worker) returns ``local``.
     """
     if group is None:
         return local

@@ -20,18 +20,18 @@ FORMAT = 1
 
 
 class UsageLog:
-    """Appends to the log of a training, which may have been interrupted.
+    """Appends to the log of a training; the training may have been interrupted.
 
-    A last line that a kill has truncated, and lines of updates that will be done again, are
-    dropped. A training from the start moves the log of an earlier one to ``*.old``.
+    It drops a last line that a kill truncated, and lines of updates that will be repeated. A new
+    training moves the log of an earlier one to ``*.old``.
 
     Args:
         file: the log; need not exist.
-        header: shapes of the memories, as ``header_of`` makes it.
-        updates: finished updates of the checkpoint that the training goes on from.
+        header: shapes of the memories, from ``header_of``.
+        updates: finished updates of the checkpoint from which the training resumes.
 
     Raises:
-        ValueError: the file is no such log, or that of memories of other shapes.
+        ValueError: the file is not such a log, or logs memories of other shapes.
     """
 
     def __init__(self, file: Path, header: Dict[str, Any], updates: int) -> None:
@@ -41,12 +41,12 @@ class UsageLog:
             theirs, known = read_usage_log(file)
             if theirs != header:
                 raise ValueError(
-                    f"{file} is the log of memories of other shapes, {_shapes(theirs)}; those of "
-                    f"this run are {_shapes(header)}: choose another --save-dir, or move it away"
+                    f"{file} is the log of memories of other shapes, {_shapes(theirs)}; this run "
+                    f"has {_shapes(header)}: choose another --save-dir, or move the log away"
                 )
             if not updates and known:
                 file.replace(file.with_name(f"{file.name}.old"))
-                logger.info(f"{file} was of an earlier training: moved to {file.name}.old")
+                logger.info(f"{file} is the log of an earlier training: moved to {file.name}.old")
                 known = []
         kept = [record for record in known if record["update"] <= updates]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class UsageLog:
 
 
 def header_of(model: HasMemories) -> Dict[str, Any]:
-    """The first line of a log: what counts of different updates have in common."""
+    """The first line of a log: what all its counts have in common."""
     configs = {layer: x.memory.config for layer, x in sorted(model.memory_layers().items())}
     return {
         "format": FORMAT,
@@ -72,19 +72,19 @@ def header_of(model: HasMemories) -> Dict[str, Any]:
 
 
 def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
-    """Read a log; a last line without its end, as a kill leaves it, is left out.
+    """Read a log; skip a last line that a kill truncated.
 
     Returns:
         The header, and the counts in the order of the file.
 
     Raises:
-        ValueError: there is no such file, or it is no such log; the message says which line.
+        ValueError: the file is missing or not such a log; the message names the line.
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     *lines, truncated = file.read_bytes().split(b"\n")
     if truncated:
-        logger.warning(f"{file}: line {len(lines) + 1} is truncated and left out")
+        logger.warning(f"{file}: line {len(lines) + 1} is truncated and was skipped")
     parsed = [_parse(file, number, line) for number, line in enumerate(lines, 1)]
     if not parsed or parsed[0].get("format") != FORMAT or "layers" not in parsed[0]:
         raise ValueError(f"{file}: line 1 is no header of format {FORMAT}: not a log of usage")
@@ -101,9 +101,8 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
 def whole_values(model: HasMemories) -> Dict[str, Optional[Tensor]]:
     """The tables of each memory layer, by the names of ``tables_of_layers``.
 
-    Tables that are split over workers are whole on the first one, and None on the others.
-
-    Every worker must call it if tables are split.
+    If tables are split over workers, the first worker gets whole tables and the others get None.
+    Every worker must call it then.
     """
     tables = tables_of_layers(model.memory_layers())
     whole = {table: _whole(table) for table in tables.values()}  # one, if layers share it
@@ -116,13 +115,13 @@ def _whole(table: ValueTable) -> Optional[Tensor]:
 
 
 def save_initial_values(values: Dict[str, Tensor], folder: Path) -> None:
-    """Keep the values that a training starts from, to see later how far they have moved."""
+    """Save the initial values of a training, to measure later how far values have moved."""
     with whole_file(folder / INITIAL_VALUES) as out:
         torch.save({name: table.cpu() for name, table in values.items()}, out)
 
 
 def load_initial_values(folder: Path) -> Optional[Dict[str, Tensor]]:
-    """The tables, by name, that a training started from, on disk; None if they were not kept."""
+    """The initial tables of a training, by name, mapped from disk; None if not saved."""
     file = folder / INITIAL_VALUES
     if not file.is_file():
         return None

@@ -10,7 +10,7 @@ from ..lookup import Observation
 
 
 class Place(NamedTuple):
-    """Where a slot was read most strongly by a symbol."""
+    """The place where a symbol read a slot with the largest weight."""
 
     weight: float
     sequence: int
@@ -18,9 +18,9 @@ class Place(NamedTuple):
 
 
 class SlotReaders:
-    """Counts which symbols read some slots, among the observers of their memory.
+    """An observer that counts which symbols read some slots of its memory.
 
-    It must be told the symbols of each batch before the memory reads it.
+    Call ``begin`` with the symbols of each batch before the memory reads the batch.
 
     Args:
         slots: the slots to watch, (R,).
@@ -30,7 +30,7 @@ class SlotReaders:
     Attributes:
         reads: (R, n_symbols), int64: reads by any head.
         weight: (R, n_symbols), float64: accumulated softmax weight.
-        best: by rank of the slot and symbol, where it was read with the largest weight.
+        best: by rank of the slot and symbol, the place of the read with the largest weight.
     """
 
     def __init__(self, slots: Tensor, n_slots: int, n_symbols: int) -> None:
@@ -45,17 +45,17 @@ class SlotReaders:
         self._n_sequences = self._first = 0
 
     def begin(self, batch: Tensor) -> None:
-        """Be told the token ids, (B, T), of the look-up that comes next."""
+        """Set the token ids, (B, T), of the next look-up."""
         self._tokens = batch.t().to("cpu", copy=True)
         self._first = self._n_sequences
         self._n_sequences += len(batch)
 
     def observe(self, seen: Observation) -> None:
-        """Count a look-up of the batch that was begun."""
+        """Count a look-up of the current batch."""
         self.update(seen.slots, seen.weights, seen.padding_mask)
 
     def update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor] = None) -> None:
-        """Count one look-up of the batch that was begun.
+        """Count one look-up of the current batch.
 
         Args:
             slots: (T, B, H, K).

@@ -1,7 +1,7 @@
-"""How many slots fewer, or more, draws would have hit: rarefaction and extrapolation.
+"""How many slots would fewer or more draws hit? Rarefaction and extrapolation.
 
-Ecology has the same question: how many species would a smaller sample have found, and how many are
-there? Slots are species, and draws are individuals.
+Ecology asks the same: how many species would a smaller sample find, and how many exist? Slots are
+species, and draws are individuals.
 """
 
 from typing import Dict, List, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def rarefied(counts: Tensor, draws: int, smaller: Sequence[int]) -> List[float]:
-    """Expected share of slots hit by some of the draws that were counted.
+    """Expected share of slots hit by a random subset of the counted draws.
 
     The expectation is over all ways to choose m of N draws:
     ``sum_i 1 - C(N - n_i, m) / C(N, m)`` (Hurlbert 1971). It needs only the counts, so it does not
@@ -19,9 +19,9 @@ def rarefied(counts: Tensor, draws: int, smaller: Sequence[int]) -> List[float]:
 
     Args:
         counts: (n_slots,), in how many of the draws each slot was hit.
-        draws: N. A draw may hit several slots, each once: then m draws are chosen with all that
-            they hit (Colwell et al. 2012, sample-based rarefaction).
-        smaller: each an m, at most N.
+        draws: N. A draw may hit several slots, each once; choosing a draw then chooses all its
+            slots (Colwell et al. 2012, sample-based rarefaction).
+        smaller: values of m, each at most N.
 
     Returns:
         A share of the slots for each m.
@@ -44,17 +44,17 @@ def rarefied(counts: Tensor, draws: int, smaller: Sequence[int]) -> List[float]:
 
 
 def _log_choose(n: Tensor, m: int) -> Tensor:
-    """``log(C(n, m) * m!)``, float64; where n < m it is not used."""
+    """``log(C(n, m) * m!)``, float64; unused if n < m."""
     return torch.lgamma(n + 1) - torch.lgamma((n - m).clamp_(min=0) + 1)
 
 
 def extrapolated(counts: Tensor, draws: int) -> Dict[str, float]:
-    """The share of slots that any number of further draws would hit, estimated.
+    """Estimate the share of slots that unlimited further draws would hit.
 
     Chao1 (Chao 1984): ``hit + (N - 1) / N * f1^2 / (2 f2)``, where f1 slots were hit once and f2
-    twice; ``f1 (f1 - 1) / 2`` in place of ``f1^2 / (2 f2)`` if f2 is 0. It is a lower bound in
-    expectation, and close where slots that were not hit are about as likely as those hit once.
-    For draws that hit several slots each it is Chao2 (Chao 1987), which has the same form.
+    twice; if f2 is 0, ``f1 (f1 - 1) / 2`` replaces ``f1^2 / (2 f2)``. It is a lower bound in
+    expectation. It is close if slots without a hit are about as likely as slots with one hit. For
+    draws that hit several slots each, it is Chao2 (Chao 1987), which has the same form.
 
     Args:
         counts: (n_slots,), in how many of the draws each slot was hit.
@@ -62,9 +62,9 @@ def extrapolated(counts: Tensor, draws: int) -> Dict[str, float]:
 
     Returns:
         ``usage``: the estimated share, at most 1; ``error``: its standard error (Chao 1987);
-        ``coverage``: the estimated probability that the next draw hits a slot that was hit
-        before, ``1 - f1 / N`` (Good 1953), for draws of several slots each that of one of its
-        slots, ``1 - f1 / sum of counts``.
+        ``coverage``: the estimated probability that the next draw hits a slot that was hit before,
+        ``1 - f1 / N`` (Good 1953); for draws of several slots, that one of its slots was hit
+        before, ``1 - f1 / sum of counts``.
     """
     n_slots = len(counts)
     hit, f1, f2 = (int((counts > 0).sum()), int((counts == 1).sum()), int((counts == 2).sum()))

@@ -1,4 +1,4 @@
-"""How often a text reads each slot, and in how many of its batches: counts kept in a file."""
+"""Slot counts: how often a text reads each slot, and in how many batches. Stored in a file."""
 
 import contextlib
 from pathlib import Path
@@ -11,23 +11,23 @@ from ..files import whole_file
 from ..lookup import Observation
 
 KIND, VERSION = "pkm_fairseq slot counts", 1
-MOST = 2**31 - 1  # what int32 holds
+MOST = 2**31 - 1  # largest int32
 
 Layers = Tuple[int, ...]  # the layers that read one table
 
 
 class SlotCounts:
-    """Counts the reads of each slot of a table, and the batches in which it was read.
+    """Counts the reads of each slot of a table, and the batches that read it.
 
-    Among the observers of all memories that read the table, it counts what they look up, padding
-    left out. Whoever reads the text says with ``end_batch`` where a batch ends.
+    Add it to the observers of all memories that read the table. It skips padding. Call
+    ``end_batch`` after each batch.
 
     Args:
         n_slots: rows of the table.
 
     Attributes:
         reads: (n_slots,), int64: reads at any rank by any head.
-        batches: (n_slots,), int64: finished batches in which the slot was read.
+        batches: (n_slots,), int64: finished batches that read the slot.
         n_batches: finished batches.
     """
 
@@ -43,27 +43,27 @@ class SlotCounts:
         return len(self.reads)
 
     def observe(self, seen: Observation) -> None:
-        """Count a look-up of the batch at hand."""
+        """Count a look-up of the current batch."""
         slots = seen.slots
         self.update(slots if seen.padding_mask is None else slots[~seen.padding_mask.bool()])
 
     def update(self, slots: Tensor) -> None:
-        """Count slots, (...), int64, that the batch at hand reads."""
+        """Count slots, (...), int64, that the current batch reads."""
         self.reads += count_slots(slots.flatten(), self.n_slots).cpu()
 
     def end_batch(self) -> None:
-        """Say that the next look-up is of another batch."""
+        """End the current batch."""
         self.batches += self.reads > self._before
         self.n_batches += 1
         self._before = self.reads.clone()
 
 
 class CountsFile(NamedTuple):
-    """What a file of counts holds.
+    """The content of a file of slot counts.
 
     Attributes:
         tables: counts by the layers that read the table.
-        about: of which checkpoint and text they are, plain data.
+        about: plain data on the checkpoint and the text.
     """
 
     tables: Dict[Layers, SlotCounts]
@@ -73,9 +73,9 @@ class CountsFile(NamedTuple):
         """The counts of a table.
 
         Args:
-            layers: those that read it.
-            n_slots: its rows.
-            name: what messages call the file.
+            layers: the layers that read it.
+            n_slots: its number of rows.
+            name: the file's name in messages.
 
         Raises:
             ValueError: the file counts other memories.
@@ -84,7 +84,7 @@ class CountsFile(NamedTuple):
         if counts is None or counts.n_slots != n_slots:
             theirs = "; ".join(_described(*table) for table in self.tables.items())
             ours = _described(layers, n_slots)
-            raise ValueError(f"{name} counts {theirs}: must count {ours}, as the model has it")
+            raise ValueError(f"{name} counts {theirs}: must count {ours}, as in the model")
         return counts
 
 
@@ -94,7 +94,7 @@ def count_slots(slots: Tensor, n_slots: int) -> Tensor:
 
 
 def save_counts(file: Path, counts: CountsFile) -> None:
-    """Write counts; the file is whole or absent."""
+    """Write counts; the file is complete or absent."""
     tables = [
         {
             "layers": list(layers),
@@ -110,11 +110,11 @@ def save_counts(file: Path, counts: CountsFile) -> None:
 
 
 def load_counts(file: Path, name: str) -> CountsFile:
-    """Read counts; no code from the file is run.
+    """Read counts, without running code from the file.
 
     Args:
-        file: as ``save_counts`` wrote it.
-        name: what messages call it.
+        file: a file of ``save_counts``.
+        name: the file's name in messages.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -122,10 +122,10 @@ def load_counts(file: Path, name: str) -> CountsFile:
     if not file.is_file():
         raise ValueError(f"{name}: no such file")
     content: Any = None
-    with contextlib.suppress(Exception):  # what is no file of torch's can raise nearly anything
+    with contextlib.suppress(Exception):  # torch.load can raise nearly anything
         content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise ValueError(f"{name}: no counts of slots, as memory_usage.py --save-counts writes")
+        raise ValueError(f"{name}: not a file of slot counts from memory_usage.py --save-counts")
     if content["version"] != VERSION:
         raise ValueError(f"{name}: its version is {content['version']}, must be {VERSION}")
     tables = {tuple(table["layers"]): _table(table) for table in content["tables"]}
@@ -149,7 +149,7 @@ def _described(layers: Layers, slots: Any) -> str:
 
 
 def needed(counts: SlotCounts, share: float = 0.9) -> Optional[Tensor]:
-    """The fewest slots that take a share of the reads, most read first; None of no reads."""
+    """The fewest slots that receive a share of the reads, most read first; None without reads."""
     if not int(counts.reads.sum()):
         return None
     reads, slots = counts.reads.sort(descending=True, stable=True)

@@ -12,30 +12,30 @@ from ..sharding import ColumnShards
 
 QUANTILES = (10, 50, 90, 99)
 OUTDATED_AFTER = (10, 100, 1000, 10_000)  # updates
-WINDOWS = (10, 100, 1000, 10_000)  # of the last updates
+WINDOWS = (10, 100, 1000, 10_000)  # numbers of latest updates
 ORIGIN = 8  # numbers
-ROWS = 8192  # of a table, compared at once
+ROWS = 8192  # rows to compare at once
 
 
 class ReadTimes(nn.Module):
-    """For each slot the update in which it was last read, and in which it was a first choice.
+    """For each slot, the update of its last read, and of its last read as a first choice.
 
-    Among the observers of a memory it notes what the memory reads in a training, whose finished
-    updates the state of the run says; outside a training it notes nothing. Updates are counted
-    from 1, and 0 stands for never. The times are buffers and so part of a checkpoint. They are
-    floating because what averages checkpoints or models handles floating tensors only, and
-    float32 in every model, which is exact up to 2 ** 24 updates.
+    As an observer of a memory it records the reads in a training; the state of the run gives the
+    number of finished updates. Outside a training it records nothing. Updates count from 1; 0
+    means never. The times are buffers, so checkpoints hold them. They are floating because code
+    that averages checkpoints or models handles only floating tensors. They are float32 in every
+    model, which is exact up to 2 ** 24 updates.
 
     Args:
         n_slots: slots of the memory.
-        origin: says in which training the memory came into being, as ``origin_of`` makes it;
-            None if that is not known.
+        origin: identifies the training that created the memory, from ``origin_of``; None if
+            unknown.
 
     Attributes:
         last_read: (n_slots,).
         last_top1: (n_slots,).
-        origin: (8,), kept by all that goes on from a checkpoint of the training: a restart, another
-            training that starts from it, finetuning. Zeros if it is not known.
+        origin: (8,); kept by every run that starts from a checkpoint of the training: a restart,
+            another training, finetuning. Zeros if unknown.
     """
 
     last_read: Tensor
@@ -49,13 +49,13 @@ class ReadTimes(nn.Module):
         self.register_buffer("last_top1", torch.zeros(n_slots, dtype=torch.float32))
 
     def observe(self, seen: Observation) -> None:
-        """Note a look-up of the update that is under way, if there is one."""
+        """Record a look-up of the current update, if there is one."""
         if seen.training and seen.run.updates is not None:
             self.record(seen.slots, seen.run.updates + 1, seen.padding_mask)
 
     @torch.no_grad()
     def record(self, slots: Tensor, update: int, padding_mask: Optional[Tensor] = None) -> None:
-        """Note that slots are read in an update.
+        """Record that an update reads slots.
 
         Args:
             slots: (..., H, K), the highest score first.
@@ -75,11 +75,11 @@ class ReadTimes(nn.Module):
 
     @property
     def is_averaged(self) -> bool:
-        """Whether these are means of several models' times, as --store-ema makes, and so none."""
+        """Whether these are means of several models' times (--store-ema), which are no times."""
         return bool((self.last_read != self.last_read.round()).any())
 
     def summary(self, updates: int) -> Dict[str, Any]:
-        """What the times say after so many updates: "updates", "read" and "top1"."""
+        """The staleness after this many updates: "updates", "read" and "top1"."""
         return {
             "updates": updates,
             "read": summarise(self.last_read, updates),
@@ -87,7 +87,7 @@ class ReadTimes(nn.Module):
         }
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReadTimes":
-        """Follow the model to another device, but not to half precision."""
+        """Move with the model to another device, but stay in float32."""
         times = self.last_read, self.last_top1, self.origin
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.last_read.device
@@ -96,14 +96,14 @@ class ReadTimes(nn.Module):
 
 
 def origin_of(keys: Tensor, *names: str) -> Tensor:
-    """Tell the training in which a memory comes into being by the sub-keys it starts with.
+    """Identify the training that creates a memory, by its initial sub-keys.
 
-    A function of them, so that all workers agree, and a training that is repeated bit for bit is
-    the same one. Small numbers, so that averages of equal ones, in any dtype, are these.
+    As a function of the sub-keys it is equal on all workers, and for a training that is repeated
+    bit for bit. The numbers are small, so that averages of equal ones stay exact in any dtype.
 
     Args:
         keys: initial sub-keys, of any shape.
-        names: what else tells trainings of one seed apart.
+        names: further text that distinguishes trainings with the same seed.
 
     Returns:
         (8,), float32, each in 1..250.
@@ -114,35 +114,35 @@ def origin_of(keys: Tensor, *names: str) -> Tensor:
 
 
 def merge_over_workers(reads: Sequence[ReadTimes], group: Any) -> None:
-    """Let every worker know when any of them has read a slot; every worker must call it.
+    """Merge the times of reads over all workers; every worker must call it.
 
     Args:
-        reads: of the memories of a model, in the same order on all workers.
-        group: the process group of the workers; None if there is but one.
+        reads: the times of a model's memories, in the same order on all workers.
+        group: the process group of the workers; None for one worker.
     """
     if group is None or not reads:
         return
     times = [last for x in reads for last in (x.last_read, x.last_top1)]
-    latest = torch.cat(times)  # of all layers, which may have other sizes; exchanged at once
+    latest = torch.cat(times)  # all layers in one exchange; their sizes may differ
     dist.all_reduce(latest, op=dist.ReduceOp.MAX, group=group)
     for last, merged in zip(times, latest.split([len(x) for x in times]), strict=True):  # type: ignore[no-untyped-call]
         last.copy_(merged)
 
 
 def summarise(last: Tensor, updates: int) -> Dict[str, Any]:
-    """Staleness of slots: updates since an event that happens to each of them.
+    """Staleness of slots: updates since each slot's latest event (a read, or a first choice).
 
     Args:
         last: (n_slots,), the update of the latest event, from 1; 0 for never.
         updates: finished updates.
 
     Returns:
-        ``never``: share of slots without any; ``p10`` to ``p99``: quantiles of the number of
-        updates since, where a slot without any counts as ``updates``; ``outdated``: share of
-        slots for which it is more than 10, 100, 1000 and 10000; ``used``: share of slots with an
-        event in the last 10, 100, 1000 and 10000 updates, as far as there were so many. Of first
-        choices it is the top-1 usage of all tokens of these updates, as a count of them would
-        find it, and of reads the usage by at least one read.
+        ``never``: share of slots without an event; ``p10`` to ``p99``: quantiles of the updates
+        since the event, where a slot without one counts as ``updates``; ``outdated``: share of
+        slots with more than 10, 100, 1000 and 10000 updates since; ``used``: share of slots with
+        an event in the last 10, 100, 1000 and 10000 updates, if there were that many. For first
+        choices, ``used`` is the top-1 usage over all tokens of these updates; for reads, it is the
+        usage by at least one read.
     """
     since = (updates - last.double()).clamp_(min=0)  # (n_slots,)
     return {
@@ -156,7 +156,7 @@ def summarise(last: Tensor, updates: int) -> Dict[str, Any]:
 
 
 def quantiles(x: Tensor) -> Dict[str, float]:
-    """Quantiles of (n,): each the smallest value that so many per cent do not exceed."""
+    """Quantiles of (n,): each the smallest value that this percentage does not exceed."""
     ascending = x.sort().values
     ranks = {q: min(len(x) - 1, max(0, -(-q * len(x) // 100) - 1)) for q in QUANTILES}
     return {f"p{q}": float(ascending[rank]) for q, rank in ranks.items()}
@@ -165,16 +165,16 @@ def quantiles(x: Tensor) -> Dict[str, float]:
 def movement(
     tables: Sequence[Tuple[Tensor, Tensor]], shards: Optional[ColumnShards] = None
 ) -> Dict[str, float]:
-    """How far values have moved from what they were; a slot's rows in all tables are one vector.
+    """How far values have moved; a slot's rows in all tables count as one vector.
 
     Args:
-        tables: of each table its values, (n_slots, width) or this worker's columns, and what they
-            were, (n_slots, width), on any device.
-        shards: the workers with the other columns, all of which must call it; None if values are
-            whole.
+        tables: for each table its current values, (n_slots, width) or this worker's columns, and
+            its initial values, (n_slots, width), on any device.
+        shards: the workers with the other columns; all of them must call it. None if values are
+            not split.
 
     Returns:
-        ``unmoved``: share of slots whose value is what it was; quantiles ``p10`` to ``p99`` and
+        ``unmoved``: share of slots whose value did not change; quantiles ``p10`` to ``p99`` and
         ``max`` of the L2 distance.
 
     Raises:
@@ -192,7 +192,7 @@ def movement(
 
 
 def _distances(values: Tensor, initial: Tensor, shards: Optional[ColumnShards]) -> Tensor:
-    """L2 distances of the rows of a table, or of this worker's columns, from what they were."""
+    """L2 distances of a table's rows, or of this worker's columns, from their initial values."""
     if shards is not None:
         initial = shards.own_columns(initial, values.shape[1] * shards.n_shards)
     if values.shape != initial.shape:

@@ -1,4 +1,4 @@
-"""How much of a memory is used: counters that merge, and what they say."""
+"""Memory usage: counters that can be merged, and statistics of them."""
 
 import math
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -9,23 +9,23 @@ from torch import Tensor
 from ..lookup import Observation
 from .richness import extrapolated, rarefied, round_draws
 
-DRAWS = 100  # per slot, in one count; our choice
+DRAWS = 100  # per slot in one count; our choice
 HOLDS = (1, 10, 100)  # per cent of the uniform share of weight
-TIE = 1e-10  # a share that is missed by less is met but for rounding
+TIE = 1e-10  # a share missed by less counts as reached: rounding
 
 COUNTERS = ("top1_count", "read_count", "read_mass", "top1_weight", "entropy")
 
 
 class MemoryUsage:
-    """Counts which slots were read, how often, how strongly, and as somebody's first choice.
+    """Counts how often each slot is read, with which weight, and how often as a first choice.
 
-    Counters of parts of a data set, or of several workers, merge into those of the whole. Among
-    the observers of a memory it counts what the memory looks up.
+    Counters of several workers, or of parts of a data set, merge into counters of the whole. It
+    can be an observer of a memory.
 
     Args:
         n_slots: slots of the memory.
         heads: heads of the memory.
-        max_tokens: count this many tokens and then no more; None counts all.
+        max_tokens: stop after this many tokens; None counts all.
 
     Attributes:
         tokens: real tokens counted.
@@ -61,7 +61,7 @@ class MemoryUsage:
         return self.max_tokens is not None and self.tokens >= self.max_tokens
 
     def counters(self) -> List[Tensor]:
-        """Everything that adds up, but for the number of tokens."""
+        """All counters that add up, except the number of tokens."""
         return [getattr(self, name) for name in COUNTERS]
 
     def observe(self, seen: Observation) -> None:
@@ -79,8 +79,8 @@ class MemoryUsage:
             padding_mask: (...), True at padding, which is not counted.
 
         Raises:
-            ValueError: shapes do not fit, K differs from earlier updates, or a slot that is
-                no padding is out of range.
+            ValueError: shapes do not fit, K differs from earlier updates, or the slot of a real
+                token is out of range.
         """
         self._check_update(slots, weights, padding_mask)
         if padding_mask is not None:
@@ -130,18 +130,18 @@ class MemoryUsage:
         return self
 
     def summary(self, per_head: bool = True) -> Dict[str, Any]:
-        """What the counts say, of the memory as a whole and of each head.
+        """Statistics of the counts, for the whole memory and for each head.
 
         Args:
             per_head: False leaves out ``heads``, ``curve`` and ``extrapolation``.
 
         Returns:
-            ``n_slots``, ``tokens``; ``draws_per_slot``: tokens x heads / n_slots, without which
-            a usage says nothing; ``top1_usage`` and ``topk_usage``: share of slots that were
+            ``n_slots``, ``tokens``; ``draws_per_slot``: tokens x heads / n_slots, needed to
+            interpret any usage; ``top1_usage`` and ``topk_usage``: share of slots that were
             a first choice, and that received weight (Kim & Jung 2020, by a
             secondary source; Lample et al. 2019);
-            ``top1_ceiling`` and ``topk_ceiling``: the usage that uniform random routing of as
-            many tokens is expected to reach; ``dead_slots``: slots that received no weight;
+            ``top1_ceiling`` and ``topk_ceiling``: the expected usage under uniform random routing
+            of the same number of tokens; ``dead_slots``: slots that received no weight;
             ``holds_1``, ``holds_10``, ``holds_100``: share of slots that received at least that
             percentage of the weight that uniform routing would give each; ``kl_weighted`` and
             ``kl_unweighted``: divergence of the weight, and of the read
@@ -150,12 +150,12 @@ class MemoryUsage:
             of the weight; ``top1_weight``: mean weight of a first choice; ``entropy``: mean
             entropy of the weights of one head's look-up, in nats, at most log knn; both of
             weights divided by their sum, which relu does not make 1;
-            ``effective_neighbours``: exp of the entropy, at most knn: where it is near knn, all
-            neighbours weigh alike and the first choice is hardly one;
+            ``effective_neighbours``: exp of the entropy, at most knn; near knn, all neighbours
+            have similar weights, and the first choice means little;
             ``subkey1_usage`` and ``subkey2_usage``: share of the heads' sub-keys of each half
-            that received weight, where n_slots is a square; ``curve`` and ``extrapolation``, see
-            ``curve`` and ``extrapolation``; ``heads``: for each head all of this
-            but ``n_slots``, ``tokens``, ``curve`` and ``extrapolation``.
+            that received weight, if n_slots is a square; ``curve`` and ``extrapolation``, see
+            these methods; ``heads``: for each head all of this
+            except ``n_slots``, ``tokens``, ``curve`` and ``extrapolation``.
 
         Raises:
             ValueError: no token was counted.
@@ -170,11 +170,10 @@ class MemoryUsage:
         return {**whole, **more, "heads": heads}
 
     def curve(self) -> List[Dict[str, float]]:
-        """The usage that fewer draws would have shown: 1, 3, 10, ... per slot, and all.
+        """The expected usage after fewer draws: 1, 3, 10, ... per slot, and all.
 
-        A draw is a query, one head's look-up for one token. Its first choice is the draw of the
-        top-1 usage. For the top-k usage a query is drawn with all its ``knn`` reads, so both
-        usages stand at the same number of draws.
+        A draw is a query: one head's look-up for one token. The top-1 usage counts its first
+        choice, the top-k usage all its ``knn`` reads. Both usages have the same number of draws.
 
         Returns:
             Ascending, each ``draws_per_slot``, ``top1_usage`` and ``topk_usage``.
@@ -191,7 +190,7 @@ class MemoryUsage:
         ]
 
     def extrapolation(self) -> Dict[str, Dict[str, float]]:
-        """The usage that ever more draws would reach, ``top1`` and ``topk``.
+        """The estimated usage after unlimited draws, ``top1`` and ``topk``.
 
         Each is ``usage``, ``error`` and ``coverage`` of
         ``pkm_fairseq.memory.observe.richness.extrapolated``.
@@ -200,12 +199,12 @@ class MemoryUsage:
         return {"top1": extrapolated(top1, queries), "topk": extrapolated(topk, queries)}
 
     def _hits(self) -> Tuple[Tensor, Tensor]:
-        """In how many queries each slot was the first choice, and received weight: (n_slots,)."""
+        """The number of queries in which each slot was first choice, and got weight: (n_slots,)."""
         reads = self.read_count.sum(0)
         return self.top1_count.sum(0), reads.masked_fill(self.read_mass.sum(0) == 0, 0)
 
     def _describe(self, heads: slice) -> Dict[str, Union[int, float]]:
-        """What the counts of some heads, taken together, say."""
+        """Statistics of the joint counts of some heads."""
         assert self.knn is not None
         top1, reads = self.top1_count[heads].sum(0), self.read_count[heads].sum(0)  # (n_slots,)
         mass = self.read_mass[heads].sum(0)
@@ -233,7 +232,7 @@ class MemoryUsage:
 
     def _subkey_usage(self, heads: slice) -> Dict[str, float]:
         n_keys = math.isqrt(self.n_slots)
-        if n_keys**2 != self.n_slots:  # no product of two halves
+        if n_keys**2 != self.n_slots:  # not a product-key memory
             return {}
         used = (self.read_mass[heads] > 0).view(-1, n_keys, n_keys)  # (h, S, S), slot i1 * S + i2
         halves = used.any(dim=2), used.any(dim=1)  # each (h, S)
@@ -251,7 +250,7 @@ class MemoryUsage:
             wrong = low if low < 0 else high
             raise ValueError(
                 f"slot {wrong} is out of range, must be in [0, {self.n_slots}); "
-                "slot -1 stands at padding: pass the padding_mask"
+                "slot -1 marks padding: pass the padding_mask"
             )
 
     def _check_update(self, slots: Tensor, weights: Tensor, padding_mask: Optional[Tensor]) -> None:
@@ -280,11 +279,11 @@ def uniform_ceiling(queries: int, n_slots: int) -> float:
 
 
 def tokens_for_draws(n_slots: int, heads: int, draws: int = DRAWS) -> int:
-    """Fewest tokens that make so many draws per slot.
+    """Fewest tokens that give this many draws per slot.
 
     Args:
         n_slots: slots of the memory.
-        heads: heads of the memory, each of which has one first choice per token.
+        heads: heads of the memory; each has one first choice per token.
         draws: per slot, at least 1.
 
     Raises:
@@ -298,7 +297,7 @@ def tokens_for_draws(n_slots: int, heads: int, draws: int = DRAWS) -> int:
 def slots_that_get(mass: Tensor) -> Dict[str, float]:
     """Share of slots that hold at least 1, 10 and 100 % of the uniform share, as ``holds_1`` ...
 
-    Rounding of the sums is allowed for, as in ``slots_that_hold``.
+    Like ``slots_that_hold``, it allows for rounding of the sums.
 
     Args:
         mass: (n_slots,), weight that each slot received.
@@ -310,9 +309,9 @@ def slots_that_get(mass: Tensor) -> Dict[str, float]:
 def slots_that_hold(ascending: Tensor) -> Dict[str, int]:
     """Fewest slots that hold 50, 90 and 99 % of the mass, as ``slots_50`` and so on.
 
-    Masses are sums of floating weights, so a share that slots hold exactly may be missed by
-    rounding. It counts as held if no more than a share of 1e-10 of it is missing. Masses are
-    summed as multiples of the largest: those of equal slots are then 1, and their sums exact.
+    Masses are sums of floating weights, so rounding can make an exact share look too small. A share
+    counts as held if at most 1e-10 of it is missing. The sums use multiples of the largest mass:
+    for equal slots these are 1, and their sums are exact.
 
     Args:
         ascending: (n_slots,), sorted; if all are 0, no slot holds anything.
@@ -327,7 +326,7 @@ def slots_that_hold(ascending: Tensor) -> Dict[str, int]:
 def kl_from_uniform(counts: Tensor) -> float:
     """KL divergence in nats of normalised counts from uniform, ``log n + sum z log z``.
 
-    Where nothing was counted it is the largest, log n, as of counts in one place.
+    Without counts it is the maximum, log n, as if one slot had all counts.
     """
     if not counts.any():
         return math.log(len(counts))
@@ -336,9 +335,9 @@ def kl_from_uniform(counts: Tensor) -> float:
 
 
 def gini(ascending: Tensor) -> float:
-    """Gini coefficient of non-negative masses, sorted ascending: 0 equal, near 1 one holds all.
+    """Gini coefficient of non-negative masses, sorted ascending: 0 if equal, near 1 if one has all.
 
-    Where there is no mass it is 1.
+    Without any mass it is 1.
     """
     if ascending[-1] == 0:
         return 1.0
