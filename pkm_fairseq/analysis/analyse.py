@@ -68,7 +68,7 @@ def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analy
     logs = [read_log(name, file) for name, file in named_files(args.log)]
     for log in logs:
         if log.truncated:
-            note(f"{log.file}: the last line was cut off and is left out")
+            note(f"{log.file}: skipped the last line, which is incomplete")
     reports, masses, drifts, counts = _checkpoints(args, begin, note)
     report = {
         "text": args.data or args.text,
@@ -143,8 +143,8 @@ def _note_unequal_draws(reports: Sequence[Dict[str, Any]], note: Callable[[str],
     if draws and min(draws.values()) < 0.99 * max(draws.values()):
         counted = "; ".join(f"{name}: {number:.3g}" for name, number in draws.items())
         note(
-            f"counts are of different draws per slot ({counted}): compare usages on the curve, at "
-            f"{min(draws.values()):.3g} draws per slot or fewer"
+            f"the counts have different draws per slot ({counted}): compare usages on the curve, "
+            f"at {min(draws.values()):.3g} draws per slot or fewer"
         )
 
 
@@ -164,7 +164,7 @@ def _text_for(args: Namespace, opened: Opened, note: Callable[[str], None]) -> L
             draws = [n * config.heads / config.n_slots for n in (n_tokens, wanted)]
             note(
                 f"{opened.name}: {source} has only {n_tokens:,} of the {wanted:,} tokens wanted: "
-                f"{draws[0]:.3g} draws per slot in place of {draws[1]:.3g} "
+                f"{draws[0]:.3g} draws per slot instead of {draws[1]:.3g} "
                 f"in layer {', '.join(map(str, layers))}"
             )
     return sequences
@@ -186,7 +186,7 @@ def _drift(args: Namespace, before: Opened, after: Opened) -> Dict[str, Any]:
     """
     reason = why_not_one_training(before, after)
     if reason and not args.force_drift:
-        raise ValueError(f"{reason} (--force-drift compares them all the same)")
+        raise ValueError(f"{reason} (--force-drift compares them anyway)")
     length = min(opened.model.max_positions() for opened in (before, after))
     if before.dictionary.symbols != after.dictionary.symbols:
         raise ValueError(
@@ -207,12 +207,12 @@ def check_options(args: Namespace) -> None:
     source, has_text = args.data or args.text, bool(args.checkpoint)
     if not args.checkpoint and not args.log:
         raise ValueError(
-            "nothing to look at: name a --checkpoint with --data or --text, or a --log"
+            "nothing to analyse: give a --checkpoint with --data or --text, or a --log"
         )
     if has_text and not source:
         raise ValueError("--checkpoint needs a text to read: --data or --text")
     if args.draws and args.tokens:
-        raise ValueError("--draws and --tokens both say how much to read: give one of them")
+        raise ValueError("--draws and --tokens both set how much to read: give one of them")
     for option in ("draws", "tokens", "hot", "probe", "counts_batch"):
         value = getattr(args, option)
         if value is not None and value < 1:

@@ -113,10 +113,10 @@ def why_not_one_training(before: Opened, after: Opened) -> Optional[str]:
     if before.origins is not None and after.origins is not None:
         layers = before.origins.keys() & after.origins.keys()
         is_one = all(before.origins[layer] == after.origins[layer] for layer in layers)
-        return None if is_one else "their memories came into being in different trainings"
+        return None if is_one else "their memories come from different trainings"
     if before.file.absolute().parent == after.file.absolute().parent:
         return None
-    return "an older version saved them, and in different folders: of one training or not?"
+    return "an older version saved them, in different folders: they may come from two trainings"
 
 
 def masking_of(checkpoint: Dict[str, Any]) -> Optional[Dict[str, Any]]:

@@ -68,13 +68,13 @@ METRICS = (
            "Inequality of the slots' weights: 0 all equal, near 1 one slot has all."),
     Metric("Dead slots", ("dead_slots",), "slots", "Slots that received no weight in the count."),
     Metric("Weight of the first choice", ("top1_weight",), "mean weight",
-           "Near 1 a head reads one slot, at 1/knn it reads all its slots alike."),
+           "Near 1, a head reads one slot; at 1/knn, it weighs all its slots equally."),
     Metric("Slots with weight", ("holds_10",), "slots",
            "Share of slots that hold at least 10 % of the weight that uniform routing would give "
            "each.", None, True),
     Metric("Neighbours in effect", ("effective_neighbours",), "neighbours",
-           "exp of the entropy of a look-up: near knn a head weighs all its slots alike, and its "
-           "first choice is hardly one."),
+           "exp of the entropy of a look-up. Near knn, a head weighs all its slots equally, and "
+           "its first choice means little."),
     Metric("Entropy of a look-up", ("entropy",), "nats",
            "Mean entropy of a head's weights, at most log knn."),
     Metric("Sub-keys used, first half", ("subkey1_usage",), "sub-keys used",
@@ -83,7 +83,7 @@ METRICS = (
            "Share of the heads' sub-keys of the second half that were read.", None, True),
     *(
         Metric(f"Staleness of {name}, {quantile}", ("staleness", event, key), "updates",
-               f"Updates since a slot {since}; without any, since the start.")
+               f"Updates since a slot {since}; since the start if it never was.")
         for name, event, since in EVENTS
         for quantile, key in (("median", "p50"), ("90th percentile", "p90"),
                               ("99th percentile", "p99"))
@@ -91,7 +91,7 @@ METRICS = (
     *(
         Metric(f"Outdated {name}, by more than {limit:,} updates",
                ("staleness", event, "outdated", str(limit)), "slots",
-               f"Share of slots for which it is more than {limit:,} updates since it {since}.",
+               f"Share of slots with more than {limit:,} updates since the slot {since}.",
                None, True)
         for name, event, since in EVENTS
         for limit in (10, 100, 1000, 10_000)
@@ -227,7 +227,7 @@ def _draws(known: List[Tuple[Log, str, str]], metric: Metric) -> str:
         draws = counted["tokens"] * len(counted["heads"]) / counted["n_slots"]
         found.setdefault(f"{draws:.3g}", []).append(f"{log.name} {split}")
     said = "; ".join(f"{draws}: {', '.join(dict.fromkeys(x))}" for draws, x in found.items())
-    unequal = " Counts of different draws cannot be compared." if len(found) > 1 else ""
+    unequal = " Do not compare counts with different draws." if len(found) > 1 else ""
     return f" Draws per slot of the last counts: {said}.{unequal}"
 
 
@@ -238,7 +238,7 @@ def last_counts(log: Log) -> List[Dict[str, Any]]:
 
 def _check_record(where: str, header: Dict[str, Any], record: Dict[str, Any]) -> None:
     if not isinstance(record.get("split"), str):
-        raise ValueError(f"{where} does not say of which split it is")
+        raise ValueError(f"{where} does not name its split")
     for layer in record["layers"]:
         shape = header["layers"][str(layer["layer"])]
         said = (shape["n_slots"], shape["heads"])

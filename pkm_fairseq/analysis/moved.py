@@ -106,7 +106,7 @@ def distances_by_layer(rows: Mapping[str, TableRows]) -> Dict[int, Dict[int, flo
     for name, table in rows.items():
         match = LAYER.search(name)
         if match is None:
-            raise ValueError(f"{name} is of no memory of a fairseq model")
+            raise ValueError(f"{name} belongs to no memory of a fairseq model")
         of_layer = squares.setdefault(int(match[1]), {})
         for slot, distance in zip(table.slots.tolist(), moved_by(table), strict=True):
             of_layer[slot] = of_layer.get(slot, 0.0) + distance**2

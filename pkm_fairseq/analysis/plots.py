@@ -66,8 +66,8 @@ def mass_chart(layer: int, masses: Dict[str, Tensor]) -> Chart:
     )
     return chart(
         f"Layer {layer}: weight of the slots",
-        "Softmax weight that each slot received, sorted; 1 is what each would receive if all were "
-        "used alike. A line that ends early has slots that were never read.",
+        "Softmax weight of each slot, sorted; 1 is the weight under uniform use. If a line ends "
+        "early, the remaining slots were never read.",
         f"Sorted weight of the slots of layer {layer}. {heaviest}.",
         plot,
     )
@@ -107,7 +107,7 @@ def heads_chart(layer: Dict[str, Any], title: str) -> Chart:
     return chart(
         title,
         "Share of slots that were a head's first choice (top-1) or received any weight (top-k). "
-        "The black lines are what uniform random routing of as many tokens would reach.",
+        "The black lines show what uniform random routing of the same tokens would reach.",
         f"{title}. {described}.",
         plot,
     )
@@ -131,9 +131,9 @@ def draws_chart(layer: int, counts: Dict[str, Dict[str, Any]]) -> Chart:
     )
     return chart(
         f"Layer {layer}: usage over draws per slot",
-        "Share of slots that so many draws (tokens x heads per slot) hit, expected over all "
-        "choices of them; on the right what ever more draws would hit, estimated (Chao 1984), with "
-        "its standard error. Compare usages at equal draws only.",
+        "Expected share of slots that a random choice of this many draws (tokens x heads per slot) "
+        "hits. On the right: the estimated limit for ever more draws (Chao 1984), with its "
+        "standard error. Compare usages at equal draws only.",
         f"Usage of layer {layer} over draws per slot. {said}.",
         lambda axes: draw_curves_of_draws(axes, drawn),
     )
@@ -163,8 +163,8 @@ def heat_chart(mass: Tensor, title: str) -> Chart:
     bins = "" if len(grid) == n_keys else f" Averaged over {len(grid)} by {len(grid)} bins."
     return chart(
         title,
-        "Each point is a slot, the pair of a row's and a column's sub-key; white was never read. "
-        f"Stripes are sub-keys that are used much or not at all.{bins}",
+        "Each point is a slot: the sub-key of its row and the sub-key of its column. White slots "
+        f"were never read. Stripes are sub-keys that are used often or never.{bins}",
         f"{title}: heat map of {n_keys} by {n_keys} slots. "
         f"{100 * float((mass > 0).double().mean()):.1f} % of the slots received weight, the "
         f"heaviest {float(mass.max() / mass.mean()):.3g} times the uniform weight.",

@@ -71,5 +71,5 @@ def _checkpoint_file(filename: str) -> Iterator[BinaryIO]:
             yield out
     except OSError as error:
         raise CheckpointNotSavedError(
-            f"{file} was not saved: {error.strerror or error}; what was saved before is whole"
+            f"{file} was not saved: {error.strerror or error}; earlier checkpoints are intact"
         ) from None

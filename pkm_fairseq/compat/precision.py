@@ -33,7 +33,7 @@ def _check_device(wrapper: Any, cfg: Any) -> None:
     """Say what fairseq does not, or not in one line, where there is no CUDA device."""
     common, on_cpu = cfg.common, cfg.common.cpu or not torch.cuda.is_available()
     if issubclass(wrapper, AMPOptimizer) and on_cpu:
-        logger.warning("--amp does nothing on the CPU: this is training in full precision")
+        logger.warning("--amp does nothing on the CPU: this run trains in full precision")
     is_flat = not (common.fp16_no_flatten_grads or common.bf16)
     if issubclass(wrapper, FP16Optimizer) and is_flat and on_cpu:
         raise ValueError(

@@ -44,7 +44,7 @@ def name_a_checkpoint_without_average(stock: Callable[..., Any]) -> Callable[...
             if error.args != ("ema",):
                 raise
             raise ValueError(
-                f"--ema-seed-model: {file} holds no average; it must be of a training with "
+                f"--ema-seed-model: {file} holds no average; it must come from a training with "
                 "--store-ema"
             ) from None
 

@@ -65,8 +65,8 @@ def _tell(dataset: Any, split: str, indices: Any, batches: Any, multiple: Any) -
     tokens = [sum(int(dataset.num_tokens(i)) for i in those) for those in (left_out, indices)]
     line = (
         f"split {split}: {len(left_out):,} of {len(indices):,} examples ({tokens[0]:,} of "
-        f"{tokens[1]:,} tokens) are left out, as fairseq's last batch of them is no multiple of "
-        f"{multiple}: --required-batch-size-multiple 1 keeps all"
+        f"{tokens[1]:,} tokens) are left out, because fairseq's last batch of them is not a "
+        f"multiple of {multiple}: --required-batch-size-multiple 1 keeps all"
     )
     if len(left_out) == len(indices):
         raise ValueError(line)

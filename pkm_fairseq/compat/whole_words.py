@@ -26,7 +26,7 @@ def _bpe_of(cfg: Any) -> Any:
     known = sorted(n for n, c in BPE_REGISTRY.items() if hasattr(c, "is_beginning_of_word"))
     if name not in known:
         raise ValueError(
-            f"--mask-whole-words needs a --bpe that says where words begin, one of "
+            f"--mask-whole-words needs a --bpe that marks where words begin, one of "
             f"{', '.join(known)}; it is {name}"
         )
     return bpe

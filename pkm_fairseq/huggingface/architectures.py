@@ -75,8 +75,8 @@ def architecture_of(config: Any) -> Architecture:
     model_type = plain_type(config)
     if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"a model of type {model_type!r} is not known, must be one of "
-            f"{', '.join(ARCHITECTURES)}: register_architecture names the modules of another one "
+            f"the model type {model_type!r} is unknown, must be one of "
+            f"{', '.join(ARCHITECTURES)}: add another one with register_architecture "
             "(docs/huggingface.md)"
         )
     return ARCHITECTURES[model_type]

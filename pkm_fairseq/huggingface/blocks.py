@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..memory import ProductKeyMemory, ReadTimes
 from ..memory.observe.staleness import origin_of
 
-MODES = {"residual": "beside the feed-forward; ResM", "replace": "in its place; PKM"}
+MODES = {"residual": "beside the feed-forward; ResM", "replace": "instead of it; PKM"}
 
 
 class MemoryBlock(nn.Module):
@@ -139,7 +139,7 @@ class TellPadding:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
                 f"attention_mask is {shape}, must be (batch, tokens) for a model with memories: it "
-                "says what is padding"
+                "marks the padding"
             )
         for block in base.memory_layers().values():
             block.next_padding = None if mask is None else mask == 0

@@ -87,7 +87,7 @@ def _auto_of(model: Any) -> str:
 
 def _usage(record: Any) -> List[str]:
     if record is None:
-        return ["It was not counted before this was saved."]
+        return ["No usage was counted before this model was saved."]
     rows = [
         [str(layer["layer"]), *(f"{layer[key]:.4g}" for key in USAGE)] for layer in record["layers"]
     ]

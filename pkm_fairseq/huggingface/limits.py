@@ -19,16 +19,16 @@ def check_training(model: Any, args: Any) -> None:
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "the model is one of PEFT, which freezes or wraps memories: train the model itself, or "
-            "merge the adapters and then call add_memories"
+            "the model is a PEFT model, and PEFT freezes or wraps memories: train the model "
+            "itself, or merge the adapters and then call add_memories"
         )
     if not isinstance(model, MemoryModel):
         raise ValueError("the model has no memories: call add_memories first")
     for name in ("deepspeed", "fsdp"):
         if getattr(args, name):
             raise ValueError(
-                f"{name} splits or flattens parameters, value tables must be whole: start data-"
-                "parallel workers with torchrun, which exchange factors"
+                f"{name} splits or flattens parameters, but value tables must be whole: start "
+                "data-parallel workers with torchrun"
             )
     if args.n_gpu > 1:
         raise ValueError(
@@ -46,6 +46,6 @@ def check_optimizer(args: Any) -> None:
     name = str(getattr(args.optim, "value", args.optim))
     if name not in OPTIMIZERS:
         raise ValueError(
-            f"optim is {name}, must be one of {', '.join(OPTIMIZERS)}, of which MemoryAdam is the "
-            "lazy form: take transformers' own Trainer for another optimizer, with dense gradients"
+            f"optim is {name}, must be one of {', '.join(OPTIMIZERS)} (MemoryAdam is their lazy "
+            "form): for another optimizer use transformers' own Trainer, with dense gradients"
         )

@@ -206,14 +206,16 @@ def check_model(model: Any, layers: List[int], mode: str) -> None:
         raise ValueError(f"the model is a {type(model).__name__}, must be one of transformers")
     architecture = architecture_of(model.config)
     if isinstance(model, MemoryModel):
-        raise ValueError(f"the model has memories in layers {sorted(model.memory_layers())}")
+        raise ValueError(
+            f"the model already has memories in layers {sorted(model.memory_layers())}"
+        )
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
     blocks = architecture.blocks_of(model.base_model)
     wrong = [i for i in layers if not isinstance(i, int) or not 0 <= i < len(blocks)]
     if wrong or not layers or len(set(layers)) != len(layers):
         raise ValueError(
-            f"layers are {layers}, must be different ones of 0 to {len(blocks) - 1}, at least one"
+            f"layers are {layers}, must be one or more different numbers in 0..{len(blocks) - 1}"
         )
     for index in layers:
         architecture.check_block(blocks[index])
@@ -279,7 +281,7 @@ def register_architecture(
     """
     model_type = config.model_type  # type: ignore[attr-defined]
     if model_type in ARCHITECTURES:
-        raise ValueError(f"the architecture {model_type!r} is known already")
+        raise ValueError(f"the architecture {model_type!r} is already registered")
     ARCHITECTURES[model_type] = architecture
     _register(config, models)
 

@@ -124,10 +124,12 @@ def load_masked_lm(folder: str) -> Any:
     poolers = [name for name in info["unexpected_keys"] if ".pooler." in name]  # of the base model
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [
-        f"{name} has no place" for name in sorted(info["unexpected_keys"]) if name not in poolers
+        f"{name} does not belong to one"
+        for name in sorted(info["unexpected_keys"])
+        if name not in poolers
     ]
     if problems:
-        raise ValueError(f"{folder} holds no masked language model: {listed(problems)}")
+        raise ValueError(f"{folder} holds no complete masked language model: {listed(problems)}")
     return model.float().eval()
 
 
@@ -207,7 +209,7 @@ def _check_options(options: Dict[str, Any]) -> None:
         if options.get(name) is not None and options[name] != value
     ]
     if problems:
-        raise ValueError(f"transformers' RoBERTa is built otherwise: {listed(problems)}")
+        raise ValueError(f"transformers' RoBERTa is built differently: {listed(problems)}")
 
 
 def _their_config(options: Dict[str, Any], state: Dict[str, Tensor]) -> Any:
@@ -249,7 +251,7 @@ def _check_config(config: Any) -> None:
         if getattr(config, name, None) != value
     ]
     if problems:
-        raise ValueError(f"fairseq's RoBERTa is built otherwise: {listed(problems)}")
+        raise ValueError(f"fairseq's RoBERTa is built differently: {listed(problems)}")
 
 
 def _our_options(config: Any) -> Dict[str, Any]:

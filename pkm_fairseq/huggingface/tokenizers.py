@@ -49,12 +49,12 @@ def pieces(symbols: Sequence[str], model: Path, max_length: int) -> Any:
     """
     proto = _read_pieces(model)
     if proto.trainer_spec.model_type != 1 or proto.trainer_spec.byte_fallback:
-        raise ValueError(f"{model} is no unigram model of sentencepiece without byte fallback")
+        raise ValueError(f"{model} must be a sentencepiece unigram model without byte fallback")
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == 1}  # NORMAL
     unknown = sorted(set(scores) - set(symbols))
     if unknown:
         raise ValueError(
-            f"{model} has {len(unknown)} pieces that are not in the dictionary, as {unknown[:3]}"
+            f"{model} has {len(unknown)} pieces that are not in the dictionary: {unknown[:3]}"
         )
     least = min(scores.values()) - UNKNOWN_PENALTY
     table = [(symbol, scores.get(symbol, least)) for symbol in symbols]
@@ -86,11 +86,13 @@ def bytes_of_gpt2(symbols: Sequence[str], folder: Path, max_length: int) -> Any:
     numbers, merges = _read_bpe(folder)
     names = {str(number): token for token, number in numbers.items()}
     kept = {x for x in symbols if x in (*SPECIAL, MASK) or x.startswith("madeupword")}
-    problems = [f"{x} is no number of it" for x in symbols if x not in kept and x not in names]
+    problems = [
+        f"{x} is not one of its numbers" for x in symbols if x not in kept and x not in names
+    ]
     problems += [f"{x} is not in the dictionary" for x in sorted(set(names) - set(symbols))]
     if problems:
         raise ValueError(
-            f"{folder / ENCODER} is of another dictionary: {'; '.join(problems[:3])}"
+            f"{folder / ENCODER} belongs to another dictionary: {'; '.join(problems[:3])}"
             + f" and {len(problems) - 3} more" * (len(problems) > 3)
         )
     vocabulary = {x if x in kept else names[x]: i for i, x in enumerate(symbols)}
@@ -136,7 +138,7 @@ def to_symbols(folder: Path, n_rows: int) -> Symbols:
             that fairseq has not.
     """
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise ValueError(f"{folder} has no tokenizer, none of {', '.join(TOKENIZERS)}")
+        raise ValueError(f"{folder} has no tokenizer file, such as {', '.join(TOKENIZERS)}")
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if tuple(tokens[:4]) != SPECIAL or tokenizer.mask_token != MASK:
@@ -169,7 +171,7 @@ def _symbols_of(kind: str, model: Any, tokens: List[str], folder: Path) -> Symbo
             MERGES: "\n".join(["#version: 0.2", *merges, ""]).encode(),
         }
         return Symbols([x if x in own else str(encoder[x]) for x in tokens], files, "gpt2")
-    raise ValueError(f"a tokenizer of the kind {kind} is not known to fairseq")
+    raise ValueError(f"fairseq does not know tokenizers of the kind {kind}")
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -195,5 +197,5 @@ def _read_pieces(model: Path) -> Any:
     try:
         proto.ParseFromString(model.read_bytes())
     except Exception:  # protobuf's own class, which is another one in each version
-        raise ValueError(f"{model} is no model of sentencepiece") from None
+        raise ValueError(f"{model} is not a sentencepiece model") from None
     return proto

@@ -72,7 +72,7 @@ def shortage(needed: int) -> str:
     free = available_bytes()
     if needed <= SHARE_TO_TAKE * free:
         return ""
-    return f"needs about {needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free"
+    return f"needs about {needed / 2**30:.1f} of the {free / 2**30:.1f} GiB that are free"
 
 
 def contest(

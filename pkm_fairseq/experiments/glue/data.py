@@ -77,7 +77,9 @@ def load_dictionary(data: Path, tasks: Sequence[PreparedTask]) -> Dictionary:
         if not file.is_file():
             raise ValueError(f"{file}: no such file; prepare the task again")
         if file.read_bytes() != files[0].read_bytes():
-            raise ValueError(f"{file} is not {files[0]}: prepare all tasks with one dictionary")
+            raise ValueError(
+                f"{file} differs from {files[0]}: prepare all tasks with one dictionary"
+            )
     dictionary = Dictionary.load(str(files[0]))
     dictionary.add_symbol("<mask>")
     return dictionary
@@ -121,7 +123,9 @@ def _read(folder: Path) -> PreparedTask:
             read["key"],
         )
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is not as prepare_glue.py writes it: prepare it again") from None
+        raise ValueError(
+            f"{file} is not a file of prepare_glue.py: prepare the task again"
+        ) from None
 
 
 def targets_of(task: PreparedTask, split: str) -> np.ndarray:

@@ -135,7 +135,9 @@ def _check_prepared(data: Path, spec: TaskSpec) -> None:
     own["label_range"] = list(spec.label_range) if spec.label_range else None
     for key, value in own.items():
         if made[key] != value:
-            raise ValueError(f"{file} has {key} {made[key]}, the task has {value}: prepare it anew")
+            raise ValueError(
+                f"{file} has {key} {made[key]}, the task has {value}: prepare it again"
+            )
 
 
 def _head(state: Dict[str, Tensor], checkpoint: Path, spec: TaskSpec) -> str:
@@ -181,8 +183,8 @@ def _labels(
         if not file.is_file():
             file = data / "label" / "dict.txt"
             print(
-                f"warning: {checkpoint} does not say in which order it has its labels: assumed is "
-                f"that of {file}",
+                f"warning: {checkpoint} does not store the order of its labels: using that of "
+                f"{file}",
                 file=sys.stderr,
             )
         labels = label_names(Dictionary.load(str(file)))
@@ -284,7 +286,7 @@ def predict_lines(finetuned: Finetuned, stream: BinaryIO, tokenizer: Tokenizer) 
         ids = [torch.tensor(encode(to_symbols(text), dictionary)) for text in texts]
         examples.append(finetuned.example(ids))
     if not examples:
-        raise ValueError("the input has no line")
+        raise ValueError("the input has no lines")
     _warn_of_shortened(examples, "the input", finetuned)
     outputs = finetuned.outputs(examples, spec.name)
     answers = [label_text(prediction, spec) for prediction in finetuned.predictions(outputs)]

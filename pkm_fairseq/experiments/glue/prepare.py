@@ -79,7 +79,9 @@ def is_prepared(folder: Path, key: str) -> bool:
         ValueError: the folder is not of our making.
     """
     if folder.exists() and not (folder / "task.json").is_file():
-        raise ValueError(f"{folder} is there, but without task.json: not of our making, remove it")
+        raise ValueError(
+            f"{folder} exists without task.json: prepare_glue.py did not make it, remove it"
+        )
     return folder.exists() and json.loads((folder / "task.json").read_text())["key"] == key
 
 
@@ -116,7 +118,7 @@ def _prepare_task(
     _write_description(part, splits, spec, about)
     if out.exists():
         out.replace(old)  # in one step: half a folder could not be told from somebody else's
-        print(f"{spec.name}: was prepared from other files or settings, done anew")
+        print(f"{spec.name}: files or settings changed, prepared again")
     part.replace(out)
     shutil.rmtree(old, ignore_errors=True)
     for note in notes:

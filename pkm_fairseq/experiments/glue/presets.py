@@ -44,9 +44,9 @@ def load_preset(name: str) -> Dict[str, Settings]:
     except FileNotFoundError:
         raise ValueError(f"preset {name}: no such file {file}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"preset {file} is no yaml: {' '.join(str(error).split())}") from None
+        raise ValueError(f"preset {file} is not yaml: {' '.join(str(error).split())}") from None
     if not isinstance(preset, dict) or not set(preset) <= set(PARTS):
-        raise ValueError(f"preset {file} must hold nothing but the parts {', '.join(PARTS)}")
+        raise ValueError(f"preset {file} may hold only the parts {', '.join(PARTS)}")
     preset = {part: preset.get(part) or {} for part in PARTS}
     for part in (preset["all"], preset["memory"], preset["tasks"], *preset["tasks"].values()):
         if not isinstance(part, dict):
@@ -81,7 +81,7 @@ def check_further(flags: Sequence[str]) -> None:
 def _refuse_reserved(settings: Settings, where: str) -> None:
     for key in settings:
         if key in RESERVED:
-            raise ValueError(f"{where}: {key} is decided by this script, leave it out")
+            raise ValueError(f"{where}: this script sets {key} itself, leave it out")
 
 
 def settings_of(

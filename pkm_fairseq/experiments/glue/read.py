@@ -59,7 +59,7 @@ def read_task(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]
             if (folder / file.name).is_file():
                 splits[split] = read_file(folder / file.name, file.columns, spec)
             elif split.startswith("test"):
-                notes.append(f"{spec.name}: no {file.name}, so there will be no predictions of it")
+                notes.append(f"{spec.name}: no {file.name}, so no predictions for it")
             else:
                 raise ValueError(f"{folder / file.name}: no such file")
     for split, rows in splits.items():
@@ -219,7 +219,7 @@ def _read_raw_mrpc(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[
         is_dev = lambda number, fields: 10 * (last - number) < last - 1  # noqa: E731
         notes.append(
             f"MRPC: no dev_ids.tsv, so the last tenth of {RAW_MRPC_TRAIN} is dev, "
-            "which is not GLUE's division"
+            "which is not GLUE's split"
         )
     splits = {
         "train": read_file(train, RAW_MRPC_COLUMNS, spec, lambda *row: not is_dev(*row)),
@@ -229,5 +229,5 @@ def _read_raw_mrpc(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[
         unlabelled = Columns(RAW_MRPC_COLUMNS.texts, None, header=True)
         splits["test"] = read_file(test, unlabelled, spec)
     else:
-        notes.append(f"MRPC: no {test.name}, so there will be no predictions of it")
+        notes.append(f"MRPC: no {test.name}, so no predictions for it")
     return splits, notes

@@ -60,9 +60,9 @@ def read_arms(texts: Sequence[str], dictionary: Dictionary) -> List[Arm]:
         file = Path(path if equals else text)
         name = name if equals else file.resolve().parent.name
         if not name or "/" in name or name.startswith(".") or name.endswith(".old"):
-            raise ValueError(f"--checkpoint {text}: {name!r} can be no name of an arm")
+            raise ValueError(f"--checkpoint {text}: {name!r} cannot be the name of an arm")
         if name in (arm.name for arm in arms):
-            raise ValueError(f"--checkpoint names arm {name} twice: say another=FILE")
+            raise ValueError(f"--checkpoint names arm {name} twice: rename one with OTHER=FILE")
         arms.append(_read_arm(name, file.resolve(), dictionary))
     return arms
 

@@ -199,7 +199,7 @@ def load_task_spec(file: Path) -> TaskSpec:
     except FileNotFoundError:
         raise ValueError(f"task spec {file}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"task spec {file} is no yaml: {' '.join(str(error).split())}") from None
+        raise ValueError(f"task spec {file} is not yaml: {' '.join(str(error).split())}") from None
     try:
         return _spec(read)
     except ValueError as error:
@@ -243,7 +243,9 @@ def _labels(read: Dict[str, Any]) -> Tuple[Tuple[str, ...], Optional[Tuple[float
             raise ValueError(f"labels are {', '.join(labels)}, must be two or more different ones")
         for label in labels:
             if not re.fullmatch(r"[^\s<>]+( [^\s<>]+)*", label):
-                raise ValueError(f"label {label!r} holds < or >, or blanks but single ones inside")
+                raise ValueError(
+                    f"label {label!r} may hold no < or >, and only single blanks inside"
+                )
         return labels, None
     bounds = read["label_range"]
     numbers = isinstance(bounds, list) and all(type(bound) in (int, float) for bound in bounds)
@@ -258,8 +260,8 @@ def _files(read: Dict[str, Any], name: str) -> Dict[str, SplitFile]:
         raise ValueError(f"sentences are {', '.join(texts)}, must be one or two columns")
     if not isinstance(names, dict) or not {"train", "valid"} <= set(names) <= set(SPLITS):
         raise ValueError(
-            f"files is {names}, must name the files of train and valid, and at most of "
-            f"{', '.join(SPLITS[2:])} besides"
+            f"files is {names}, must name the files of train and valid, and may name those of "
+            f"{', '.join(SPLITS[2:])}"
         )
     labelled = _tsv(texts, _string(read, "label"))
     test = _tsv(texts, None, _string(read, "index") if "index" in read else None)

@@ -53,7 +53,7 @@ def begin(folder: Path, key: str) -> bool:
         folder.rename(old)
         print(f"{folder} was made with other settings, text or code: moved to {old}", flush=True)
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and not of our making: choose another --out")
+        raise ValueError(f"{folder} holds files of another program: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     _mark(folder, key, finished=False)
     return True
