@@ -34,6 +34,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+    ],
     packages=find_packages(include=["pkm_fairseq", "pkm_fairseq.*"]),
     package_data={
         "pkm_fairseq": ["py.typed"],

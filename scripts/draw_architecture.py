@@ -100,7 +100,7 @@ def draw_block(axes: Axes) -> None:
 def draw_search(axes: Axes) -> None:
     """Two halves of a query, the best sub-keys of each, the slots as their pairs."""
     axes.text(7, 11.5, "The search: a slot is a pair of sub-keys", ha="center", weight="bold")
-    left, bottom, size = 4.6, 1.9, 1.15
+    left, bottom, size = 4.1, 1.9, 1.15
     for i in range(N_KEYS):
         for j in range(N_KEYS):
             y = bottom + (N_KEYS - 1 - i) * size
@@ -122,7 +122,7 @@ def draw_search(axes: Axes) -> None:
         left + 3 * size, bottom + N_KEYS * size + 1.0, "second half: its best sub-keys", ha="center"
     )
     axes.text(
-        left + N_KEYS * size + 0.4,
+        left + N_KEYS * size + 0.3,
         bottom + 3 * size,
         "S² slots,\n2 S products",
         va="center",
