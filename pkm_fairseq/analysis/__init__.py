@@ -1,1 +1,1 @@
-"""What the memories of trained models are used for: counts, readers of slots, drift, curves."""
+"""Analyse the memories of trained models: counts, readers of slots, drift, curves."""

@@ -1,4 +1,4 @@
-"""The whole way: checkpoints, text and logs to a report for JSON, the terminal and a page."""
+"""The whole analysis: from checkpoints, text and logs to a report as JSON, tables and a page."""
 
 import platform
 from argparse import Namespace
@@ -24,19 +24,19 @@ from .curves import Log, last_counts, read_log
 from .drift import drift_of_models
 from .examine import count_slots, examine, tokens_for
 
-COUNTS_BATCH = 16  # sequences in a batch of saved counts; our choice
+COUNTS_BATCH = 16  # sequences per batch of saved counts; our choice
 
 Begin = Callable[[str, int], Callable[[int], None]]  # a step's name and size -> its advance
 
 
 class Analysis(NamedTuple):
-    """What was found.
+    """The results of an analysis.
 
     Attributes:
         report: ready for JSON.
-        masses: of each checkpoint, by layer, the weight of each slot, (n_slots,).
-        logs: of trainings.
-        counts: of slots, to be saved; None if that was not asked for.
+        masses: for each checkpoint, by layer, the weight of each slot, (n_slots,).
+        logs: logs of trainings.
+        counts: slot counts to save; None if not requested.
     """
 
     report: Dict[str, Any]
@@ -46,18 +46,18 @@ class Analysis(NamedTuple):
 
 
 def analyse(args: Namespace, begin: Begin, warn: Callable[[str], None]) -> Analysis:
-    """Look at all checkpoints and logs that the command line names.
+    """Analyse all checkpoints and logs of the command line.
 
     Args:
-        args: ``checkpoint`` and ``log``, lists of ``[NAME=]FILE``; ``data`` or ``text`` and what
-            belongs to it; ``draws`` per slot or ``tokens`` (None for both: 100 draws),
+        args: ``checkpoint`` and ``log``, lists of ``[NAME=]FILE``; ``data`` or ``text`` with its
+            options; ``draws`` per slot or ``tokens`` (None for both: 100 draws),
             ``unmasked``, ``hot``, ``probe``, ``save_counts``, ``counts_batch``.
-        begin: called with the name of each step and its number of tokens; returns what is called
-            with finished tokens.
+        begin: called with each step's name and number of tokens; returns a function to call with
+            the number of finished tokens.
         warn: called with each warning, one line.
 
     Raises:
-        ValueError: anything is wrong with an option or a file; the message says what.
+        ValueError: an option or a file is wrong; the message names it.
     """
     notes: List[str] = []
 
@@ -95,7 +95,7 @@ def _checkpoints(
 ) -> Tuple[
     List[Dict[str, Any]], List[Dict[int, Tensor]], List[Dict[str, Any]], Optional[CountsFile]
 ]:
-    """Examine one checkpoint after the other; two models are in memory at most."""
+    """Examine the checkpoints one by one; at most two models are in memory."""
     reports, masses, drifts, counts = [], [], [], None
     previous: Optional[Opened] = None
     for name, file in named_files(args.checkpoint):
@@ -103,7 +103,7 @@ def _checkpoints(
         if previous is not None:
             try:
                 drifts.append(_drift(args, previous, opened))
-            except ValueError as error:  # arms of different shapes stand side by side all the same
+            except ValueError as error:  # arms of different shapes are still shown side by side
                 note(f"no drift from {previous.name} to {opened.name}: {error}")
         previous = None  # frees it
         sequences = _text_for(args, opened, note)
@@ -121,7 +121,7 @@ def _checkpoints(
 
 
 def _about(args: Namespace, opened: Opened, is_masked: bool) -> Dict[str, Any]:
-    """Of which checkpoint and text counts are."""
+    """The checkpoint and the text of the counts."""
     return {
         "checkpoint": str(opened.file),
         "updates": opened.updates,
@@ -134,7 +134,7 @@ def _about(args: Namespace, opened: Opened, is_masked: bool) -> Dict[str, Any]:
 
 
 def _note_unequal_draws(reports: Sequence[Dict[str, Any]], note: Callable[[str], None]) -> None:
-    """Say so if checkpoints that stand side by side were counted over different draws."""
+    """Warn if the counts of the checkpoints have different numbers of draws."""
     draws = {
         f"{report['name']}, layer {layer['layer']}": layer["draws_per_slot"]
         for report in reports
@@ -149,7 +149,7 @@ def _note_unequal_draws(reports: Sequence[Dict[str, Any]], note: Callable[[str],
 
 
 def _text_for(args: Namespace, opened: Opened, note: Callable[[str], None]) -> List[Tensor]:
-    """The tokens to read; says so if there are fewer than wanted."""
+    """The tokens to read; warns if there are too few."""
     wanted = args.tokens or tokens_for(opened, args.draws or DRAWS)
     source = args.data or args.text
     length = opened.model.max_positions()
@@ -199,7 +199,7 @@ def _drift(args: Namespace, before: Opened, after: Opened) -> Dict[str, Any]:
 
 
 def check_options(args: Namespace) -> None:
-    """Refuse what is impossible, and what would have no effect.
+    """Refuse options that are impossible or have no effect.
 
     Raises:
         ValueError: one line that names the option.

@@ -1,4 +1,4 @@
-"""Checkpoints to be looked at, and the text that they are to read."""
+"""Open checkpoints for analysis, and the text for them to read."""
 
 import re
 from argparse import Namespace
@@ -21,14 +21,14 @@ class Opened(NamedTuple):
     """A checkpoint, ready to read text.
 
     Attributes:
-        name: what reports call it.
+        name: its name in reports.
         file: the checkpoint.
         model: in eval mode.
-        dictionary: that of its training.
-        updates: finished updates; None if the checkpoint does not say.
-        has_read_times: whether it knows when its slots were last read in training.
-        masking: the options of fairseq's masking in its training; None if that masks nothing.
-        origins: by layer, in which training its memory came into being; None if unknown.
+        dictionary: the dictionary of its training.
+        updates: finished updates; None if the checkpoint does not store them.
+        has_read_times: whether it stores the update of each slot's last read.
+        masking: the masking options of its training; None if the training masks nothing.
+        origins: by layer, the training that created its memory; None if unknown.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Opened(NamedTuple):
 
 
 def named_files(arguments: Sequence[str]) -> List[Tuple[str, Path]]:
-    """Read ``[NAME=]FILE`` arguments; a file without a name is called as its folder.
+    """Read ``[NAME=]FILE`` arguments; the default name is that of the file's folder.
 
     Returns:
         Names, each once, and files.
@@ -53,7 +53,7 @@ def named_files(arguments: Sequence[str]) -> List[Tuple[str, Path]]:
     given: List[Tuple[Optional[str], Path]] = []
     for argument in arguments:
         name, equals, file = argument.partition("=")
-        if not equals or Path(argument).exists():  # a path may hold a =, too
+        if not equals or Path(argument).exists():  # a path may contain =, too
             given.append((None, Path(argument)))
         elif not name or not file:
             raise ValueError(f"{argument!r} must be FILE or NAME=FILE")
@@ -75,7 +75,7 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
     """Load a checkpoint of a model with memory.
 
     Args:
-        name: what reports call it.
+        name: its name in reports.
         file: the checkpoint.
         args: ``data``, ``text`` and ``dict`` of the command line.
 
@@ -86,7 +86,7 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
     if not has_memory(checkpoint):
         raise ValueError(f"--checkpoint {file}: the model has no memory")
     dictionary = dictionary_of(args, checkpoint)
-    # before loading, which adds what an older version did not save
+    # before loading, which fills in what older versions did not save
     has_read_times = any(name.endswith(".reads.last_read") for name in checkpoint["model"])
     origins = origins_of(checkpoint)
     model = load_model(checkpoint, dictionary, str(file))
@@ -95,7 +95,7 @@ def open_checkpoint(name: str, file: Path, args: Namespace) -> Opened:
 
 
 def origins_of(checkpoint: Dict[str, Any]) -> Optional[Dict[int, Tuple[int, ...]]]:
-    """By layer, in which training a memory came into being; None if an older version saved it."""
+    """By layer, the training that created a memory; None if an older version saved it."""
     found = {
         int(match[1]): tuple(int(x) for x in tensor.float().round().tolist())
         for name, tensor in checkpoint["model"].items()
@@ -105,10 +105,10 @@ def origins_of(checkpoint: Dict[str, Any]) -> Optional[Dict[int, Tuple[int, ...]
 
 
 def why_not_one_training(before: Opened, after: Opened) -> Optional[str]:
-    """Why two checkpoints are not of one training, or of one and what goes on from it.
+    """Why two checkpoints do not belong to one training or to its continuation.
 
     Returns:
-        The reason; None if they are of one.
+        The reason; None if they belong together.
     """
     if before.origins is not None and after.origins is not None:
         layers = before.origins.keys() & after.origins.keys()
@@ -120,9 +120,9 @@ def why_not_one_training(before: Opened, after: Opened) -> Optional[str]:
 
 
 def masking_of(checkpoint: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """The options by which the task of a checkpoint masks tokens; None if it masks nothing.
+    """The masking options of a checkpoint's task; None if it masks nothing.
 
-    Whole words are not among them: they are masked token by token.
+    They leave out whole-word masking; the analysis masks token by token.
     """
     options = options_of(checkpoint, "task")
     if "masked_lm" not in str(task_name(checkpoint)) or options.get("skip_masking"):
@@ -131,9 +131,9 @@ def masking_of(checkpoint: Dict[str, Any]) -> Optional[Dict[str, Any]]:
 
 
 def mask(opened: Opened, sequences: Sequence[Tensor]) -> List[Tensor]:
-    """The sequences with tokens masked as the training of a checkpoint masks them.
+    """Mask the sequences as the training of a checkpoint does.
 
-    Sequences that hold ``<mask>`` already are left as they are.
+    Sequences that already contain ``<mask>`` do not change.
     """
     if opened.masking is None:
         return list(sequences)
@@ -146,7 +146,7 @@ def mask(opened: Opened, sequences: Sequence[Tensor]) -> List[Tensor]:
 
 
 def updates_of(checkpoint: Dict[str, Any]) -> Optional[int]:
-    """Finished updates of a checkpoint, if it says."""
+    """Finished updates of a checkpoint, if stored."""
     history = checkpoint.get("optimizer_history") or [{}]
     return history[-1].get("num_updates")
 
@@ -155,7 +155,7 @@ def read_text(args: Namespace, dictionary: Dictionary, length: int) -> Iterator[
     """The sequences, each (T,) with T <= length, of ``data`` or ``text`` of the command line.
 
     Raises:
-        ValueError: there is no such text or split, or it is not made of the dictionary's symbols.
+        ValueError: the text or split is missing, or too many of its symbols are unknown.
     """
     if args.text and not Path(args.text).is_file():
         raise ValueError(f"--text {args.text}: no such file")
@@ -164,7 +164,7 @@ def read_text(args: Namespace, dictionary: Dictionary, length: int) -> Iterator[
 
 
 def first_tokens(sequences: Iterable[Tensor], n_tokens: int) -> List[Tensor]:
-    """The sequences that hold the first ``n_tokens`` tokens, the last one cut; fewer if all."""
+    """Sequences with the first ``n_tokens`` tokens, the last one cut; all if there are fewer."""
     taken: List[Tensor] = []
     room = n_tokens
     for sequence in sequences:
@@ -185,7 +185,7 @@ def joined(pieces: Sequence[str], has_pieces: bool) -> str:
 
     Args:
         pieces: symbols.
-        has_pieces: whether they are sentencepiece's, where U+2581 begins a word.
+        has_pieces: whether they are sentencepiece pieces, in which U+2581 begins a word.
     """
     if not has_pieces:
         return " ".join(pieces)

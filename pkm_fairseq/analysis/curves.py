@@ -1,4 +1,4 @@
-"""Logs of memory usage in training, side by side."""
+"""Compare logs of memory usage in training."""
 
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -23,7 +23,7 @@ class Log(NamedTuple):
         file: the log.
         header: shapes of its memories.
         records: counts, ascending in updates, the latest of each split and update.
-        truncated: whether the last line was cut off and left out.
+        truncated: whether the last line was incomplete and was skipped.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Log(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A number that is logged for each layer, drawn over updates.
+    """A number in each layer's log, drawn over updates.
 
     Attributes:
-        title: what it is.
-        path: keys that lead to it in the record of a layer.
-        ceiling: key of the ceiling that uniform routing would reach, drawn dotted.
-        is_share: drawn in per cent.
-        unit: of the vertical axis.
-        meaning: what to look for.
+        title: its name.
+        path: the keys to it in the record of a layer.
+        ceiling: key of the ceiling under uniform routing, drawn dotted.
+        is_share: whether it is drawn in per cent.
+        unit: unit of the vertical axis.
+        meaning: how to read it.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Metric(NamedTuple):
     is_share: bool = False
 
 
-EVENTS = (  # of a slot: name, key, what has not happened since
+EVENTS = (  # of a slot: name, key, words
     ("reads", "read", "was last read"),
     ("first choices", "top1", "was last a head's first choice"),
 )
@@ -107,7 +107,7 @@ def read_log(name: str, file: Path) -> Log:
     """Read a log and compare its counts with its header.
 
     Raises:
-        ValueError: it is no log of memory usage, holds no count, or contradicts its header.
+        ValueError: the file is not a log of memory usage, has no count, or contradicts its header.
     """
     header, records = read_usage_log(file)
     if not records:
@@ -121,13 +121,14 @@ def read_log(name: str, file: Path) -> Log:
 
 
 def logs_of_checkpoints(reports: Sequence[Dict[str, Any]], split: str) -> List[Log]:
-    """Counts of checkpoints over their updates, as if trainings had logged them.
+    """Turn counts of checkpoints into logs, as if their trainings had logged them.
 
-    Checkpoints in one folder are of one training. One alone makes no curve and is left out.
+    Checkpoints in one folder belong to one training. A single checkpoint has no curve and is
+    skipped.
 
     Args:
-        reports: of checkpoints, as ``pkm_fairseq.analysis.examine.examine`` makes them.
-        split: what they have read.
+        reports: reports of checkpoints, from ``pkm_fairseq.analysis.examine.examine``.
+        split: the split that they read.
     """
     trainings: Dict[Tuple[Path, str], List[Dict[str, Any]]] = {}
     for report in reports:
@@ -157,7 +158,7 @@ def _header_of(report: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def shapes_of(log: Log) -> str:
-    """The memories of a log in a few words."""
+    """A short description of a log's memories."""
     layers: Dict[str, List[str]] = {}
     for layer, shape in log.header["layers"].items():
         text = f"{shape['n_slots']:,} slots, {shape['heads']} heads, knn {shape['knn']}"
@@ -168,7 +169,7 @@ def shapes_of(log: Log) -> str:
 
 
 def series(log: Log, split: str, layer: str, path: Sequence[str]) -> Tuple[List[int], List[float]]:
-    """Updates, and what a metric was then, where it is known; layer "shared": the one table."""
+    """Updates and the metric's values there, if known; layer "shared" is the shared table."""
     updates, numbers = [], []
     for record in log.records:
         found: Any = _layer(record, layer) if record["split"] == split else None
@@ -181,18 +182,18 @@ def series(log: Log, split: str, layer: str, path: Sequence[str]) -> Tuple[List[
 
 
 def splits_of(log: Log) -> List[str]:
-    """Splits that were counted: validation first, training last."""
+    """The counted splits: validation first, training last."""
     return sorted({record["split"] for record in log.records}, key=lambda s: (s == TRAINING, s))
 
 
 def layers_of(log: Log) -> List[str]:
-    """The layers of a log, and "shared" if it counts the one table that they share."""
+    """The layers of a log, and "shared" if it counts a shared table."""
     shared = [record for record in log.records if record.get("shared")]
     return [*log.header["layers"], *(["shared"] if shared else [])]
 
 
 def draw_curves(logs: Sequence[Log]) -> List[Chart]:
-    """One chart for each metric that any log knows."""
+    """One chart for each metric that any log contains."""
     charts = []
     for metric in METRICS:
         known = [
@@ -216,7 +217,7 @@ def draw_curves(logs: Sequence[Log]) -> List[Chart]:
 
 
 def _draws(known: List[Tuple[Log, str, str]], metric: Metric) -> str:
-    """The draws per slot of the last counts, without which a count says nothing."""
+    """The draws per slot of the last counts, needed to interpret them."""
     if metric.path[0] == "staleness":
         return ""
     found: Dict[str, List[str]] = {}
@@ -284,7 +285,7 @@ def _draw(
 
 
 def _split_look(split: str, splits: Sequence[str]) -> Dict[str, Any]:
-    """Training thin and faint, validation bold, further subsets with marks."""
+    """Line styles: training thin and faint, validation bold, further subsets with marks."""
     if split == TRAINING:
         return {"linewidth": 1.2, "alpha": 0.45}
     marks = ("", "o", "s", "^", "v")

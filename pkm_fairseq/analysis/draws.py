@@ -1,4 +1,4 @@
-"""Usage over draws per slot, as the page of usage and the demo's report draw it."""
+"""The chart of usage over draws per slot, for the usage page and the demo's report."""
 
 import math
 from typing import Any, Dict, Optional, Sequence, Tuple
@@ -9,11 +9,11 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 
 def draw_curves_of_draws(axes: Axes, counts: Sequence[Tuple[str, str, Dict[str, Any]]]) -> None:
-    """Usage over draws per slot: what fewer draws would have shown, and ever more are to reach.
+    """Draw usage over draws per slot: expected usage for fewer draws, and its estimated limit.
 
     Args:
-        axes: to draw on.
-        counts: of each memory a name, a colour and its ``MemoryUsage.summary``.
+        axes: the axes to draw on.
+        counts: for each memory its name, colour and ``MemoryUsage.summary``.
     """
     last = max(point["draws_per_slot"] for _, _, counted in counts for point in counted["curve"])
     for name, colour, counted in counts:
@@ -40,7 +40,7 @@ def draw_curves_of_draws(axes: Axes, counts: Sequence[Tuple[str, str, Dict[str, 
 
 
 def below(axes: Axes, handles: Optional[Sequence[Line2D]] = None) -> None:
-    """Put the legend below the axes, where it hides nothing; of these lines, or of those drawn."""
+    """Put the legend below the axes, where it hides nothing; for these lines, or for all."""
     shown = axes.get_legend_handles_labels()[0] if handles is None else handles
     axes.get_figure(root=True).legend(
         handles=shown, loc="outside lower center", ncols=2, fontsize=9

@@ -1,4 +1,4 @@
-"""How far memories have moved from one checkpoint to another."""
+"""Measure how far memories moved from one checkpoint to another."""
 
 import math
 from pathlib import Path
@@ -13,8 +13,8 @@ from ..models.capture import capture_inputs, load_model
 from ..models.checkpoints import dictionary_beside_data, read_checkpoint
 from ..models.roberta import PkmRobertaModel
 
-TOKENS = 128  # compared at once
-ROWS = 8192  # of a value table, compared at once
+TOKENS = 128  # tokens to compare at once
+ROWS = 8192  # rows of a value table to compare at once
 QUANTILES = (50, 90, 99)
 
 
@@ -25,13 +25,13 @@ def drift(
     inputs_before: Dict[int, Tensor],
     inputs_after: Dict[int, Tensor],
 ) -> List[Dict[str, Any]]:
-    """Compare what memories look up for the same tokens, and what they are made of.
+    """Compare the look-ups of memories for the same tokens, and their parameters.
 
     Args:
         before: memories by layer, in eval mode.
         after: the same memories later, in eval mode.
-        inputs_before: by layer, what the memories before are given, (N, input_dim).
-        inputs_after: by layer, what the memories after are given for the same tokens.
+        inputs_before: by layer, the inputs of the memories before, (N, input_dim).
+        inputs_after: by layer, the inputs of the memories after, for the same tokens.
 
     Returns:
         For each layer ``layer``, ``tokens``, and means over tokens and heads: ``topk_jaccard``,
@@ -40,7 +40,7 @@ def drift(
         queries. ``keys_moved`` and ``values_moved``: relative L2 distance of all sub-keys and of
         the value table; ``values_moved_p50``, ``_p90``, ``_p99``, ``_max``: of single slots,
         relative to the root mean square of the L2 norms of the slots before; ``values_unmoved``:
-        share of slots that are what they were. ``heads``: all that a head has of its own.
+        share of slots that did not change. ``heads``: all numbers that exist per head.
         A distance is relative to the size before, and None if that is zero.
 
     Raises:
@@ -77,17 +77,17 @@ def drift_of_models(
     pad: int,
     n_tokens: int,
 ) -> List[Dict[str, Any]]:
-    """``drift`` of the memories of two models in eval mode, which read the same tokens.
+    """``drift`` of the memories of two models in eval mode that read the same tokens.
 
     Args:
         before: a model.
         after: the model later.
         sequences: token ids, each (T,).
         pad: the padding id.
-        n_tokens: the first so many tokens; fewer if the sequences have no more.
+        n_tokens: number of tokens to use; all if there are fewer.
 
     Raises:
-        ValueError: as ``drift``, before any text is read.
+        ValueError: see ``drift``; raised before any text is read.
     """
     memories = [
         {index: layer.memory for index, layer in model.memory_layers().items()}
@@ -119,11 +119,12 @@ def drift_of_checkpoints(
         after: a later one, or one finetuned from it.
         sequences: token ids, each (T,).
         pad: the padding id.
-        n_tokens: the first so many tokens; fewer if the sequences have no more.
-        dictionary: that of both, with ``<mask>``; None takes the one beside their training data.
+        n_tokens: number of tokens to use; all if there are fewer.
+        dictionary: the dictionary of both, with ``<mask>``; None takes the one beside their
+            training data.
 
     Raises:
-        ValueError: a file is unreadable or has no memory, or they do not fit each other.
+        ValueError: a file is unreadable or has no memory, or the checkpoints do not match.
     """
     models = []
     for file in (before, after):
@@ -134,7 +135,7 @@ def drift_of_checkpoints(
         models.append(load_model(checkpoint, own, str(file)))
         if not models[-1].memory_layers():
             raise ValueError(f"checkpoint {file}: the model has no memory")
-        del checkpoint  # with the state of the optimizer: several times the model
+        del checkpoint  # frees the optimizer state, several times the model's size
     return drift_of_models(*models, sequences, pad, n_tokens)
 
 
@@ -166,7 +167,7 @@ def _check_shapes(layer: int, before: ProductKeyMemory, after: ProductKeyMemory)
 def _drift_of_heads(
     before: ProductKeyMemory, after: ProductKeyMemory, x: Tensor, y: Tensor
 ) -> List[Dict[str, Any]]:
-    """What each head looks up, compared; x and y (N, input_dim)."""
+    """Compare the look-ups of each head; x and y (N, input_dim)."""
     names = ("topk_jaccard", "top1_same", "query_cosine", "query_moved")
     sums = torch.zeros(before.config.heads, len(names), dtype=torch.float64)
     for part_x, part_y in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
@@ -184,7 +185,7 @@ def _drift_of_heads(
 def _compare_lookups(
     before: ProductKeyMemory, after: ProductKeyMemory, x: Tensor, y: Tensor
 ) -> Tuple[Tensor, ...]:
-    """Overlap, same first choice, cosine and distance of queries, each (n, H)."""
+    """Overlap, equality of first choices, cosine and distance of queries, each (n, H)."""
     slots, others = before.search(x)[0], after.search(y)[0]  # (n, H, K)
     common = (slots[..., :, None] == others[..., None, :]).sum(dim=(-2, -1))
     jaccard = common / (slots.shape[-1] + others.shape[-1] - common)
@@ -195,7 +196,7 @@ def _compare_lookups(
 
 
 def _drift_of_values(before: List[Tensor], after: List[Tensor]) -> Dict[str, Any]:
-    """Distances of slots, whose rows in all tables (n_slots, width) are one vector."""
+    """Distances of slots; a slot's rows in all tables (n_slots, width) count as one vector."""
     squares, size = torch.zeros(len(before[0]), dtype=torch.float64), 0.0
     for table, later in zip(before, after, strict=True):
         moved = []

@@ -1,4 +1,4 @@
-"""Read a text with a model, and say what its memories are used for."""
+"""Run a model on a text, and report the usage of its memories."""
 
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
 
@@ -21,11 +21,11 @@ Advance = Callable[[int], None]
 
 
 class Examined(NamedTuple):
-    """What a checkpoint's memories are used for.
+    """The usage of a checkpoint's memories.
 
     Attributes:
         report: ready for JSON.
-        mass: by layer, the softmax weight that each slot received, (n_slots,).
+        mass: by layer, the softmax weight of each slot, (n_slots,).
     """
 
     report: Dict[str, Any]
@@ -33,7 +33,7 @@ class Examined(NamedTuple):
 
 
 def tokens_for(opened: Opened, draws: int) -> int:
-    """Tokens that make so many draws per slot of every memory."""
+    """Tokens that give this many draws per slot in every memory."""
     configs = [layer.memory.config for layer in opened.model.memory_layers().values()]
     return max(tokens_for_draws(config.n_slots, config.heads, draws) for config in configs)
 
@@ -41,7 +41,7 @@ def tokens_for(opened: Opened, draws: int) -> int:
 def examine(
     opened: Opened, sequences: Sequence[Tensor], hottest: int, advance: Advance
 ) -> Examined:
-    """Read the text twice: count the usage, then watch who reads the hottest slots.
+    """Read the text twice: count the usage, then record which tokens read the hottest slots.
 
     Args:
         opened: the checkpoint.
@@ -52,7 +52,7 @@ def examine(
     Returns:
         The report: ``name``, ``checkpoint``, ``updates``, ``tokens``; ``layers``, for each
         ``MemoryUsage.summary`` and ``layer``, ``knn``, ``staleness`` (None if unknown) and
-        ``hot_slots``; ``shared``, summary and ``staleness`` of the one table that layers share, or
+        ``hot_slots``; ``shared``, summary and ``staleness`` of a table that all layers share, or
         None.
     """
     model, pad = opened.model, opened.dictionary.pad()
@@ -92,7 +92,7 @@ def examine(
 def count_usage(
     model: PkmRobertaModel, sequences: Sequence[Tensor], pad: int, advance: Advance
 ) -> Dict[int, MemoryUsage]:
-    """Count the memory usage, by layer, of reading all sequences."""
+    """Count the memory usage, by layer, while the model reads all sequences."""
     with model.record_memory_usage() as usage:
         for batch in batches(sequences, pad):
             model(batch, features_only=True)
@@ -104,12 +104,12 @@ def count_usage(
 def count_slots(
     opened: Opened, sequences: Sequence[Tensor], per_batch: int, advance: Advance
 ) -> CountsFile:
-    """Count how often the text reads each slot, and in how many batches of it.
+    """Count how often the text reads each slot, and in how many batches.
 
     Args:
         opened: the checkpoint.
         sequences: token ids, each (T,).
-        per_batch: sequences in a batch.
+        per_batch: sequences per batch.
         advance: called with the number of tokens of each batch.
     """
     model, pad = opened.model, opened.dictionary.pad()
@@ -135,7 +135,7 @@ def watch_readers(
     watchers: Dict[int, SlotReaders],
     advance: Advance,
 ) -> None:
-    """Read all sequences and count, by layer, who reads the watched slots."""
+    """Read all sequences and count, by layer, which tokens read the watched slots."""
     with observing(model, watchers):
         for batch in batches(sequences, pad):
             for watcher in watchers.values():
@@ -145,12 +145,10 @@ def watch_readers(
 
 
 def staleness(opened: Opened, layers: Sequence[int]) -> Optional[Dict[str, Any]]:
-    """When slots were last read in training by any of these layers, which share their values.
+    """Staleness of slots: the last read in training by any of these layers, which share values.
 
-    None if the checkpoint has no record.
-
-    An average of checkpoints, or of a model (--store-ema), has none. It says
-    ``updates``, ``read`` and ``top1`` as in the log of a training.
+    Returns ``updates``, ``read`` and ``top1`` as in the log of a training; None if the checkpoint
+    has no times of reads. Averages of checkpoints, or of a model (--store-ema), have none.
     """
     reads = [opened.model.memory_layers()[layer].reads for layer in layers]
     last_read = torch.stack([x.last_read for x in reads]).amax(0)  # (n_slots,)
@@ -167,7 +165,7 @@ def staleness(opened: Opened, layers: Sequence[int]) -> Optional[Dict[str, Any]]
 
 
 def _shared(opened: Opened, usage: Dict[int, MemoryUsage]) -> Optional[Dict[str, Any]]:
-    """The usage of the one table that all layers read, None if each has its own."""
+    """The usage of the table that all layers share; None if each layer has its own."""
     first, *others = usage.values()
     configs = [layer.memory.config for layer in opened.model.memory_layers().values()]
     if not others or not all(config.share_values for config in configs):

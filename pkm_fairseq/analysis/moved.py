@@ -1,4 +1,4 @@
-"""What a finetuning of values has moved: rows, how far, who reads them, and what old text needs."""
+"""Report the rows of values that a finetuning changed: how far, and which tokens read them."""
 
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -15,7 +15,7 @@ from .examine import Advance, count_usage, watch_readers
 from .readers import describe_readers
 
 LAYER = re.compile(r"\.layers\.(\d+)\.memory\.values\.")
-NEEDED = 0.9  # share of the background's reads, which its most read slots take
+NEEDED = 0.9  # share of the background's reads that its most read slots receive
 
 
 def what_moved(
@@ -26,21 +26,21 @@ def what_moved(
     hottest: int,
     advance: Advance,
 ) -> List[Dict[str, Any]]:
-    """Describe the rows that a finetuning has moved, by reading a text twice.
+    """Describe the rows that a finetuning changed; the model reads a text twice.
 
     Args:
         opened: the finetuned checkpoint.
-        rows: what has moved, by the name of the table.
-        sequences: token ids of a text, each (T,); that of the finetuning shows why rows moved.
-        background: counts of old text; None if there are none.
-        hottest: slots of each layer to show the readers of, those that moved farthest.
+        rows: the changed rows, by the name of the table.
+        sequences: token ids of a text, each (T,); the finetuning's text shows why rows changed.
+        background: slot counts of old text; None if there are none.
+        hottest: for each layer, the number of slots whose readers to show, largest change first.
         advance: called with the number of tokens of each batch.
 
     Returns:
-        For each layer with moved rows ``layer``, ``n_slots``, ``rows_moved``; ``change_norm`` and
-        ``change_max``, of all rows together and of the one that moved farthest, L2; ``overlap``,
-        see ``overlap``, None without a background; ``slots``, as
-        ``pkm_fairseq.analysis.readers.describe_readers`` says, and ``change`` of each.
+        For each layer with changed rows ``layer``, ``n_slots``, ``rows_moved``; ``change_norm`` and
+        ``change_max``, the L2 norm of all changes and of the largest one; ``overlap``, see
+        ``overlap``, None without a background; ``slots``, as
+        ``pkm_fairseq.analysis.readers.describe_readers`` returns, and ``change`` of each.
 
     Raises:
         ValueError: the background counts other memories.
@@ -77,16 +77,16 @@ def what_moved(
 
 
 def overlap(background: SlotCounts, moved: Sequence[int]) -> Dict[str, Any]:
-    """How far the slots that moved are those that old text needs.
+    """How many of the changed slots old text needs.
 
     Args:
-        background: counts of old text.
-        moved: slots.
+        background: slot counts of old text.
+        moved: the changed slots.
 
     Returns:
-        ``needed``: the fewest slots that take 90 % of the old text's reads; ``moved_and_needed``:
-        how many of these moved; ``expected``: how many would have if the moved slots were drawn at
-        random; ``old_reads``: share of the old text's reads that are of moved slots.
+        ``needed``: the fewest slots that receive 90 % of the old text's reads;
+        ``moved_and_needed``: how many of these changed; ``expected``: the expected number for
+        randomly drawn slots; ``old_reads``: share of the old text's reads that read changed slots.
     """
     most_read = needed(background, NEEDED)
     n_needed = 0 if most_read is None else len(most_read)
@@ -101,7 +101,7 @@ def overlap(background: SlotCounts, moved: Sequence[int]) -> Dict[str, Any]:
 
 
 def distances_by_layer(rows: Mapping[str, TableRows]) -> Dict[int, Dict[int, float]]:
-    """By layer and slot, how far its rows in all tables of the layer have moved, L2."""
+    """By layer and slot, the L2 norm of the change of its rows in all tables."""
     squares: Dict[int, Dict[int, float]] = {}
     for name, table in rows.items():
         match = LAYER.search(name)
@@ -117,7 +117,7 @@ def distances_by_layer(rows: Mapping[str, TableRows]) -> Dict[int, Dict[int, flo
 
 
 def groups(opened: Opened) -> Dict[int, Tuple[int, ...]]:
-    """By layer, all layers that read its table."""
+    """For each layer, all layers that read its table."""
     memories = {index: layer.memory for index, layer in opened.model.memory_layers().items()}
     return {layer: layers for layers in tables_by_layers(memories) for layer in layers}
 

@@ -1,4 +1,4 @@
-"""The page of a report: one file that needs nothing but a browser. Its charts, as files, too."""
+"""The page of a report, one self-contained HTML file; also writes its charts as files."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from .plots import COLOURS, Chart, charts_of_checkpoints
 
 
 def write_charts(analysis: Analysis, folder: Path) -> None:
-    """Write each chart of the page as an SVG file, called as its title."""
+    """Write each chart of the page as an SVG file, named after its title."""
     folder.mkdir(exist_ok=True)
     by_layer = charts_of_checkpoints(analysis.report["checkpoints"], analysis.masses)
     charts = [chart for drawn in by_layer.values() for chart in drawn]
@@ -71,7 +71,7 @@ Content = Tuple[Tuple[str, ...], List[List[str]]]  # of a table: its columns and
 def _split(
     keys: Tuple[str, ...], columns: Tuple[str, ...], second: str, rows: List[List[str]]
 ) -> Tuple[Content, Content]:
-    """Two tables, which a narrow window shows whole; the second begins with this column."""
+    """Two tables that fit into a narrow window; the second begins with this column."""
     n, at = len(keys), columns.index(second)
     return (
         ((*keys, *columns[:at]), [row[: n + at] for row in rows]),
@@ -80,7 +80,7 @@ def _split(
 
 
 def _curves(analysis: Analysis) -> List[Chart]:
-    """What logs, and several checkpoints of one training, say over updates."""
+    """Charts over updates, from logs and from several checkpoints of one training."""
     report = analysis.report
     of_checkpoints = logs_of_checkpoints(report["checkpoints"], report["split"] or "text")
     return draw_curves([*analysis.logs, *of_checkpoints])

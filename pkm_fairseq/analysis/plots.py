@@ -1,4 +1,4 @@
-"""Charts of what the slots of memories received."""
+"""Charts of the reads and weights of slots."""
 
 import math
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
@@ -30,14 +30,14 @@ class Chart(NamedTuple):
 
 
 def chart(title: str, caption: str, alt: str, plot: Callable[[Axes], None]) -> Chart:
-    """Draw a chart; ``alt`` says in words what it shows."""
+    """Draw a chart; ``alt`` describes it in words."""
     svg = draw(plot)
     opening = f'<svg role="img" aria-label="{do_forceescape(alt)}"'
     return Chart(title, caption, Markup(svg.replace("<svg", opening, 1)))
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib shows it as it is: no formulas, and no label that is left out."""
+    """Escape a name, so that matplotlib shows it literally and does not hide it."""
     text = text.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
@@ -74,11 +74,11 @@ def mass_chart(layer: int, masses: Dict[str, Tensor]) -> Chart:
 
 
 def heads_chart(layer: Dict[str, Any], title: str) -> Chart:
-    """Top-1 and top-k usage of each head, with what uniform routing would reach.
+    """Top-1 and top-k usage of each head, with the ceiling of uniform routing.
 
     Args:
         layer: the layer's part of a report.
-        title: of the chart.
+        title: the chart's title.
     """
     rows = [*layer["heads"], layer]
     names = [f"head {head}" for head in range(len(layer["heads"]))] + ["all heads"]
@@ -188,7 +188,7 @@ def _sorted_mass(mass: Tensor) -> np.ndarray:
 
 
 def _thin(n: int) -> np.ndarray:
-    """Ranks at which a curve of n points is drawn: closely at its head and to its very end."""
+    """Ranks at which to draw a curve of n points: dense at the start, and including the end."""
     if n <= 2 * POINTS:
         return np.arange(n)
     evenly, closely = np.linspace(0, n - 1, POINTS), np.geomspace(1, n, POINTS) - 1
@@ -198,11 +198,11 @@ def _thin(n: int) -> np.ndarray:
 def charts_of_checkpoints(
     reports: Sequence[Dict[str, Any]], masses: Sequence[Dict[int, Tensor]]
 ) -> Dict[int, List[Chart]]:
-    """All charts of what was counted, by layer, checkpoints side by side.
+    """All charts of the counts, by layer, checkpoints side by side.
 
     Args:
-        reports: of each checkpoint.
-        masses: of each checkpoint, by layer, (n_slots,).
+        reports: one per checkpoint.
+        masses: for each checkpoint, by layer, (n_slots,).
     """
     charts: Dict[int, List[Chart]] = {}
     for report, mass in zip(reports, masses, strict=True):

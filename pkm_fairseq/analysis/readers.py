@@ -15,17 +15,17 @@ AROUND = 8  # symbols of context on each side
 def describe_readers(
     readers: SlotReaders, mass: Tensor, sequences: Sequence[Tensor], dictionary: Dictionary
 ) -> List[Dict[str, Any]]:
-    """What is read from each watched slot.
+    """Describe which tokens read each watched slot.
 
     Args:
-        readers: what was counted.
-        mass: weight that each slot of the memory received, (n_slots,).
-        sequences: the token ids that were read, each (T,).
-        dictionary: of these ids.
+        readers: the counts.
+        mass: weight of each slot of the memory, (n_slots,).
+        sequences: the token ids, each (T,).
+        dictionary: the dictionary of these ids.
 
     Returns:
         For each slot ``slot``; ``times_uniform``, its weight as a multiple of uniform;
-        ``symbols``, how many different ones read it; ``readers``, the heaviest ones with
+        ``symbols``, the number of different symbols that read it; ``readers``, the heaviest with
         ``token``, ``reads`` and ``weight_share``; ``contexts``, the strongest read of each of
         the first readers, with ``before``, ``token``, ``after`` and its ``weight``.
     """

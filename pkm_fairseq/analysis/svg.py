@@ -28,7 +28,7 @@ STYLE = {
 
 
 def draw(plot: Callable[[Axes], None]) -> str:
-    """A chart as an SVG element that scales with the page."""
+    """Draw a chart as an SVG element that scales with the page."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         plot(figure.subplots())

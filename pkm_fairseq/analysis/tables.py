@@ -15,7 +15,7 @@ WORDS = 5  # tokens shown of each slot
 
 
 def usage_table(reports: Sequence[Dict[str, Any]]) -> Table:
-    """What each memory, and each of its heads, is used for; checkpoints side by side."""
+    """The usage of each memory and each of its heads; checkpoints side by side."""
     table = _table("memory usage", ("checkpoint", "layer", "head"), USAGE_COLUMNS)
     for row in usage_rows(reports):
         name, layer, head, *cells = row
@@ -30,7 +30,7 @@ CURVE_POINTS = (1, 3, 10, 30, 100, 300)  # draws per slot
 
 
 def usage_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Rows of checkpoint, layer, head and ``USAGE_COLUMNS``; each layer ends with all heads."""
+    """Rows of checkpoint, layer, head and ``USAGE_COLUMNS``; a layer's last row is of all heads."""
     rows = []
     layers = sorted({layer["layer"] for report in reports for layer in report["layers"]})
     for index in layers:
@@ -52,7 +52,7 @@ def _memory_rows(name: str, layer: str, summary: Dict[str, Any]) -> List[List[st
 
 
 def draws_of(summary: Dict[str, Any]) -> float:
-    """Draws per slot of a count of a memory; logs of older versions give its tokens only."""
+    """Draws per slot of a memory's count; older logs hold only its tokens."""
     return summary["tokens"] * len(summary["heads"]) / summary["n_slots"]
 
 
@@ -110,7 +110,7 @@ STALENESS_COLUMNS += ("top-1 in last 10", "100", "1,000")
 
 
 def staleness_rows(reports: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Rows of checkpoint, layer and ``STALENESS_COLUMNS``, where a checkpoint knows them."""
+    """Rows of checkpoint, layer and ``STALENESS_COLUMNS``, for checkpoints that store them."""
     rows = []
     for report in reports:
         counts = {str(layer["layer"]): layer for layer in report["layers"]}
@@ -131,7 +131,7 @@ def _staleness_cells(staleness: Dict[str, Any]) -> List[str]:
 
 
 def _share_used(times: Dict[str, Any], updates: str) -> str:
-    share = times["used"].get(updates)  # not known if there were fewer updates
+    share = times["used"].get(updates)  # unknown if there were fewer updates
     return DASH if share is None else percent(share)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., None]:
     """Replace ``EMA._step_internal``, which averages by name.
 
-    A parameter that has several names, as tied embeddings and a value table that layers share, is
-    one tensor in the average, too, and was moved once for each name.
+    A parameter with several names (tied embeddings, a shared value table) is one tensor in the
+    average, too. fairseq updates it once per name; the replacement updates it once.
     """
 
     @wraps(stock)
@@ -29,7 +29,7 @@ def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., No
 
 
 def _place(value: Any) -> Optional[Tuple[Any, ...]]:
-    """What tensors that are one have in common; None if it shares its memory with none."""
+    """A key that is equal for tensors that are the same; None for anything else, or if empty."""
     if not isinstance(value, Tensor) or value.numel() == 0:
         return None
     return value.device, value.dtype, value.data_ptr(), value.shape, value.stride()

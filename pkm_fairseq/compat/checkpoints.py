@@ -1,11 +1,10 @@
-"""Checkpoints that are whole or absent.
+"""Write checkpoints atomically: each is complete or absent.
 
-fairseq 0.12.3 writes the first name of a checkpoint under a temporary one, but copies the other
-names, checkpoint_last.pt among them, in place: a kill leaves half of the file that the training
-is to go on from. It does not wait for the disk, and when writing fails it tries twice more, behind
-what it has already written to the same file, ends with a page of traceback, and leaves the rest.
-Both functions are replaced for local files; elsewhere, and for --write-checkpoints-asynchronously,
-fairseq's own are called.
+fairseq 0.12.3 writes the first name of a checkpoint under a temporary name, but copies the other
+names, including checkpoint_last.pt, in place. A kill can leave half of the file from which the
+training resumes. fairseq does not call fsync. If a write fails, it tries twice more and appends to
+the same file, prints a long traceback, and leaves the broken file. We replace both functions for
+local files. For other files and --write-checkpoints-asynchronously we call fairseq's functions.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ COPY_BYTES = 2**24
 
 
 class CheckpointNotSavedError(OSError, ValueError):
-    """A checkpoint could not be written; what was saved before is whole."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 def save_whole_files(stock: Callable[..., None]) -> Callable[..., None]:
@@ -43,7 +42,7 @@ def copy_whole_files(stock: Any) -> Any:
     """Replace ``PathManager.copy``, a static method."""
 
     def copy_checkpoint_file(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        """Give a checkpoint another name too."""
+        """Copy a checkpoint to another name."""
         if not all(map(PathManager.supports_rename, (src_path, dst_path))):
             return bool(stock.__func__(src_path, dst_path, overwrite))
         with open(src_path, "rb") as source, _checkpoint_file(dst_path) as out:
@@ -55,13 +54,13 @@ def copy_whole_files(stock: Any) -> Any:
 
 @contextlib.contextmanager
 def _checkpoint_file(filename: str) -> Iterator[BinaryIO]:
-    """A file with one temporary name for each worker and folder.
+    """Open a file with one temporary name per worker and folder.
 
-    So that what a kill leaves is taken up by the next save, whatever that is of. No pattern for
-    checkpoints matches it.
+    The next save overwrites a temporary file that a kill left. No checkpoint pattern matches the
+    name.
 
     Raises:
-        CheckpointNotSavedError: with the reason.
+        CheckpointNotSavedError: the message gives the reason.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0

@@ -1,7 +1,7 @@
-"""Commands of fairseq end with one line where the user can mend what is wrong.
+"""End fairseq's commands with one line after errors that the user can fix.
 
-The library raises exceptions, which a program can catch. Only where a command runs, what nobody has
-caught becomes one line. ``LOGLEVEL=DEBUG``, or ``hydra.verbose=true``, shows the traceback too.
+The library raises exceptions, which a program can catch. Only in a command does an uncaught
+exception become one line. ``LOGLEVEL=DEBUG``, or ``hydra.verbose=true``, also shows the traceback.
 """
 
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def end_in_one_line() -> None:
-    """If a command of fairseq loads the plugin, let what nobody catches end it with one line."""
+    """If a fairseq command loads the plugin, make uncaught errors end it with one line."""
     if running_command():
         sys.excepthook = _say_one_line(sys.excepthook)
 
@@ -38,9 +38,9 @@ def _say_one_line(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def end_jobs_in_one_line(stock: property) -> property:
-    """Replace ``JobReturn.return_value`` of hydra, by which a job says how it ended.
+    """Replace hydra's ``JobReturn.return_value``, the result of a job.
 
-    hydra catches what a job raises, keeps it there, and prints its traceback in the end.
+    hydra catches a job's exception, stores it there, and prints its traceback at the end.
     """
 
     def keep(self: Any, value: Any) -> None:
@@ -60,7 +60,7 @@ class Stopped(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Stoppable:
-    """The main function of a command; workers that are spawned get a copy of it."""
+    """The main function of a command; spawned workers get a copy of it."""
 
     main: Callable[..., Any]
 
@@ -68,7 +68,7 @@ class Stoppable:
         """Call the function.
 
         Raises:
-            Stopped: it ended with an error that the user can mend, in a spawned worker.
+            Stopped: in a spawned worker, it ended with an error that the user can fix.
         """
         try:
             return self.main(*args, **kwargs)
@@ -80,7 +80,7 @@ class Stoppable:
 
 
 def hand_over_lines(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``call_main``: torch hands over what a worker raises as the text of a traceback."""
+    """Replace ``call_main``: torch passes on a worker's exception as the text of a traceback."""
 
     @wraps(stock)
     def call_main(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> Any:

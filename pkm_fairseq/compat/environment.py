@@ -1,4 +1,4 @@
-"""What fairseq needs of torch and numpy."""
+"""Adapt torch and numpy to fairseq's needs."""
 
 import argparse
 import collections
@@ -12,8 +12,8 @@ from fairseq.distributed import utils as distributed_utils
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
-# The options of a run, and what workers send each other of a checkpoint: omegaconf's containers,
-# and the places of tensors. All of that is plain data.
+# Classes in a run's options, and in checkpoint parts that workers exchange: omegaconf's containers
+# and the places of tensors. All of them are plain data.
 PLAIN_DATA = (
     *(argparse.Namespace, omegaconf.DictConfig, omegaconf.ListConfig, ContainerMetadata, Metadata),
     *(AnyNode, collections.defaultdict, dict, list, int, Any, distributed_utils._TensorPlaceholder),
@@ -26,6 +26,6 @@ def allow_plain_data() -> None:
 
 
 def restore_numpy_compat() -> None:
-    """Give numpy the one name of np.compat that fairseq takes."""
+    """Give numpy the one name of np.compat that fairseq uses."""
     if not hasattr(numpy, "compat"):
         numpy.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]

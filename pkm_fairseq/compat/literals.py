@@ -1,20 +1,20 @@
-"""fairseq reads options that are written in Python; it does so without running them.
+"""Read fairseq's options that are Python expressions without running them.
 
-Options come from checkpoints, too, and those from anybody.
+Options can come from checkpoints, and checkpoints from anyone.
 """
 
 import ast
 import sys
 from typing import Any
 
-SHOWN = 60  # letters of a value that is refused
+SHOWN = 60  # shown letters of a refused value
 
 
 def evaluate_literals_only() -> None:
     """Put ``read`` under the name ``eval`` into every module of fairseq.
 
-    There it stands before Python's own, in whatever function of the module. fairseq imports all
-    modules that evaluate options when it is imported itself.
+    It then hides Python's ``eval`` in all functions of the module. Importing fairseq imports all
+    modules that evaluate options.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("fairseq."):
@@ -30,8 +30,8 @@ def read(text: Any) -> Any:
         text: such as ``"0.9, 0.98"``.
 
     Raises:
-        TypeError: it is no text; fairseq catches that of Python's own ``eval``.
-        ValueError: it is anything else, such as a call; it is not run.
+        TypeError: it is not a text; fairseq catches this error of Python's ``eval``.
+        ValueError: it is anything else, such as a call; the code does not run.
     """
     if not isinstance(text, str):
         raise TypeError(f"eval() takes text, not {type(text).__name__}")

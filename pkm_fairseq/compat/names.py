@@ -1,4 +1,4 @@
-"""Old checkpoints that name what is registered nowhere, such as another user-dir's architecture."""
+"""Load old checkpoints with unregistered names, such as another user-dir's architecture."""
 
 from functools import wraps
 from typing import Any, Callable, Dict
@@ -9,10 +9,10 @@ from fairseq.tasks import TASK_REGISTRY
 
 
 def keep_unknown_options(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave the options of such a checkpoint as they are.
+    """Leave the options of such a checkpoint unchanged.
 
-    fairseq brings them into its new form, for which it looks every name up. A training that starts
-    from a checkpoint takes its parameters and needs no options of it.
+    fairseq converts them to its new form, and looks up every name for that. A training that starts
+    from a checkpoint needs only its parameters, not its options.
     """
 
     @wraps(stock)
@@ -27,7 +27,7 @@ def keep_unknown_options(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def are_known(args: Any) -> bool:
-    """Whether all that an old checkpoint's options name is registered."""
+    """Whether all names in an old checkpoint's options are registered."""
     registries = {part: made["registry"] for part, made in REGISTRIES.items()}
     registries |= {"arch": ARCH_MODEL_REGISTRY, "task": TASK_REGISTRY}
     names = {part: getattr(args, part, None) for part in registries}

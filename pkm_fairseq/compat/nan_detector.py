@@ -1,4 +1,4 @@
-"""What fairseq does when a gradient is not finite: it looks for the module where that began."""
+"""fairseq's search for the first module with NaN, when a gradient is not finite."""
 
 import logging
 from functools import wraps
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 def watch_all_outputs(stock: Callable[..., None]) -> Callable[..., None]:
     """Replace ``NanDetector.add_hooks``.
 
-    Its kind of backward hook fails at an output that is a dictionary without tensors, as that of
+    Its backward hooks fail if a module's output is a dictionary without tensors, as that of
     RoBERTa's encoder.
     """
 
@@ -25,7 +25,7 @@ def watch_all_outputs(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def keep_the_first_error(stock: Callable[..., None]) -> Callable[..., bool]:
-    """Replace ``NanDetector.__exit__``: an error while it looks does not hide why it does."""
+    """Replace ``NanDetector.__exit__``, so that an error in the search does not hide the first."""
 
     @wraps(stock)
     def leave(self: Any, kind: Any, error: Any, trace: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Mixed precision: what fairseq's trainer builds around an optimizer."""
+"""Mixed precision: the wrappers that fairseq's trainer builds around an optimizer."""
 
 import logging
 from functools import wraps
@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 
 def ask_the_optimizer(stock: Any) -> Any:
-    """Let an optimizer say what is to be built around it; ``stock`` is a class method.
+    """Let an optimizer choose its wrapper; ``stock`` is a class method.
 
-    fairseq's trainer builds its own wrappers, whatever the optimizer.
+    fairseq's trainer always builds its own wrappers.
     """
     stock = stock.__func__
 
@@ -30,7 +30,7 @@ def ask_the_optimizer(stock: Any) -> Any:
 
 
 def _check_device(wrapper: Any, cfg: Any) -> None:
-    """Say what fairseq does not, or not in one line, where there is no CUDA device."""
+    """Warn or raise in one line if there is no CUDA device; fairseq does not."""
     common, on_cpu = cfg.common, cfg.common.cpu or not torch.cuda.is_available()
     if issubclass(wrapper, AMPOptimizer) and on_cpu:
         logger.warning("--amp does nothing on the CPU: this run trains in full precision")
@@ -43,7 +43,7 @@ def _check_device(wrapper: Any, cfg: Any) -> None:
 
 
 def skip_infinite_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Skip a step whose norm is not finite, as fairseq says in the log that it does.
+    """Skip a step whose norm is not finite, as fairseq's log claims.
 
     torch's scaler skips it only if a ``.grad`` is not finite.
     """
@@ -60,10 +60,10 @@ def skip_infinite_steps(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def step_what_was_unscaled(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Step with the gradients that ``clip_grad_norm`` has divided by the loss scale.
+    """Step with the gradients that ``clip_grad_norm`` has already divided by the loss scale.
 
-    fairseq gives torch's scaler one object there and another one here, so that it divides the same
-    gradients by the scale a second time.
+    fairseq gives torch's scaler different objects in the two places, so the scaler divides the same
+    gradients twice.
     """
 
     @wraps(stock)

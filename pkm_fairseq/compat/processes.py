@@ -1,4 +1,4 @@
-"""A process that trains ends well, and may train more than once."""
+"""Let a training process end cleanly, and train more than once."""
 
 import atexit
 import contextlib
@@ -12,38 +12,38 @@ JOIN_SECONDS = 10.0
 
 
 def end_prefetching_at_exit() -> None:
-    """Have ``end_prefetching`` called before Python ends."""
+    """Call ``end_prefetching`` before Python ends."""
     atexit.register(end_prefetching)
 
 
 def end_prefetching() -> None:
-    """End the threads in which fairseq prepares batches that nobody will ask for.
+    """End fairseq's threads that prepare batches for a training that has stopped.
 
-    A training that stops within an epoch leaves such a thread running. If Python ends while it is
-    inside torch, the process aborts ("terminate called without an active exception") with status
-    134 after a training that went well.
+    A training that stops within an epoch leaves such a thread running. If Python ends while the
+    thread is inside torch, the process aborts ("terminate called without an active exception") with
+    status 134, although the training succeeded.
     """
     iterators = sys.modules.get("fairseq.data.iterators")
     if iterators is None:
         return
     for thread in threading.enumerate():
         if isinstance(thread, iterators.BackgroundConsumer):
-            thread._max_len = 0  # ends it after the batch that it prepares
+            thread._max_len = 0  # ends the thread after its current batch
             thread._queue.put = _discard
             with contextlib.suppress(queue.Empty):
-                thread._queue.get_nowait()  # wakes it up if it waits for room
+                thread._queue.get_nowait()  # wakes the thread if the queue is full
             thread.join(JOIN_SECONDS)
 
 
 def _discard(item: Any) -> None:
-    """Nobody takes batches out of the queue any more."""
+    """Discard batches that nobody will read."""
 
 
 def forget_previous_training() -> None:
-    """Forget the best score of another training in this process, as of a sweep's previous job.
+    """Clear the best score of an earlier training in this process, such as a sweep's previous job.
 
-    fairseq keeps it as attributes of functions. A second training would write checkpoint_best.pt
-    only when it beats the first, and run out of the first one's --patience.
+    fairseq stores it in attributes of functions. Otherwise a second training would write
+    checkpoint_best.pt only if it beats the first one, and continue the first one's --patience.
     """
     for module, function in (
         ("fairseq.checkpoint_utils", "save_checkpoint"),

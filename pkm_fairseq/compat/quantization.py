@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 def leave_subclasses_as_they_are(stock: Callable[..., List[str]]) -> Callable[..., List[str]]:
     """Replace ``get_layers``, which names the layers that get noise.
 
-    A subclass of what fairseq can quantize, as the learned positional embedding is one of
-    ``nn.Embedding``, does something else than that and has no counterpart.
+    fairseq also names subclasses of classes that it can quantize, such as the learned positional
+    embedding, a subclass of ``nn.Embedding``. They behave differently and have no quantized form.
     """
 
     @wraps(stock)
@@ -33,7 +33,7 @@ def leave_subclasses_as_they_are(stock: Callable[..., List[str]]) -> Callable[..
 
 
 def observe_on_any_device(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``emulate_int8_histogram``, which moves scale and zero point to a GPU."""
+    """Replace ``emulate_int8_histogram``, which always moves scale and zero point to a GPU."""
 
     @wraps(stock)
     def emulate(weight: Any, scale: Any = None, zero_point: Any = None, bits: int = 8) -> Any:

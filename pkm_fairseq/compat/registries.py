@@ -1,4 +1,4 @@
-"""Names that are registered with fairseq, on the command line."""
+"""Names registered with fairseq, on the command line."""
 
 from functools import wraps
 from typing import Any, Callable
@@ -6,13 +6,14 @@ from typing import Any, Callable
 from fairseq.registry import REGISTRIES
 from hydra.core.config_store import ConfigStore
 
-WITH_LEGACY_OPTIONS = ("criterion", "optimizer", "lr_scheduler")  # fairseq sees to these itself
+WITH_LEGACY_OPTIONS = ("criterion", "optimizer", "lr_scheduler")  # fairseq handles these itself
 
 
 def give_each_name_a_configuration(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``override_module_args``, which has hydra compose the options of a command.
+    """Replace ``override_module_args``, which prepares a command's options for hydra.
 
-    What was registered without a dataclass, as ``--bpe characters``, has no configuration there.
+    Names that were registered without a dataclass, such as ``--bpe characters``, have no
+    configuration there.
     """
 
     @wraps(stock)

@@ -1,4 +1,4 @@
-"""What an option of fairseq's needs, and is not there."""
+"""Refuse fairseq's options whose requirements are missing."""
 
 from functools import wraps
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from fairseq.data import plasma_utils
 
 
 def refuse_what_cannot_work(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``override_module_args``, which sees the options of a command before all else."""
+    """Replace ``override_module_args``, the first function that reads a command's options."""
 
     @wraps(stock)
     def override_module_args(args: Any) -> Any:

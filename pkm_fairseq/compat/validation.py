@@ -1,4 +1,4 @@
-"""Examples that fairseq leaves out of a validation."""
+"""Warn about examples that fairseq leaves out of a validation."""
 
 import contextlib
 import logging
@@ -9,14 +9,14 @@ from fairseq.distributed import utils as distributed_utils
 
 logger = logging.getLogger(__name__)
 
-TRAIN = "train"  # of which fairseq leaves out the same, and no number is reported
+TRAIN = "train"  # fairseq leaves out the same here, but reports no number on it
 
 
 def tell_what_is_left_out(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a task tell what is left out of its validation sets.
+    """Make a task warn about examples that are left out of its validation sets.
 
-    fairseq leaves out the last batch that it has made of a data set, however full it is, if its
-    number of examples is no multiple of ``--required-batch-size-multiple``, by default 8.
+    fairseq leaves out the last batch of a data set if its number of examples is not a multiple of
+    ``--required-batch-size-multiple``, by default 8.
     """
 
     @wraps(stock)
@@ -34,7 +34,7 @@ def _split_of(task: Any, dataset: Any) -> Optional[str]:
 
 @contextlib.contextmanager
 def _told(dataset: Any, split: Optional[str]) -> Iterator[None]:
-    """While batches are made of a validation set, look which examples are in none of them."""
+    """Find the examples of a validation set that are in no batch, while batches are made."""
     if split in (None, TRAIN):
         yield
         return
@@ -53,10 +53,10 @@ def _told(dataset: Any, split: Optional[str]) -> Iterator[None]:
 
 
 def _tell(dataset: Any, split: str, indices: Any, batches: Any, multiple: Any) -> None:
-    """Warn of examples that are in no batch.
+    """Warn about examples that are in no batch.
 
     Raises:
-        ValueError: none is.
+        ValueError: no example is in a batch.
     """
     batched = {index for batch in batches for index in batch}
     left_out = [index for index in indices if index not in batched]

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 
 def mask_words_of_the_bpe(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``MaskedLMTask.load_dataset``, which looks for options that the task has not got."""
+    """Replace ``MaskedLMTask.load_dataset``, which reads options that the task does not have."""
 
     @wraps(stock)
     def load_dataset(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -20,7 +20,7 @@ def mask_words_of_the_bpe(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bpe_of(cfg: Any) -> Any:
-    """The options of ``--bpe``, which stand beside those of the task."""
+    """The options of ``--bpe``; they are not part of the task's options."""
     bpe = cfg._get_root().get("bpe") if OmegaConf.is_config(cfg) else None
     name = bpe and bpe._name
     known = sorted(n for n, c in BPE_REGISTRY.items() if hasattr(c, "is_beginning_of_word"))

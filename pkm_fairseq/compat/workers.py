@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 def wrap_without_devices(stock: Any) -> Any:
     """Replace ``DistributedDataParallel`` for models on the CPU.
 
-    fairseq's ``pytorch_ddp`` names a GPU for every model, which torch refuses for one on the CPU.
+    fairseq's ``pytorch_ddp`` names a GPU for every model; torch refuses this for a CPU model.
     """
 
     def wrap_in_ddp(
@@ -30,9 +30,9 @@ def wrap_without_devices(stock: Any) -> Any:
 def start_workers_on_the_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Replace ``call_main``, which starts the workers of a fairseq command.
 
-    fairseq starts one per GPU. With ``--cpu`` it would start none and end with status 0, or, under
-    torchrun, divide by the number of GPUs. Under fairseq-hydra-train this comes too late:
-    it loads the plugin in the workers.
+    fairseq starts one worker per GPU. With ``--cpu`` it would start none and end with status 0, or,
+    under torchrun, divide by the number of GPUs. For fairseq-hydra-train this replacement comes too
+    late, since that command loads the plugin in the workers.
     """
 
     @wraps(stock)
@@ -66,11 +66,11 @@ def _spawn(cfg: Any, main: Any, kwargs: Dict[str, Any]) -> Any:
         port = training.distributed_port
         port = port if port > 0 else random.randint(10000, 60000)  # as fairseq does with GPUs
         training.distributed_init_method = f"tcp://localhost:{port}"
-    training.distributed_rank = None  # each worker takes its number
+    training.distributed_rank = None  # each worker takes its own rank
     worker, world = distributed_utils.distributed_main, training.distributed_world_size
     try:
         return spawn(worker, args=(main, cfg, kwargs), nprocs=world)  # type: ignore[no-untyped-call]
-    except KeyboardInterrupt:  # else Python waits for them, and they for each other
+    except KeyboardInterrupt:  # otherwise Python waits for them, and they wait for each other
         for process in multiprocessing.active_children():
             process.terminate()
         raise

@@ -1,7 +1,7 @@
 """Memories in models of Hugging Face transformers, the second host.
 
-Importing it registers the models with memory: ``AutoConfig`` and ``AutoModel*`` of transformers
-then load what ``save_pretrained`` has written.
+Importing it registers the models with memory: transformers' ``AutoConfig`` and ``AutoModel*`` can
+then load models that ``save_pretrained`` wrote.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""``add_memories``: memories in an encoder of transformers that is there already."""
+"""``add_memories``: add memories to an existing encoder of transformers."""
 
 from typing import Any, Optional, Sequence
 
@@ -15,22 +15,22 @@ def add_memories(
     """Add product-key memories to an encoder, bare or with a head.
 
     On pretrained weights this is INIT (Kim & Jung 2020). With ``values_init="zero"`` and mode
-    "residual" the outputs are those of the model before, bit for bit.
+    "residual" the outputs do not change, bit for bit.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT or ModernBERT of transformers, or one
-            whose architecture was registered. It is changed in place, its class included.
+        model: a BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT or ModernBERT of transformers, or a model
+            with a registered architecture. It is changed in place, including its class.
         config: the settings of each memory (default: those of ``MemoryConfig``).
-        layers: the blocks that get one, 0-based.
-        mode: "residual" puts it beside the feed-forward (ResM; Kim & Jung 2020), "replace" in its
-            place (PKM; Lample et al. 2019).
+        layers: the blocks that get a memory, counted from 0.
+        mode: "residual" puts it beside the feed-forward (ResM; Kim & Jung 2020), "replace" instead
+            of it (PKM; Lample et al. 2019).
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the architecture is not known, the model has memories or is a decoder, or a
-            layer or the mode does not exist; the model is then as it was.
+        ValueError: the architecture is unknown, the model already has memories or is a decoder, or
+            a layer or the mode does not exist. The model is then unchanged.
     """
     config = MemoryConfig() if config is None else config
     check_model(model, list(layers), mode)

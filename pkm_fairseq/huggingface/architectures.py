@@ -1,4 +1,4 @@
-"""Where the blocks of a model are, and the feed-forward of a block."""
+"""Architectures: the places of a model's blocks, and of a block's feed-forward."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
@@ -8,16 +8,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a memory goes in the blocks of an encoder.
+    """The place of a memory in the blocks of an encoder.
 
     Args:
         blocks: the list of blocks, as a path from the base model (the model without its head).
-        ffn: the module of a block that maps the input of the feed-forward to what the block adds to
-            its residual stream, dropout included. None is the layout of BERT: the block has
+        ffn: the block's feed-forward module. It maps its input to the block's addition to the
+            residual stream, including dropout. None means BERT's layout: the block has
             ``feed_forward_chunk``, which calls ``intermediate`` and ``output``, and ``output`` has
             ``dense``, ``dropout`` and ``LayerNorm``.
-        dropout: the entry of the model's configuration that says with which probability what the
-            feed-forward adds is dropped out; the memory's read is, too. None: the model does not.
+        dropout: the configuration's entry for the dropout probability of the feed-forward's output;
+            the memory's read uses it, too. None: no dropout.
     """
 
     blocks: str = "encoder.layer"
@@ -28,7 +28,7 @@ class Architecture:
         """The blocks of a base model.
 
         Raises:
-            ValueError: there are none under this path.
+            ValueError: the path leads to no blocks.
         """
         try:
             blocks: Any = base.get_submodule(self.blocks)
@@ -39,10 +39,10 @@ class Architecture:
         return list(blocks)
 
     def check_block(self, block: nn.Module) -> None:
-        """Complain of a block that is laid out otherwise.
+        """Refuse a block with a different layout.
 
         Raises:
-            ValueError: with what it lacks.
+            ValueError: the block lacks modules; the message names them.
         """
         needed = [self.ffn] if self.ffn else ["feed_forward_chunk", "intermediate", "output"]
         lacking = [name for name in needed if not hasattr(block, name)]
@@ -70,7 +70,7 @@ def architecture_of(config: Any) -> Architecture:
     """The architecture of a model, by its configuration, with a memory or without.
 
     Raises:
-        ValueError: it is not known; the message lists those that are.
+        ValueError: the architecture is unknown; the message lists the known ones.
     """
     model_type = plain_type(config)
     if model_type not in ARCHITECTURES:
@@ -82,7 +82,7 @@ def architecture_of(config: Any) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-PREFIX = "pkm_"  # of the type of a model with memory
+PREFIX = "pkm_"  # prefix of the type of a model with memory
 
 
 def plain_type(config: Any) -> str:

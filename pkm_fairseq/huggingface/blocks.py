@@ -1,8 +1,8 @@
 """Blocks of transformers' encoders with a memory.
 
-With h the output of the attention sub-layer, the formulas are those of docs/design.md. A post-LN
-block computes ``LN(h + dropout(FFN(h)) + dropout(memory(h)))``; in a pre-LN block memory and FFN
-both read LN(h). Without the FFN the memory stands in its place.
+The formulas are in docs/design.md, with h the output of the attention sub-layer. A post-LN block
+computes ``LN(h + dropout(FFN(h)) + dropout(memory(h)))``; in a pre-LN block memory and FFN both
+read LN(h). In mode "replace" there is no FFN.
 """
 
 from typing import Any, Dict, Optional, Tuple
@@ -16,14 +16,14 @@ MODES = {"residual": "beside the feed-forward; ResM", "replace": "instead of it;
 
 
 class MemoryBlock(nn.Module):
-    """What a block with a memory has; it stands in front of the block's own class.
+    """Mixin for a block with a memory, placed before the block's own class.
 
     Attributes:
-        memory: what the block reads.
-        reads: when each slot was last read in training; observes the memory.
+        memory: the block's memory.
+        reads: the update of each slot's last read in training; observes the memory.
         memory_mode: "residual" or "replace".
-        memory_dropout: on what was read.
-        next_padding: (B, T), True at padding of the batch at hand; None means that all are tokens.
+        memory_dropout: dropout on the read.
+        next_padding: (B, T), True at padding of the current batch; None means that all are tokens.
             The model sets it.
     """
 
@@ -35,7 +35,7 @@ class MemoryBlock(nn.Module):
     _padding: Optional[Tensor]
 
     def put_memory(self, memory: ProductKeyMemory, mode: str, dropout: float) -> None:
-        """Add a memory to the block, whose class was just changed to this one."""
+        """Add a memory to the block, after its class was changed to this one."""
         self.memory = memory
         self.memory_mode = mode
         self.memory_dropout = nn.Dropout(dropout)
@@ -48,8 +48,8 @@ class MemoryBlock(nn.Module):
     def forward(self, *args: Any, padding_mask: Optional[Tensor] = None, **kwargs: Any) -> Any:
         """Compute the block; ``padding_mask`` (B, T) is True at padding.
 
-        It is an argument so that activation checkpointing, which runs this method a second time in
-        the backward pass, has the padding of the first.
+        The padding is an argument because of activation checkpointing: its second forward pass then
+        gets the same padding as the first.
         """
         self._padding = padding_mask
         try:
@@ -58,7 +58,7 @@ class MemoryBlock(nn.Module):
             self._padding = None
 
     def read(self, h: Tensor) -> Tensor:
-        """What the memory adds for h (B, T, C)."""
+        """The memory's contribution for h (B, T, C)."""
         read: Tensor = self.memory_dropout(self.memory(h, self._padding))
         return read
 
@@ -66,17 +66,17 @@ class MemoryBlock(nn.Module):
 class BertMemoryBlock(MemoryBlock):
     """A post-LN block with the layout of BERT."""
 
-    intermediate: Any  # None where the memory stands in place of the feed-forward
+    intermediate: Any  # None if the memory replaces the feed-forward
     output: Any
 
     def put_memory(self, memory: ProductKeyMemory, mode: str, dropout: float) -> None:
-        """Add a memory; in mode "replace" the feed-forward goes."""
+        """Add a memory; in mode "replace" remove the feed-forward."""
         super().put_memory(memory, mode, dropout)
         if mode == "replace":
             self.intermediate = self.output.dense = None
 
     def feed_forward_chunk(self, h: Tensor) -> Tensor:
-        """The second sub-layer, of h (B, T, C)."""
+        """Compute the second sub-layer for h (B, T, C)."""
         out = h
         if self.memory_mode == "residual":
             out = self.output.dropout(self.output.dense(self.intermediate(h))) + out
@@ -87,11 +87,11 @@ class BertMemoryBlock(MemoryBlock):
 class FeedForwardMemoryBlock(MemoryBlock):
     """A block whose feed-forward is one module; the block adds its output to the residual stream.
 
-    Whether the block normalises before or after, the memory reads what the feed-forward reads.
+    The memory reads the same input as the feed-forward, in pre-LN and post-LN blocks.
     """
 
     def put_memory_at(self, ffn: str, memory: ProductKeyMemory, mode: str, dropout: float) -> None:
-        """Add a memory to the output of the feed-forward, or in its place."""
+        """Add the memory's read to the feed-forward's output, or replace the feed-forward."""
         super().put_memory(memory, mode, dropout)
         if mode == "replace":
             setattr(self, ffn, NoFeedForward())
@@ -99,14 +99,14 @@ class FeedForwardMemoryBlock(MemoryBlock):
 
 
 class NoFeedForward(nn.Module):
-    """Stands where a memory has replaced the feed-forward."""
+    """Placeholder for a feed-forward that a memory has replaced."""
 
     def forward(self, h: Tensor) -> None:
         """Nothing."""
 
 
 class _AddRead:
-    """A hook on a feed-forward that adds what the memory of its block reads."""
+    """A hook on a feed-forward that adds the read of its block's memory."""
 
     def __init__(self, block: MemoryBlock) -> None:
         self.block = block
@@ -123,17 +123,17 @@ def _hand_over_padding(
 
 
 class TellPadding:
-    """A hook before a base model: tells its blocks with memory what is padding.
+    """A hook before a base model: passes the padding to its blocks with memory.
 
     Args:
-        index: place of ``attention_mask`` among the arguments of the model.
+        index: position of ``attention_mask`` among the model's arguments.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
 
     def __call__(self, base: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        """Set ``next_padding`` of the blocks; the arguments are those of the base model."""
+        """Set ``next_padding`` of the blocks, from the base model's arguments."""
         mask = args[self.index] if len(args) > self.index else kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -146,7 +146,7 @@ class TellPadding:
 
 
 def forget_padding(base: Any, args: Any, output: Any) -> None:
-    """A hook after a base model: its blocks keep no mask of a batch that is done."""
+    """A hook after a base model: clears the padding of its blocks."""
     for block in base.memory_layers().values():
         block.next_padding = None
 
@@ -157,7 +157,7 @@ _CLASSES: Dict[Tuple[type, type], type] = {}
 
 
 def block_class(plain: type, kind: type) -> type:
-    """The class of a block with memory: a kind of ``MemoryBlock`` in front of its own."""
+    """The class of a block with memory: a ``MemoryBlock`` class before the block's own."""
     if (plain, kind) not in _CLASSES:
         made = type(f"Pkm{plain.__name__}", (kind, plain), {"__module__": __name__})
         globals().setdefault(made.__name__, made)  # where pickle looks for it

@@ -1,4 +1,4 @@
-"""Memory usage and staleness through a training by transformers' Trainer."""
+"""Report memory usage and staleness while transformers' Trainer trains."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -22,26 +22,27 @@ from ..memory.observe.usage import DRAWS, MemoryUsage
 from .limits import check_training
 
 TRAINING = "train"
-RUNTIME = "_runtime"  # ends a key that each log of an evaluation has
+RUNTIME = "_runtime"  # end of a key in every evaluation's log
 
 
 class MemoryUsageCallback(TrainerCallback):
-    """Counts memory usage now and then in training and in each evaluation, and logs it.
+    """Counts memory usage at intervals in training and in each evaluation, and logs it.
 
-    The Trainer's log gets what the last count says as ``memory<layer>_<key>``, of an evaluation as
-    ``eval_memory<layer>_<key>``; a finished count is a line of ``memory_usage.jsonl`` in the
-    output folder, beside ``memory_initial_values.pt``. Keys and lines are those of the fairseq
-    criteria. It also tells the memories the number of updates, without which they note no times of
-    reads. Give it as ``callbacks=[MemoryUsageCallback()]``; reporters such as TensorBoard see
-    what it logs only if it stands before them, where ``add_to`` puts it.
+    It adds the last count to the Trainer's log as ``memory<layer>_<key>``, and as
+    ``eval_memory<layer>_<key>`` for an evaluation. A finished count becomes a line of
+    ``memory_usage.jsonl`` in the output folder, beside ``memory_initial_values.pt``. Keys and lines
+    are the same as those of the fairseq criteria. It also sets the number of updates of the
+    memories, which they need to record times of reads. Pass it as
+    ``callbacks=[MemoryUsageCallback()]``. Reporters such as TensorBoard see its numbers only if it
+    comes before them; ``add_to`` puts it there.
 
     Args:
-        interval: count training batches every so many updates; 0: never.
+        interval: start a count in training every this many updates; 0: never.
         draws: draws per slot (tokens x heads / slots) in one count.
-        tokens: tokens in one count, in place of draws; 0: not given.
+        tokens: tokens in one count, instead of draws; 0: not given.
 
     Raises:
-        ValueError: a number is negative, or there are no draws.
+        ValueError: a number is negative, or ``draws`` is 0.
     """
 
     def __init__(self, interval: int = 1000, draws: int = DRAWS, tokens: int = 0) -> None:
@@ -60,10 +61,10 @@ class MemoryUsageCallback(TrainerCallback):
         self._report: Dict[str, float] = {}  # of the last window
 
     def add_to(self, trainer: Any) -> "MemoryUsageCallback":
-        """Put this callback before all others of a Trainer, reporters included.
+        """Put this callback before all others of a Trainer, including reporters.
 
         Raises:
-            ValueError: its model has no memories, or something cannot work with them.
+            ValueError: the model has no memories, or the training cannot work with them.
         """
         check_training(trainer.model, trainer.args)
         trainer.callback_handler.callbacks.insert(0, self)
@@ -73,16 +74,16 @@ class MemoryUsageCallback(TrainerCallback):
     # --- what the Trainer calls ---------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """The Trainer is made: from now on evaluations are counted.
+        """Start to count evaluations, when the Trainer is created.
 
         Raises:
-            ValueError: the model has no memories, or something cannot work with them.
+            ValueError: the model has no memories, or the training cannot work with them.
         """
         check_training(model, args)
         self._begin(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """A training begins, perhaps from a checkpoint.
+        """Prepare for a training, which may resume from a checkpoint.
 
         Raises:
             ValueError: the log in the output folder is of other memories.
@@ -93,7 +94,7 @@ class MemoryUsageCallback(TrainerCallback):
         self._next_window, self._window, self._report = state.global_step, None, {}
         values = whole_values(host) if state.global_step == 0 else {}
         problem = self._open_log(host, state, values) if state.is_world_process_zero else None
-        if host.run.group() is not None:  # all end, or none
+        if host.run.group() is not None:  # all workers stop, or none
             told: List[Optional[str]] = [problem]
             dist.broadcast_object_list(told, 0, host.run.group())
             problem = told[0]
@@ -101,11 +102,13 @@ class MemoryUsageCallback(TrainerCallback):
             raise ValueError(f"memory usage: {problem}")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update begins; its batches may open a count."""
+        """Before an update: start a count if one is due."""
         host = self._host
         assert host is not None
         set_finished_updates(host, state.global_step)
-        if self._evaluation is not None and self._is_begun(self._evaluation):  # of others' batches
+        if self._evaluation is not None and self._is_begun(
+            self._evaluation
+        ):  # batches of another evaluation
             self._new_evaluation(host)
         if self.interval and state.global_step >= self._next_window:
             self._close_window(host, state.global_step, args.device)
@@ -114,7 +117,7 @@ class MemoryUsageCallback(TrainerCallback):
             self._switch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An update is finished; a count may be full."""
+        """After an update: finish the count if it is full."""
         if self._window is None or self._host is None:
             return
         self._window.check(args.device)
@@ -122,20 +125,20 @@ class MemoryUsageCallback(TrainerCallback):
             self._close_window(self._host, state.global_step, args.device)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the count that is not full: it says how many draws it has."""
+        """Write the unfinished count, with its number of draws."""
         assert self._host is not None
         self._close_window(self._host, state.global_step, args.device)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Optional[Dict[str, Any]] = None, **_: Any
     ) -> None:
-        """Add what the last count says to a log of training; finish the count of an evaluation."""
+        """Add the last count to a log of training; finish the count of an evaluation."""
         if logs is None or self._host is None:
             return
         prefix = _evaluation_of(logs)
         report = self._report if prefix is None else self._finish_evaluation(prefix, state, args)
         logs.update(report)
-        if state.log_history:  # a copy of the logs, made before
+        if state.log_history:  # a copy that the Trainer made before
             state.log_history[-1].update(report)
 
     # --- counts -------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ class MemoryUsageCallback(TrainerCallback):
         return any(usage.tokens for usage in count.usage.values())
 
     def _close_window(self, host: HasMemories, updates: int, device: torch.device) -> None:
-        """Report the count of training batches up to and with this update."""
+        """Report the count of training batches up to and including this update."""
         count, self._window = self._window, None
         self._switch()
         if count is None:
@@ -209,7 +212,7 @@ class MemoryUsageCallback(TrainerCallback):
 
 
 class _Switch:
-    """An observer that counts look-ups in training and in evaluation apart."""
+    """An observer that counts look-ups in training and in evaluation separately."""
 
     def __init__(self) -> None:
         self.training: Optional[MemoryUsage] = None
@@ -222,6 +225,6 @@ class _Switch:
 
 
 def _evaluation_of(logs: Dict[str, Any]) -> Optional[str]:
-    """The prefix of the keys of an evaluation's log; None of another log."""
+    """The prefix of the keys in an evaluation's log; None for other logs."""
     found = [key.removesuffix(RUNTIME) for key in logs if key.endswith(RUNTIME)]
     return found[0] if found and found[0] != TRAINING else None

@@ -1,4 +1,4 @@
-"""The model card of a model with memory, from what is known of it and nothing else."""
+"""Write the model card of a model with memory, with known facts only."""
 
 from pathlib import Path
 from typing import Any, Dict, List
@@ -15,8 +15,8 @@ def model_card(model: Any) -> str:
     """The card, in markdown.
 
     Args:
-        model: with memories; its attribute ``memory_usage``, the last count of
-            ``MemoryUsageCallback``, is told if it is there.
+        model: with memories. The card includes its attribute ``memory_usage``, the last count of
+            ``MemoryUsageCallback``, if it exists.
     """
     config = model.config
     settings = MemoryConfig(**config.memory)
@@ -69,7 +69,7 @@ def model_card(model: Any) -> str:
 
 
 def write_card(model: Any, folder: Path) -> None:
-    """Write the card of a saved model, unless somebody has written another one."""
+    """Write the card of a saved model, unless the folder has a card by someone else."""
     file = folder / FILE
     if not file.exists() or MARK in file.read_text(encoding="utf-8"):
         write_file(file, model_card(model))

@@ -1,4 +1,4 @@
-"""What cannot work beside memories in a training by transformers."""
+"""Refuse trainings by transformers that cannot work with memories."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_training(model: Any, args: Any) -> None:
-    """Complain of a training that memories cannot take part in.
+    """Refuse a training that cannot work with memories.
 
     Args:
-        model: what the Trainer was given.
+        model: the Trainer's model.
         args: its TrainingArguments.
 
     Raises:
-        ValueError: with what cannot be, and what to do.
+        ValueError: the training cannot work; the message gives the reason and a remedy.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -38,10 +38,10 @@ def check_training(model: Any, args: Any) -> None:
 
 
 def check_optimizer(args: Any) -> None:
-    """Complain of an optimizer that MemoryAdam would stand in for.
+    """Refuse an optimizer that MemoryAdam cannot replace.
 
     Raises:
-        ValueError: with its name.
+        ValueError: MemoryAdam has no such form; the message names the optimizer.
     """
     name = str(getattr(args.optim, "value", args.optim))
     if name not in OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""The classes of models with memory, and their registration with transformers' Auto classes."""
+"""Classes of models with memory, registered with transformers' Auto classes."""
 
 import copy
 import inspect
@@ -29,15 +29,15 @@ from .blocks import (
 )
 from .card import write_card
 
-# what stays in float32 when a model is loaded in half precision, as parts of names
+# parts of names of tensors that stay in float32 when a model is loaded in half precision
 FLOAT32 = ("memory.values", "memory.query_norm.running_mean", "memory.query_norm.running_var")
 
 
 class MemoryModel:
-    """What a model with memory has; it stands in front of transformers' own class.
+    """Mixin for a model with memory, placed before transformers' own class.
 
-    Its configuration says where the memories are: ``memory_layers`` (0-based), ``memory_mode`` and
-    ``memory``, the settings of a ``MemoryConfig``.
+    Its configuration describes the memories: ``memory_layers`` (counted from 0), ``memory_mode``
+    and ``memory``, the settings of a ``MemoryConfig``.
     """
 
     config: Any
@@ -51,13 +51,13 @@ class MemoryModel:
                 "without memory, and call add_memories"
             )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if not self.memory_layers():  # of a head around AutoModel the base model has them
+        if not self.memory_layers():  # for a head around AutoModel, the base model has them
             attach(self)
         _complete(self)
 
     @property
     def run(self) -> RunState:
-        """The state of the run, which all memories read."""
+        """The state of the run, shared by all memories."""
         run: RunState = next(iter(self.memory_layers().values())).memory.run
         return run
 
@@ -71,7 +71,7 @@ class MemoryModel:
     ) -> None:
         """Save as transformers does, and write a model card unless there is one."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        if is_main_process:  # first: what is saved may be pushed at once
+        if is_main_process:  # first, since the saved files may be pushed immediately
             write_card(self, Path(save_directory))
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
@@ -104,14 +104,14 @@ def is_loaded(tensor: torch.Tensor) -> bool:
 
 
 def data_parallel_group() -> Any:
-    """The process group of data-parallel workers; None if there is but one."""
+    """The process group of data-parallel workers; None for one worker."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.group.WORLD
 
 
 def shared_tables(model: Any) -> Dict[str, str]:
-    """Names of the tables of values that layers share, each with the name it is stored under."""
+    """Names of value tables that layers share, each with the name under which it is stored."""
     first: Dict[int, str] = {}
     tied = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -126,12 +126,12 @@ def shared_tables(model: Any) -> Dict[str, str]:
 
 
 def settings_of(config: MemoryConfig, layers: Iterable[int], mode: str) -> Dict[str, Any]:
-    """What the configuration of a model says of its memories."""
+    """The settings of the memories in a model's configuration."""
     return {"memory_layers": sorted(layers), "memory_mode": mode, "memory": asdict(config)}
 
 
 def attach(model: Any) -> None:
-    """Put the memories that its configuration names into a model without any."""
+    """Add the memories that the configuration names to a model without memories."""
     base, config = model.base_model, model.config
     if base is not model:
         base.__class__ = memory_class(type(base))
@@ -144,7 +144,7 @@ def attach(model: Any) -> None:
     for index in config.memory_layers:
         memory = ProductKeyMemory(width, settings, shared, run=run, keeps_dtype=True)
         for module in memory.modules():
-            if isinstance(module, nn.Linear):  # as every Linear of the model
+            if isinstance(module, nn.Linear):  # like every Linear of the model
                 model._init_weights(module)
         _put(architecture, blocks[index], memory, mode, dropout)
     parameters = list(inspect.signature(type(base).forward).parameters)
@@ -166,7 +166,7 @@ def _put(
 
 
 def _complete(model: Any) -> None:
-    """Tell transformers what memories change of how a model is saved and loaded."""
+    """Tell transformers how to save and load a model with memories."""
     for part in {id(x): x for x in (model.base_model, model)}.values():
         if tied := shared_tables(part):
             part._tied_weights_keys = {**(part._tied_weights_keys or {}), **tied}
@@ -197,10 +197,10 @@ def change_in_place(model: Any, settings: Dict[str, Any]) -> None:
 
 
 def check_model(model: Any, layers: List[int], mode: str) -> None:
-    """Complain of a model that memories cannot be added to.
+    """Refuse a model to which memories cannot be added.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: the message gives the reason.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"the model is a {type(model).__name__}, must be one of transformers")
@@ -240,7 +240,7 @@ def _keep(plain: type, made: type) -> type:
 
 
 def config_class(plain: type) -> type:
-    """The class of the configurations of models with memory, of the type ``pkm_<type>``."""
+    """The configuration class for models with memory, with type ``pkm_<type>``."""
     if plain not in _CLASSES:
         model_type = f"{PREFIX}{plain.model_type}"  # type: ignore[attr-defined]
         body = {"__module__": __name__, "model_type": model_type}
@@ -249,13 +249,13 @@ def config_class(plain: type) -> type:
 
 
 def memory_class(plain: type) -> type:
-    """The class of models with memory for one of transformers, or of your own, without.
+    """The class with memory for a model class without, from transformers or your own code.
 
     Args:
-        plain: a class of models whose architecture is known.
+        plain: a model class of a known architecture.
 
     Returns:
-        The class, whose ``from_pretrained`` loads what its ``save_pretrained`` has written.
+        The class; its ``from_pretrained`` loads models from its ``save_pretrained``.
     """
     if issubclass(plain, MemoryModel):
         return plain
@@ -268,16 +268,16 @@ def memory_class(plain: type) -> type:
 def register_architecture(
     config: type, architecture: Architecture, models: Iterable[type] = ()
 ) -> None:
-    """Make an architecture known, so that memories can be added, saved and loaded.
+    """Register an architecture, so that memories can be added, saved and loaded.
 
     Args:
-        config: transformers' class of its configurations.
-        architecture: where its blocks and their feed-forwards are.
-        models: classes of models that transformers' Auto classes do not know, each of which has
-            ``config_class``; ``memory_class`` gives their class with memory.
+        config: transformers' configuration class.
+        architecture: the places of its blocks and their feed-forwards.
+        models: model classes that transformers' Auto classes do not know; each must have
+            ``config_class``. ``memory_class`` returns their class with memory.
 
     Raises:
-        ValueError: the architecture is known already.
+        ValueError: the architecture is already registered.
     """
     model_type = config.model_type  # type: ignore[attr-defined]
     if model_type in ARCHITECTURES:

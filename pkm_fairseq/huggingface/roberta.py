@@ -1,4 +1,4 @@
-"""RoBERTa as fairseq calls its parameters and options, and as transformers does."""
+"""Convert RoBERTa's parameters and options between fairseq and transformers."""
 
 import re
 from dataclasses import asdict, fields
@@ -13,7 +13,7 @@ from .add import add_memories
 
 ENCODER = "encoder.sentence_encoder."
 LM_HEAD = "encoder.lm_head."
-# fairseq's name of a module, and transformers'; of a block below
+# fairseq's and transformers' name of a module; those of a block below
 MODULES = {
     f"{ENCODER}embed_tokens": "roberta.embeddings.word_embeddings",
     f"{ENCODER}embed_positions": "roberta.embeddings.position_embeddings",
@@ -34,20 +34,20 @@ OF_A_BLOCK = {
 TENSORS = {f"{LM_HEAD}weight": "lm_head.decoder.weight", f"{LM_HEAD}bias": "lm_head.bias"}
 BLOCK = re.compile(rf"^{re.escape(ENCODER)}layers\.(\d+)\.(.*)$")
 THEIR_BLOCK = re.compile(r"^roberta\.encoder\.layer\.(\d+)\.(.*)$")
-MEMORY = ("memory.", "reads.")  # parts of a block that both call alike
+MEMORY = ("memory.", "reads.")  # parts of a block with the same name in both
 TYPES = "roberta.embeddings.token_type_embeddings.weight"
 POSITIONS = "roberta.embeddings.position_embeddings.weight"
-# what transformers has besides, and fairseq needs not
+# modules that only transformers has, and fairseq does not need
 DERIVED = ("roberta.embeddings.position_ids", "roberta.embeddings.token_type_ids")
 LAYER_NORM_EPS = 1e-5  # fairseq's
 MAX_NAMED = 8
 
 
 class Fairseq(NamedTuple):
-    """A RoBERTa as fairseq keeps it.
+    """A RoBERTa in fairseq's form.
 
     Attributes:
-        options: of the model, by fairseq's names.
+        options: the model's options, by fairseq's names.
         state: its parameters and buffers.
     """
 
@@ -56,16 +56,16 @@ class Fairseq(NamedTuple):
 
 
 def to_transformers(fairseq: Fairseq) -> Any:
-    """The masked language model of transformers that computes what a RoBERTa of fairseq does.
+    """Convert a RoBERTa of fairseq to an equivalent masked language model of transformers.
 
     Args:
-        fairseq: a ``roberta`` or ``pkm_roberta``, its state by the names of current versions.
+        fairseq: a ``roberta`` or ``pkm_roberta``; its state has the names of current versions.
 
     Returns:
-        The model, with memories if the other has them, in float32 and eval mode.
+        The model, with memories if fairseq's has them, in float32 and eval mode.
 
     Raises:
-        ValueError: it has something that transformers' RoBERTa has not; the message lists it.
+        ValueError: transformers' RoBERTa lacks something; the message lists it.
     """
     options, state = fairseq
     _check_options(options)
@@ -77,7 +77,7 @@ def to_transformers(fairseq: Fairseq) -> Any:
     given[TYPES] = torch.zeros_like(own[TYPES])  # fairseq has none
     given["lm_head.decoder.bias"] = given["lm_head.bias"]
     given.update({name: own[name] for name in own if name.endswith(DERIVED)})
-    for name in own:  # an earlier version did not save when slots were read
+    for name in own:  # an older version did not save times of reads
         if ".reads." in name:
             given.setdefault(name, own[name])
     _check_names(own, given, "transformers' RoBERTa")
@@ -86,15 +86,15 @@ def to_transformers(fairseq: Fairseq) -> Any:
 
 
 def to_fairseq(model: Any) -> Fairseq:
-    """The RoBERTa of fairseq that computes what a masked language model of transformers does.
+    """Convert a masked language model of transformers to an equivalent RoBERTa of fairseq.
 
-    Token types, which fairseq has not, are added to the positions.
+    fairseq has no token types; their embedding is added to the positions.
 
     Args:
-        model: a RoBERTa or XLM-R for masked language modelling, with memories or without.
+        model: a RoBERTa or XLM-R for masked language modelling, with or without memories.
 
     Raises:
-        ValueError: it has something that fairseq's RoBERTa has not; the message lists it.
+        ValueError: fairseq's RoBERTa lacks something; the message lists it.
     """
     config = model.config
     _check_config(config)
@@ -105,23 +105,26 @@ def to_fairseq(model: Any) -> Fairseq:
     }
     types = theirs.pop(TYPES)
     theirs[POSITIONS] = theirs[POSITIONS] + types[0]
-    theirs[POSITIONS][config.pad_token_id] = 0  # as fairseq has it; no token stands there
+    theirs[POSITIONS][config.pad_token_id] = 0  # as in fairseq; no token has this position
     state = {_our_name(name): tensor for name, tensor in theirs.items()}
     state[f"{ENCODER}version"] = torch.tensor([3.0])
     return Fairseq(_our_options(config), state)
 
 
 def load_masked_lm(folder: str) -> Any:
-    """Load a masked language model of transformers, whole.
+    """Load a complete masked language model of transformers.
 
     Raises:
-        ValueError: there is none, or parameters are missing or left over; the message lists them.
+        ValueError: the model is missing, or parameters are missing or left over; the message lists
+            them.
     """
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     except OSError as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from None
-    poolers = [name for name in info["unexpected_keys"] if ".pooler." in name]  # of the base model
+    poolers = [
+        name for name in info["unexpected_keys"] if ".pooler." in name
+    ]  # belongs to the base model
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [
         f"{name} does not belong to one"
@@ -134,7 +137,7 @@ def load_masked_lm(folder: str) -> Any:
 
 
 def memory_config(options: Dict[str, Any]) -> MemoryConfig:
-    """The settings of a memory, of fairseq's options; what an older version had not is default."""
+    """The settings of a memory from fairseq's options; defaults for options of newer versions."""
     names = [field.name for field in fields(MemoryConfig)]
     return MemoryConfig(
         **{name: options[f"memory_{name}"] for name in names if f"memory_{name}" in options}
@@ -151,7 +154,7 @@ def listed(items: List[str]) -> str:
 
 
 def _their_name(name: str) -> str:
-    """transformers' name of a tensor of fairseq; one that is not known stays as it is."""
+    """transformers' name of a tensor of fairseq; unknown names do not change."""
     if name in TENSORS:
         return TENSORS[name]
     if match := BLOCK.match(name):
@@ -161,7 +164,7 @@ def _their_name(name: str) -> str:
 
 
 def _our_name(name: str) -> str:
-    """fairseq's name of a tensor of transformers; one that is not known stays as it is."""
+    """fairseq's name of a tensor of transformers; unknown names do not change."""
     tensors = {theirs: ours for ours, theirs in TENSORS.items()}
     if name in tensors:
         return tensors[name]

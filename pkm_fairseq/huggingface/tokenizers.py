@@ -1,4 +1,4 @@
-"""The dictionary of fairseq as a tokenizer of transformers, and back."""
+"""Convert between fairseq's dictionary and a tokenizer of transformers."""
 
 import json
 from pathlib import Path
@@ -10,19 +10,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # at 0 to 3, in both
 MASK = "<mask>"
-ENCODER, MERGES = "encoder.json", "vocab.bpe"  # as GPT-2 calls them
-PIECES = ("sentencepiece.bpe.model", "spm.model")  # as XLM-R and our corpora call them
-TOKENIZERS = ("tokenizer.json", "vocab.json", PIECES[0])  # without any, transformers makes one up
-UNKNOWN_PENALTY = 10.0  # sentencepiece's, of a symbol that its model has not
+ENCODER, MERGES = "encoder.json", "vocab.bpe"  # GPT-2's file names
+PIECES = ("sentencepiece.bpe.model", "spm.model")  # file names of XLM-R and of our corpora
+TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.json",
+    PIECES[0],
+)  # without these files, transformers invents a tokenizer
+UNKNOWN_PENALTY = 10.0  # sentencepiece's penalty for a symbol that its model lacks
 
 
 class Symbols(NamedTuple):
-    """What fairseq needs of a tokenizer.
+    """The parts of a tokenizer that fairseq needs.
 
     Attributes:
-        symbols: of the dictionary, in their order, the special ones included.
-        files: by name, what cuts text into symbols; nothing where blanks part them.
-        bpe: the name that fairseq's ``--bpe`` gives to this; None for blanks.
+        symbols: the dictionary's symbols, in order, including the special ones.
+        files: the tokenizer's files by name; empty if blanks separate the symbols.
+        bpe: the tokenizer's name for fairseq's ``--bpe``; None for blanks.
     """
 
     symbols: List[str]
@@ -34,7 +38,7 @@ class Symbols(NamedTuple):
 
 
 def words(symbols: Sequence[str], max_length: int) -> Any:
-    """A tokenizer of text whose symbols are parted by blanks."""
+    """A tokenizer for text whose symbols are separated by blanks."""
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,10 +46,10 @@ def words(symbols: Sequence[str], max_length: int) -> Any:
 
 
 def pieces(symbols: Sequence[str], model: Path, max_length: int) -> Any:
-    """A tokenizer with the pieces of a sentencepiece model, numbered as the dictionary does.
+    """A tokenizer with the pieces of a sentencepiece model and the ids of the dictionary.
 
     Raises:
-        ValueError: it is no unigram model, or has pieces that are not in the dictionary.
+        ValueError: the model is not a unigram model, or has pieces that are not in the dictionary.
     """
     proto = _read_pieces(model)
     if proto.trainer_spec.model_type != 1 or proto.trainer_spec.byte_fallback:
@@ -73,15 +77,15 @@ def pieces(symbols: Sequence[str], model: Path, max_length: int) -> Any:
 
 
 def bytes_of_gpt2(symbols: Sequence[str], folder: Path, max_length: int) -> Any:
-    """A tokenizer of GPT-2's byte pairs, whose numbers are the symbols of the dictionary.
+    """A tokenizer of GPT-2's byte pairs; the dictionary's symbols are GPT-2's numbers.
 
     Args:
-        symbols: of the dictionary, in their order.
-        folder: with GPT-2's ``encoder.json`` and ``vocab.bpe``.
-        max_length: of a sequence.
+        symbols: the dictionary's symbols, in order.
+        folder: folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+        max_length: the longest sequence.
 
     Raises:
-        ValueError: the files are missing, or the dictionary is of something else.
+        ValueError: the files are missing, or the dictionary belongs to another tokenizer.
     """
     numbers, merges = _read_bpe(folder)
     names = {str(number): token for token, number in numbers.items()}
@@ -130,12 +134,12 @@ def to_symbols(folder: Path, n_rows: int) -> Symbols:
     """The dictionary of the tokenizer in a folder of transformers.
 
     Args:
-        folder: of a model.
-        n_rows: of its embedding; rows without a token get a symbol of their own.
+        folder: folder of a model.
+        n_rows: rows of its embedding; rows without a token get new symbols.
 
     Raises:
-        ValueError: there is no tokenizer, its special tokens stand elsewhere, or it is of a kind
-            that fairseq has not.
+        ValueError: there is no tokenizer, its special tokens have other ids, or fairseq does not
+            know its kind.
     """
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ValueError(f"{folder} has no tokenizer file, such as {', '.join(TOKENIZERS)}")
@@ -196,6 +200,6 @@ def _read_pieces(model: Path) -> Any:
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model.read_bytes())
-    except Exception:  # protobuf's own class, which is another one in each version
+    except Exception:  # protobuf's exception class differs between versions
         raise ValueError(f"{model} is not a sentencepiece model") from None
     return proto

@@ -18,20 +18,19 @@ SCHEDULES = ("constant", "follow")
 class MemoryTrainer(Trainer):
     """A Trainer that updates value tables lazily, and counts memory usage.
 
-    Everything else is updated as ``adamw_torch`` does it. Data-parallel workers exchange factors of
-    the gradients of tables.
+    It updates all other parameters like ``adamw_torch``. Data-parallel workers exchange the factors
+    of table gradients.
 
     Args:
         model: with memories.
         args: as for Trainer.
         value_lr: learning rate of values (Lample et al. 2019: 1e-3).
-        value_lr_schedule: "constant" (Lample et al. 2019), or "follow": the schedule of everything
-            else scales it, too.
-        more: as for Trainer. A ``MemoryUsageCallback`` among ``callbacks`` takes the place
-            of one with its defaults.
+        value_lr_schedule: "constant" (Lample et al. 2019), or "follow": the schedule of the other
+            parameters scales it, too.
+        more: as for Trainer. A ``MemoryUsageCallback`` in ``callbacks`` replaces the default one.
 
     Raises:
-        ValueError: the model has no memories, or something cannot work with them.
+        ValueError: the model has no memories, or the training cannot work with them.
     """
 
     optimizer: Any
@@ -55,12 +54,12 @@ class MemoryTrainer(Trainer):
         super().__init__(model, args, *positional, **more)
         callbacks = self.callback_handler.callbacks
         given = [x for x in callbacks if isinstance(x, MemoryUsageCallback)]
-        for callback in given:  # reporters are to see what it logs
+        for callback in given:  # so that reporters see its numbers
             callbacks.remove(callback)
         (given[0] if given else MemoryUsageCallback()).add_to(self)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Make a ``MemoryAdam``, unless an optimizer was given."""
+        """Create a ``MemoryAdam``, unless an optimizer was given."""
         if self.optimizer is None:
             trained = self.model if model is None else model
             self.optimizer = MemoryAdam(
@@ -74,7 +73,7 @@ class MemoryTrainer(Trainer):
         return self.optimizer
 
     def _groups(self, model: nn.Module) -> List[Dict[str, Any]]:
-        """Tables, and the rest with and without weight decay, as Trainer parts it."""
+        """Tables, and the rest with and without weight decay, grouped as in Trainer."""
         names = set(self.get_decay_parameter_names(model))
         decayed = {id(p) for name, p in model.named_parameters() if name in names}
         rates = self.args.learning_rate, self.value_lr
@@ -89,17 +88,19 @@ class MemoryTrainer(Trainer):
         return [group for group in groups if group["params"]]
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip as Trainer does, by a norm that is the same on all workers."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # of accelerate's wrapper
+        """Clip as Trainer does, with the same norm on all workers."""
+        optimizer = getattr(
+            self.optimizer, "optimizer", self.optimizer
+        )  # inside accelerate's wrapper
         if isinstance(optimizer, MemoryAdam):
             optimizer.exchange_gradients()
         return super()._clip_grad_norm(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule as Trainer does; that of values is constant unless told otherwise.
+        """Create the schedule as Trainer does; for values it is constant by default.
 
         Raises:
-            ValueError: the schedule is one that treats all groups alike.
+            ValueError: the schedule cannot treat groups differently.
         """
         is_given = self.lr_scheduler is not None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -114,7 +115,7 @@ class MemoryTrainer(Trainer):
 
 
 def _hold_values(scheduler: LambdaLR) -> None:
-    """Let a schedule leave the learning rate of values as it was at the start."""
+    """Keep the learning rate of values constant under a schedule."""
     groups = scheduler.optimizer.param_groups
     for index, group in enumerate(groups):
         if is_table(group["params"][0]):

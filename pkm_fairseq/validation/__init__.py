@@ -1,4 +1,4 @@
-"""Proof by FAISS that the product-key search is exact; the only importer of faiss."""
+"""Check with FAISS that the product-key search is exact; the only importer of faiss."""
 
 from .compare import random_like, validate_memory
 from .exact import exact_topk, key_blocks

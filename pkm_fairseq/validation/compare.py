@@ -1,4 +1,4 @@
-"""Is a memory's search exact? Its look-ups against FAISS over all full keys, head by head."""
+"""Compare a memory's look-ups with FAISS over all full keys, head by head: is it exact?"""
 
 import copy
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
@@ -12,22 +12,22 @@ from .parts import Judged, Weighting, judge_output, judge_read
 from .results import HeadResult, LayerResult, ReducedResult
 from .tolerance import score_tolerance
 
-CHUNK = 512  # tokens looked up at once
-READ_CHUNK = 32  # tokens whose values are gathered at once
+CHUNK = 512  # tokens to look up at once
+READ_CHUNK = 32  # tokens to read values for at once
 
 
 class Found(NamedTuple):
-    """What a memory did with N tokens."""
+    """A memory's results for N tokens."""
 
     scores: Tensor  # (N, H, K), of the search
     slots: Tensor  # (N, H, K), of the layer
     weights: Tensor  # (N, H, K), of the layer
-    read: Tensor  # (N, V), that the layer's output was made of
+    read: Tensor  # (N, V), the read before the output network
     output: Tensor  # (N, input_dim), of the layer
 
 
 class Exact(NamedTuple):
-    """What FAISS found for one head, one rank more than the memory keeps."""
+    """FAISS' results for one head, with one rank more than the memory keeps."""
 
     query: Tensor  # (N, k_dim), float64
     keys: Tensor  # (2, S, D), float64
@@ -42,7 +42,7 @@ class Exact(NamedTuple):
         return self.scores.shape[1] - 1
 
     def tied_at(self, k: int) -> Tensor:
-        """Rows (N,) whose k-th and (k + 1)-th scores cannot be told apart."""
+        """Rows (N,) whose k-th and (k + 1)-th scores are equal within tolerance."""
         return self.scores[:, k - 1] - self.scores[:, k] <= self.tolerance[:, 0]
 
     def rescore(self, slots: Tensor) -> Tensor:
@@ -64,17 +64,17 @@ def validate_memory(
     block_bytes: int = BLOCK_BYTES,
     progress: Optional[Callable[[float], None]] = None,
 ) -> LayerResult:
-    """Compare what a memory looks up with the exact search by FAISS over all its full keys.
+    """Compare a memory's look-ups with an exact FAISS search over all its full keys.
 
-    The memory is a black box: its own output, slots and weights are judged, from nothing but its
+    The memory is a black box: the check judges its output, slots and weights, using only its
     queries, sub-keys and values.
 
     Args:
         memory: in float32 and in eval mode.
         tokens: inputs of the memory, (N, input_dim), without padding.
         layer: its index, for the report.
-        source: where the tokens come from, for the report.
-        dtypes: reduced precisions whose cost to report.
+        source: the source of the tokens, for the report.
+        dtypes: reduced precisions whose errors to report.
         block_bytes: size of a block of full keys.
         progress: called with shares of the work that add up to 1.
 
@@ -130,7 +130,7 @@ def random_like(tokens: Tensor, seed: int = 0) -> Tensor:
 
 
 def look_up(memory: ProductKeyMemory, tokens: Tensor) -> Found:
-    """Run the layer, and its search alone for the scores that the layer does not hand out."""
+    """Run the layer, and its search separately for the scores, which the layer does not return."""
     parts, reads = [], []
     hook = memory.output_proj.register_forward_pre_hook(lambda _, args: reads.append(args[0]))
     try:
@@ -206,7 +206,7 @@ def compare_head(head: int, exact: Exact, found: Found) -> HeadResult:
 
 
 class Compared(NamedTuple):
-    """How something compares with what it must be."""
+    """The comparison of a result with its exact value."""
 
     difference: float  # the largest
     tolerance: float  # the least
@@ -216,9 +216,9 @@ class Compared(NamedTuple):
 def compare_read(
     memory: ProductKeyMemory, exact: List[Exact], found: Found, tokens: Tensor
 ) -> Compared:
-    """Compare what the layer read with the exact read in float64.
+    """Compare the layer's read with the exact read in float64.
 
-    A tied row is read at the slots that the memory chose, every other at those of FAISS.
+    For tied rows the exact read uses the memory's slots, for all others FAISS' slots.
     """
     to_read = [_to_read(e, found, head) for head, e in enumerate(exact)]
     slots, weights, bounds = (torch.stack(x, dim=1) for x in zip(*to_read, strict=True))
@@ -231,7 +231,7 @@ def compare_read(
 
 
 def compare_output(memory: ProductKeyMemory, found: Found, tokens: Tensor) -> Compared:
-    """Compare what the layer made of its read with what it must make of it, in float64."""
+    """Compare the layer's output with the exact output for its read, in float64."""
     parts = []
     for rows in _split(torch.arange(len(tokens)), CHUNK):
         read, x = (t[rows.to(t.device)].cpu().double() for t in (found.read, tokens))
@@ -251,7 +251,7 @@ def _worst(parts: List[Compared]) -> Compared:
 
 
 def _to_read(exact: Exact, found: Found, head: int) -> Tuple[Tensor, Tensor, Tensor]:
-    """The slots that an exact memory reads, ties left to the memory, their weights and bounds."""
+    """The slots of an exact memory (for ties, the memory's own), their weights and bounds."""
     own = found.slots[:, head].cpu().clamp(0, exact.keys.shape[1] ** 2 - 1)
     slots = torch.where(exact.tied_at(exact.knn)[:, None], own, exact.slots[:, : exact.knn])
     scores, how = exact.rescore(slots), exact.weighting
@@ -265,7 +265,7 @@ def _score_differences(exact: Exact, found: Found, head: int) -> Tensor:
 
 
 def _valid(slots: Tensor, n_slots: int) -> Tensor:
-    """Which slots (N, K) are in range and not a repetition of an earlier one of their row."""
+    """Which slots (N, K) are in range and do not repeat an earlier slot of their row."""
     equal = slots[:, :, None] == slots[:, None, :]  # (N, K, K)
     repeated = equal.tril(-1).any(-1)
     return (slots >= 0) & (slots < n_slots) & ~repeated

@@ -1,4 +1,4 @@
-"""Exact search over full keys with FAISS, block by block: the judge of the product-key search."""
+"""Exact FAISS search over full keys, block by block: the reference for the product-key search."""
 
 from typing import Any, Callable, Iterator, Optional, Tuple
 
@@ -23,11 +23,11 @@ def key_blocks(keys: Tensor, block_bytes: int = BLOCK_BYTES) -> Iterator[Array]:
     """The full keys of one head, in the order of their slots, in blocks.
 
     The key of slot ``i1 * S + i2`` is sub-key ``i1`` of the first half followed by ``i2`` of the
-    second. A block holds all keys of some ``i1``; the next one overwrites it.
+    second. A block holds all keys of some ``i1``; the next block overwrites it.
 
     Args:
         keys: sub-keys of one head, (2, S, D).
-        block_bytes: size of a block; the least possible is all slots of one ``i1``.
+        block_bytes: size of a block; the minimum is all slots of one ``i1``.
 
     Yields:
         (B, 2 * D), float32.
@@ -52,8 +52,8 @@ def exact_topk(
 ) -> Tuple[Array, npt.NDArray[np.int64]]:
     """The ``k`` best of all S * S slots of one head: FAISS' exact inner products, float32.
 
-    Blocks are searched one by one (``IndexFlatIP``; on all GPUs if FAISS has any) and their
-    results merged; keys that fit into one block are searched as one index.
+    It searches blocks one by one (``IndexFlatIP``; on all GPUs if FAISS has any) and merges their
+    results. Keys that fit into one block form one index.
 
     Args:
         query: (N, 2 * D).
@@ -78,7 +78,9 @@ def exact_topk(
             if progress is not None:
                 progress(len(block) / n_slots)
 
-    faiss.omp_set_num_threads(torch.get_num_threads())  # two pools: one setting for both
+    faiss.omp_set_num_threads(
+        torch.get_num_threads()
+    )  # FAISS has its own thread pool; use torch's number
     queries = np.ascontiguousarray(query.detach().float().cpu().numpy())
     search: Any = knn_ground_truth  # untyped
     scores, slots = search(queries, blocks(), k, faiss.METRIC_INNER_PRODUCT)

@@ -1,7 +1,7 @@
-"""What weights, read and output of a memory must be, in float64, and how far they may be off.
+"""Exact weights, reads and outputs of a memory in float64, and the tolerance for each.
 
-Each kind of values and output that can be judged has a function here. A kind of one's own gets one
-by ``READS[MyValues] = ...`` or ``RESULTS[MyOutput] = ...``.
+Each supported kind of values and output has a function here. Add your own kind with
+``READS[MyValues] = ...`` or ``RESULTS[MyOutput] = ...``.
 """
 
 from typing import Any, Callable, Dict, NamedTuple
@@ -20,27 +20,29 @@ from ..memory.reference import (
 )
 from .tolerance import UNIT, gamma, weight_tolerance
 
-STEEPEST_GELU = 1.13  # the largest slope of gelu
+STEEPEST_GELU = 1.13  # largest slope of gelu
 STEEPEST_SILU = 1.1  # and of silu
-SCALED = 8 * UNIT  # of a scaled score: a product, and its factor in float32; several times theirs
+SCALED = (
+    8 * UNIT
+)  # error of a scaled score: a product and a float32 factor; several times their error
 
 
 class Judged(NamedTuple):
-    """What something must be, and by how much each element may differ; of one shape, float64."""
+    """An exact result, and the tolerance of each element; same shape, float64."""
 
     expected: Tensor
     bound: Tensor
 
 
 class Weighting(NamedTuple):
-    """How a memory makes weights of the scores that it keeps."""
+    """A memory's function from kept scores to weights."""
 
     activation: str = "softmax"
     scale: float = 1.0
 
     @classmethod
     def of(cls, memory: ProductKeyMemory) -> "Weighting":
-        """That of a memory."""
+        """The function of a memory."""
         return cls(memory.config.score_activation, float(memory.score_scale))
 
     def weights(self, scores: Tensor) -> Tensor:
@@ -48,10 +50,10 @@ class Weighting(NamedTuple):
         return naive_weights(scores, self.activation, self.scale)
 
     def tolerance(self, score_tolerance: Tensor, scores: Tensor) -> Tensor:
-        """How far weights may be off, (N, 1): of softmax a share of them, of relu a number.
+        """The tolerance of weights, (N, 1): relative for softmax, absolute for relu.
 
         Args:
-            score_tolerance: of the scores, (N, 1).
+            score_tolerance: tolerance of the scores, (N, 1).
             scores: (N, K).
         """
         scaled = abs(self.scale) * score_tolerance
@@ -60,7 +62,7 @@ class Weighting(NamedTuple):
         return scaled if self.activation == "relu" else weight_tolerance(scaled, scores.shape[1])
 
     def bound(self, tolerance: Tensor, weights: Tensor) -> Tensor:
-        """How far weights (N, K) may be off, given ``tolerance``."""
+        """The absolute tolerance of weights (N, K), given ``tolerance``."""
         return tolerance.expand_as(weights) if self.activation == "relu" else tolerance * weights
 
 
@@ -68,19 +70,19 @@ class Weighting(NamedTuple):
 
 
 def judge_read(values: Any, slots: Tensor, weights: Judged, x: Tensor) -> Judged:
-    """The read of a memory's values.
+    """The exact read of a memory's values.
 
     Args:
-        values: those of the memory.
+        values: the memory's values.
         slots: (n, H, K).
         weights: (n, H, K).
-        x: what the memory was given, (n, input_dim), float64.
+        x: the memory's input, (n, input_dim), float64.
 
     Returns:
         (n, V).
 
     Raises:
-        ValueError: nobody has said how to judge values of this kind.
+        ValueError: there is no function for this kind of values.
     """
     return _function(READS, values, "values")(values, slots, weights, x)
 
@@ -97,14 +99,14 @@ def _experts_read(values: Experts, slots: Tensor, weights: Judged, x: Tensor) ->
     products = rows[own] * x[:, None, None, :]  # (n, H, K, input_dim)
     dots = products.sum(-1)
     off = STEEPEST_GELU * gamma(products.shape[-1]) * products.abs().sum(-1)
-    off = off + 8 * UNIT * dots.abs()  # of gelu itself, several times it
+    off = off + 8 * UNIT * dots.abs()  # error of gelu itself, several times
     hidden, weight = gelu(dots), weights.expected
     bound = weights.bound * (hidden.abs() + off) + weight.abs() * (off + UNIT * hidden.abs())
     return _table_read(values.up, slots, Judged(weight * hidden, bound), x)
 
 
 def _rows(table: ValueTable, slots: Tensor) -> Any:
-    """The rows of a table that slots need, (R, V), in float64, and the slots among these."""
+    """The table rows that slots need, (R, V), in float64, and the slots' indices in them."""
     needed, own = torch.unique(slots, return_inverse=True)
     return table.weight[needed.to(table.weight.device)].cpu().double(), own
 
@@ -116,18 +118,18 @@ READS: Dict[type, Callable[..., Judged]] = {ValueTable: _table_read, Experts: _e
 
 
 def judge_output(output: Any, read: Tensor, x: Tensor) -> Judged:
-    """What a memory makes of its read.
+    """The exact output of a memory for its read.
 
     Args:
-        output: the module that stands after the read.
-        read: what it was given, (n, V), float64.
-        x: what the memory was given, (n, input_dim), float64.
+        output: the output network.
+        read: its input, (n, V), float64.
+        x: the memory's input, (n, input_dim), float64.
 
     Returns:
         (n, input_dim).
 
     Raises:
-        ValueError: nobody has said how to judge an output of this kind.
+        ValueError: there is no function for this kind of output.
     """
     return _function(RESULTS, output, "output")(output, read, x)
 

@@ -22,7 +22,7 @@ TOLERANCE = (
 
 
 def versions() -> Dict[str, str]:
-    """Versions of what computed the results."""
+    """Versions of the software that computed the results."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -46,8 +46,8 @@ def report(results: List[LayerResult], layers: Iterable[int], **more: Any) -> Di
     """The report, ready for JSON.
 
     Args:
-        results: one for each layer and source.
-        layers: all memory layers of the model, so that those without a result are named.
+        results: one per layer and source.
+        layers: all memory layers of the model; the report names those without a result.
         more: further entries, such as the checkpoint or the seconds.
     """
     heads = [head for result in results for head in result.heads]
@@ -69,7 +69,7 @@ def report(results: List[LayerResult], layers: Iterable[int], **more: Any) -> Di
 
 
 def verdict(summary: Dict[str, Any]) -> str:
-    """What a report says, in one line, and of which memory layers it says nothing."""
+    """The verdict of a report in one line, with the memory layers that were not judged."""
     judged, left_out = (
         ", ".join(map(str, summary[key])) for key in ("layers_judged", "layers_left_out")
     )
@@ -82,7 +82,7 @@ def verdict(summary: Dict[str, Any]) -> str:
 
 
 def tables(results: List[LayerResult]) -> List[Table]:
-    """Readable tables: the verdict head by head, and the cost of reduced precision if measured."""
+    """Readable tables: verdict per head, and the errors of reduced precision if measured."""
     shared = ["layer", "queries", "head", "recall@1", "recall@k"]
     verdict = _table(
         *shared,
@@ -114,7 +114,7 @@ def tables(results: List[LayerResult]) -> List[Table]:
 
 
 def plot(results: List[LayerResult], file: str) -> None:
-    """Histograms of the score differences, with the least tolerance as a line."""
+    """Histograms of the score differences, with the smallest tolerance as a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.4 * len(results)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a comparison found: plain numbers for reports."""
+"""Results of a comparison: plain numbers for reports."""
 
 from dataclasses import dataclass, field
 from typing import List
@@ -8,23 +8,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadResult:
-    """How the look-ups of one head compare with the exact ones.
+    """The comparison of one head's look-ups with the exact ones.
 
-    A difference is the largest over all queries and neighbours. A row is tied at k if its k-th and
-    (k + 1)-th exact scores differ by no more than the tolerance: which of the slots with about the
-    k-th score are kept is then free, and recall does not ask for them. Verdicts are row by row.
+    Each difference is the maximum over all queries and neighbours. A row is tied at k if its k-th
+    and (k + 1)-th exact scores differ by at most the tolerance. The search is then free to choose
+    among the slots with about the k-th score, and recall ignores them. Verdicts are row by row.
 
     Attributes:
         head: its index.
-        score_difference: of the search's scores from FAISS', both sorted.
-        score_difference_relative: the same as a share of FAISS' score.
-        score_tolerance: the least tolerance of any row.
-        rescored_difference: of the float64 scores of the slots found, sorted, from FAISS' scores.
-        weight_difference: of the weights from those of these float64 scores, slot by slot.
-        weight_tolerance: the least tolerance of a weight of 1 in any row.
+        score_difference: between the scores of the search and of FAISS, both sorted.
+        score_difference_relative: the same, relative to FAISS' score.
+        score_tolerance: the smallest tolerance of any row.
+        rescored_difference: between the sorted float64 scores of the slots found and FAISS' scores.
+        weight_difference: between the weights and those of these float64 scores, slot by slot.
+        weight_tolerance: the smallest tolerance of a weight of 1 in any row.
         recall_at_1: share of rows whose first slot has the best score, within tolerance.
         recall_at_k: share of FAISS' slots that were found or are free.
-        same_at_1: share of rows whose first slot is the very slot FAISS returns.
+        same_at_1: share of rows whose first slot is the same as FAISS' slot.
         same_at_k: share of FAISS' slots that were found.
         ties_at_1: rows tied at 1.
         ties_at_k: rows tied at k.
@@ -51,9 +51,9 @@ class HeadResult:
 
 @dataclass(frozen=True)
 class ReducedResult:
-    """What a reduced precision costs, against the exact float32 search; no verdict.
+    """The errors of a reduced precision, against the exact float32 search; no verdict.
 
-    Attributes as in ``HeadResult``, over all heads.
+    The attributes are those of ``HeadResult``, over all heads.
     """
 
     dtype: str
@@ -69,11 +69,11 @@ class LayerResult:
     """The comparison of one memory layer on queries of one source, "text" or "random".
 
     Attributes:
-        read_difference: largest difference of what the layer read from the exact read.
-        read_tolerance: the least tolerance of any read.
-        output_difference: largest difference of the layer's output from what must be made of what
-            it read.
-        output_tolerance: the least tolerance of any output.
+        read_difference: largest difference between the layer's read and the exact read.
+        read_tolerance: the smallest tolerance of any read.
+        output_difference: largest difference between the layer's output and the exact output for
+            its read.
+        output_tolerance: the smallest tolerance of any output.
         exact: every head, the read and the output are within tolerance.
         differences: of all sorted scores, for plots; not in reports.
     """

@@ -1,14 +1,15 @@
-"""How far apart two correct float32 computations can be: the tolerances of the verdict.
+"""Tolerances of the verdict: how far two correct float32 computations can differ.
 
-A dot product of length n in floating point with unit roundoff u, summed in any order, is off by at
-most ``gamma(n) * sum |x_i y_i|`` with ``gamma(n) = n u / (1 - n u)`` (Higham 2002, section 3.1).
+A floating-point dot product of length n with unit roundoff u, in any order of summation, has an
+error of at most ``gamma(n) * sum |x_i y_i|`` with ``gamma(n) = n u / (1 - n u)`` (Higham 2002,
+section 3.1).
 """
 
 import torch
 from torch import Tensor
 
 UNIT = 2.0**-24  # of float32
-EXP_ERROR = 8 * UNIT  # of exp and of the division in a softmax; our choice, several times theirs
+EXP_ERROR = 8 * UNIT  # exp and the division in a softmax; our choice, several times their error
 
 
 def gamma(n: int) -> float:
@@ -17,11 +18,11 @@ def gamma(n: int) -> float:
 
 
 def score_tolerance(query: Tensor, keys: Tensor) -> Tensor:
-    """How far apart two correct lists of best scores can be.
+    """How far two correct lists of best scores can differ.
 
-    A score is a dot product of length ``2 * D``, off by at most ``e = gamma(2 * D)`` times the
-    largest ``sum |q_i k_i|`` of any slot. Two computations differ by up to 2 e, and each may
-    prefer a slot that is truly up to 2 e worse: 4 e.
+    A score is a dot product of length ``2 * D``. Its error is at most ``e = gamma(2 * D)`` times
+    the largest ``sum |q_i k_i|`` of any slot. Two computations differ by up to 2 e, and each may
+    prefer a slot that is truly up to 2 e worse: 4 e in total.
 
     Args:
         query: queries of one head, (N, 2, D).
@@ -39,7 +40,7 @@ def score_tolerance(query: Tensor, keys: Tensor) -> Tensor:
 def weight_tolerance(score_tolerance: Tensor, knn: int) -> Tensor:
     """Relative error of softmax weights, given ``score_tolerance``.
 
-    Scores off by e, and again when the largest is subtracted, change a softmax by a factor of at
-    most ``exp(4 e)``; the exponentials and their sum over K are rounded, too.
+    Errors of e in the scores, and again in subtracting the largest, change a softmax by a factor of
+    at most ``exp(4 e)``. The exponentials and their sum over K are also rounded.
     """
     return torch.expm1(score_tolerance) + gamma(knn) + EXP_ERROR
