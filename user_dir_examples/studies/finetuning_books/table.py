@@ -2,7 +2,7 @@
 """The tables of the study, perplexity on old and new text by arm, and what the criteria say of it.
 
 Reads OUT/{runs,further}.seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown. Given
-results.json itself, as results.json of this folder, it only prints.
+results.json itself, as results.json of this folder, it only prints. --svg draws the frontier.
 """
 
 import argparse
@@ -10,8 +10,19 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
+from matplotlib.axes import Axes
+
+from pkm_fairseq.analysis.plots import COLOURS
+from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.memory.files import write_file
 
+KINDS = {  # by how an arm's name begins
+    "full": "everything",
+    "key_dropout": "everything, with key dropout",
+    "freeze": "everything but the memory",
+    "values": "values",
+    "slots": "slots",
+}
 START = "start"
 Arms = Dict[str, Dict[str, Any]]
 
@@ -131,11 +142,27 @@ def verdicts(arms: Arms, further: Arms) -> List[str]:
     return [f"- {name}: {'; '.join(which) or 'not supported'}" for name, which in found.items()]
 
 
+def draw_frontier(arms: Arms, axes: Axes) -> None:
+    """Perplexity of the old text over that of the new one, each arm's mean over seeds."""
+    start = arms[START]
+    points = {kind: [arms[a] for a in arms if a.startswith(f"{kind}_")] for kind in KINDS}
+    for (kind, found), colour in zip(points.items(), COLOURS, strict=False):
+        means = [[sum(arm[text]) / len(arm[text]) for text in ("new", "old")] for arm in found]
+        axes.scatter(*zip(*means, strict=True), color=colour, s=28, zorder=3, label=KINDS[kind])
+    axes.scatter(start["new"][0], start["old"][0], color=COLOURS[-1], marker="*", s=80,
+                 label="before finetuning")  # fmt: skip
+    axes.set(xlabel="perplexity of the new text", ylabel="perplexity of the old text")
+    axes.set_ylim(start["old"][0] - 0.2, start["old"][0] + 4)
+    axes.legend(title="trained", loc="upper right")
+
+
 def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the folder that run.sh fills, or results.json")
-    out = parser.parse_args().out
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the frontier there")
+    args = parser.parse_args()
+    out = args.out
     if out.is_file():
         report = json.loads(out.read_text())
     else:
@@ -145,6 +172,9 @@ def main() -> None:
     for part, arms in report.items():
         print(f"{part}\n\n{markdown(arms)}\n")
     print("\n".join(verdicts(report["runs"], report.get("further", {}))))
+    if args.svg:
+        arms = {**report["runs"], **report.get("further", {})}
+        write_file(args.svg, draw(lambda axes: draw_frontier(arms, axes)))
 
 
 if __name__ == "__main__":
