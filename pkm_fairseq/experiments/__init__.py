@@ -1,1 +1,1 @@
-"""What is not the plugin: the demo, the GLUE runner, the benchmark, and what they share."""
+"""Code beside the plugin: the demo, the GLUE runner, the benchmark, and their shared code."""

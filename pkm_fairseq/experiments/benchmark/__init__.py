@@ -1,1 +1,1 @@
-"""How fast the memory is, beside what others do and beside the machine's own memcpy."""
+"""Benchmark the memory against other implementations and against the machine's memcpy."""

@@ -1,4 +1,4 @@
-"""What counting usage and noting times of reads costs a training step."""
+"""Measure the cost of counting usage and recording times of reads in a training step."""
 
 import time
 from contextlib import ExitStack, contextmanager
@@ -13,17 +13,17 @@ from .output import Report
 from .settings import Settings
 from .timing import WARM_UP, Clock, compare, time_once
 
-CALLS = "counting_calls"  # within the steps that they are part of
+CALLS = "counting_calls"  # measured within steps
 COUNTING, STEP = "counting", "its step"
 ALWAYS = ("--memory-usage-tokens", str(10**9))  # the first count of usage never ends
 
 
 def measure(settings: Settings, report: Report) -> None:
-    """Measure the calls that count within their step, and a model that counts against one that not.
+    """Measure the counting calls within a step, and a model that counts against one that does not.
 
-    The former in seconds of the processor, of all threads, which other work does not stretch.
-    Usage is counted in every step, in a training only in a part of them. What closes a count, once
-    in so many updates, is not measured.
+    It measures the calls in processor seconds of all threads, which other processes do not affect.
+    Here every step counts usage; a real training counts only in some steps. The end of a count,
+    once per interval, is not measured.
     """
     chosen, pair = models.counted(settings)
     chosen = {name: replace(chosen[name], flags=(*chosen[name].flags, *ALWAYS)) for name in pair}
@@ -42,14 +42,14 @@ def measure(settings: Settings, report: Report) -> None:
 
 
 def count(settings: Settings) -> int:
-    """How many results there will be, skipped ones included."""
+    """The number of results, including skipped ones."""
     return 2
 
 
 def time_calls(
     run: models.TrainedModel, rounds: int, clock: Clock = time.process_time
 ) -> Tuple[List[float], List[float]]:
-    """Seconds of the counting calls of training steps, and of the steps as a whole."""
+    """Seconds of the counting calls in training steps, and of the whole steps."""
     calls, steps = [], []
     for turn in range(-WARM_UP, rounds):
         step = run.train_step(turn + WARM_UP)
@@ -63,7 +63,7 @@ def time_calls(
 
 @contextmanager
 def stopwatch(clock: Clock) -> Iterator[List[float]]:
-    """Time every call that counts, while the context is open; yields their seconds."""
+    """Time every counting call while the context is open; yield their seconds."""
     laps: List[float] = []
 
     def timed(call: Callable) -> Callable:

@@ -15,7 +15,7 @@ LOOPBACK = Path("/proc/self/net/dev")
 
 
 class Table(NamedTuple):
-    """A value table and how it is read."""
+    """A value table and its reads per token."""
 
     n_slots: int
     v_dim: int
@@ -28,21 +28,21 @@ def factor_bytes(table: Table, tokens: float) -> float:
 
 
 def received_bytes(table: Table, tokens: int, workers: int) -> Dict[str, float]:
-    """What each worker receives for so many tokens of each, by formula.
+    """The bytes that each worker receives, by formula.
 
     Args:
         table: the table.
-        tokens: of each worker.
+        tokens: tokens per worker.
         workers: W.
 
     Returns:
-        "factors": from all others, once an update; "dense": a ring's all-reduce, once an update;
-        "shards": of a table that is split over all workers, look-ups and columns in the forward
-        pass, and columns and the gradients of weights in the backward pass.
+        "factors": from all others, once per update; "dense": a ring's all-reduce, once per update;
+        "shards": for a table split over all workers, look-ups and columns in the forward pass, and
+        columns and the gradients of weights in the backward pass.
     """
     others, dense = workers - 1, 4 * table.n_slots * table.v_dim
-    look_up = (4 + 4 + 4) * table.reads  # slots and weights; the gradient of weights
-    columns = 2 * 4 * table.v_dim / workers  # of what was read, and their gradient
+    look_up = (4 + 4 + 4) * table.reads  # slots, weights, gradients of weights
+    columns = 2 * 4 * table.v_dim / workers  # of the read, and of its gradient
     return {
         "factors": others * (factor_bytes(table, tokens) + 16),  # 16: how many there are
         "dense": 2 * others / workers * dense,
@@ -51,17 +51,17 @@ def received_bytes(table: Table, tokens: int, workers: int) -> Dict[str, float]:
 
 
 def plan_bytes(table: Table, tokens: int, workers: int, shards: int) -> Dict[str, float]:
-    """Bytes for workers in groups, each of which splits a table over its members, by formula.
+    """Bytes for workers in groups that split a table over their members, by formula.
 
     Args:
         table: the table.
-        tokens: of each worker in one update.
+        tokens: tokens per worker and update.
         workers: W.
-        shards: members of a group, a divisor of W; 1 for no split.
+        shards: workers per group, a divisor of W; 1 for no split.
 
     Returns:
-        "held": a worker's part of the table and of two moments; "group": received by each in
-        reads; "factors" and "dense": received by each from the other groups, either way.
+        Per worker, "held": its part of the table and of two moments; "group": received for reads;
+        "factors" and "dense": received from the other groups with each method.
     """
     columns, groups = table._replace(v_dim=table.v_dim // shards), workers // shards
     between = received_bytes(columns, tokens * shards, groups)
@@ -74,25 +74,25 @@ def plan_bytes(table: Table, tokens: int, workers: int, shards: int) -> Dict[str
 
 
 def even_tokens(table: Table) -> float:
-    """Tokens of all workers in one update from which on a dense all-reduce sends fewer bytes."""
+    """Number of tokens per update, of all workers, above which a dense all-reduce sends less."""
     return 2 * 4 * table.n_slots * table.v_dim / factor_bytes(table, 1)
 
 
 def measure(table: Table, tokens: int, workers: int, way: str) -> Dict[str, float]:
-    """Let processes exchange what one read of a table takes, over gloo.
+    """Measure the exchange for one read of a table, between processes over gloo.
 
     Args:
         table: the table.
-        tokens: of each worker.
-        workers: how many.
+        tokens: tokens per worker.
+        workers: number of workers.
         way: "factors", "dense" or "shards", as in ``received_bytes``.
 
     Returns:
-        Bytes per worker: "sent", of all tensors handed to collectives; "received", what the
-        loopback device carried, whoever used it meanwhile, headers included.
+        Bytes per worker: "sent", of all tensors passed to collectives; "received", all traffic of
+        the loopback device, including headers and other programs' traffic.
     """
     with TemporaryDirectory() as folder:
-        spawn(  # daemons end with this process, whatever ends it
+        spawn(  # daemons always end with this process
             _work, args=(folder, table, tokens, workers, way), nprocs=workers, daemon=True
         )
         found: Dict[str, float] = torch.load(Path(folder, "found.pt"), weights_only=True)
@@ -125,7 +125,7 @@ def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, way: 
 
 
 def _count_bytes() -> "list[int]":
-    """From now on the sizes of tensors that this worker hands to collectives."""
+    """Record the sizes of tensors that this worker passes to collectives from now on."""
     sent, to_all = [], (dist.all_gather, dist.all_reduce, dist.all_to_all_single)
     all_gather, all_reduce, all_to_all = to_all
 

@@ -1,4 +1,4 @@
-"""What kinds of queries, weights, values and output cost beside the plain memory."""
+"""The cost of kinds of queries, weights, values and outputs, relative to the plain memory."""
 
 from statistics import median
 from typing import Any, Dict, Iterator, NamedTuple
@@ -21,13 +21,13 @@ KINDS: Dict[str, Dict[str, Any]] = {
 
 
 class Cost(NamedTuple):
-    """What a kind costs.
+    """The cost of a kind.
 
     Attributes:
-        parameters: number of them.
+        parameters: number of parameters.
         held: bytes of parameters and moments.
         forward: its time in evaluation, as a multiple of the plain memory's in the same round.
-        step: that of forward, backward and update in training.
+        step: the same for forward, backward and update in training.
         forward_ms: median milliseconds.
         step_ms: median milliseconds.
     """
@@ -41,13 +41,13 @@ class Cost(NamedTuple):
 
 
 def costs(config: MemoryConfig, width: int, tokens: int, rounds: int) -> Iterator[Any]:
-    """Measure every kind beside the plain memory, in turns.
+    """Measure every kind alternately with the plain memory.
 
     Args:
         config: sizes of all memories.
-        width: of input and output.
-        tokens: in a batch.
-        rounds: that are timed.
+        width: width of input and output.
+        tokens: tokens per batch.
+        rounds: number of timed rounds.
 
     Yields:
         The name of a kind and its ``Cost``.

@@ -1,4 +1,4 @@
-"""The whole layer: its training step and its forward, against the others."""
+"""The whole layer: its training step and its forward pass, against other implementations."""
 
 import gc
 from functools import partial
@@ -17,16 +17,16 @@ from .textbook import TextbookMemory, check_same_read
 from .timing import Prepare, compare, interleave
 
 TRAIN, FORWARD = "layer_train_step", "layer_forward"
-# Inference knows no optimizer: what it is compared with, and the contestant that runs it.
+# Inference has no optimizer: the name of the comparison, and the contestant that runs it.
 FORWARD_AGAINST = {subjects.ADAM: subjects.TEXTBOOK, subjects.PACKAGE: subjects.PACKAGE}
-SHARE_TO_TAKE = 0.9  # of the memory that is free: a system without any left kills processes
-CHECKED = 64  # tokens on which both sides must read the same before they are timed
+SHARE_TO_TAKE = 0.9  # of free memory: a system without free memory kills processes
+CHECKED = 64  # tokens for which both sides must read the same before timing
 
-Place = Tuple[str, int]  # what is measured, at how many tokens
+Place = Tuple[str, int]  # what to measure, number of tokens
 
 
 def measure(settings: Settings, report: Report) -> None:
-    """Measure the layer over the grid of sizes; what does not fit into memory is skipped."""
+    """Measure the layer over the grid of sizes; skip sizes that do not fit into memory."""
     for n_keys, name in product(settings.grid_n_keys, subjects.OTHERS):
         places = places_of(name, settings.grid_tokens)
         torch.manual_seed(settings.seed)
@@ -45,30 +45,30 @@ def measure(settings: Settings, report: Report) -> None:
 
 
 def places_of(name: str, tokens: Sequence[int]) -> List[Place]:
-    """What is measured of a contestant; inference before training changes its weights."""
+    """The measurements of a contestant; inference comes first, since training changes weights."""
     whats = [FORWARD, TRAIN] if name in FORWARD_AGAINST else [TRAIN]
     return [(what, n) for what in whats for n in tokens]
 
 
 def count(settings: Settings) -> int:
-    """How many results there will be, skipped ones included."""
+    """The number of results, including skipped ones."""
     tokens = settings.grid_tokens
     return len(settings.grid_n_keys) * sum(len(places_of(n, tokens)) for n in subjects.OTHERS)
 
 
 def against_of(what: str, name: str) -> str:
-    """What a contestant is called in results."""
+    """The name of a contestant in results."""
     return FORWARD_AGAINST[name] if what == FORWARD else name
 
 
 def memory_problem(name: str, tokens: int, n_keys: int) -> str:
-    """Why a contestant does not fit into memory, not even alone; empty if it does."""
+    """Why a contestant does not fit into memory even alone; empty if it fits."""
     needed = subjects.SLACK + max(subjects.needed_bytes(n, tokens, n_keys) for n in (name, OURS))
     return shortage(needed)
 
 
 def shortage(needed: int) -> str:
-    """A message if so many bytes cannot be had; else empty."""
+    """A message if this many bytes are not free; else empty."""
     free = available_bytes()
     if needed <= SHARE_TO_TAKE * free:
         return ""
@@ -78,10 +78,11 @@ def shortage(needed: int) -> str:
 def contest(
     name: str, n_keys: int, places: List[Place], rounds: int
 ) -> Tuple[Dict[str, Dict[Place, List[float]]], Dict[Place, int], str]:
-    """Time ours and another in turns: of steps, or of blocks where memory holds only one.
+    """Time our layer and another alternately: by steps, or by blocks if only one fits into memory.
 
     Returns:
-        Seconds by name and place, the number of distinct slots read by place, and what took turns.
+        Seconds by name and place, the number of distinct slots read by place, and the alternating
+        unit.
     """
     tokens = max(n for _, n in places)
     needed = sum(subjects.needed_bytes(n, tokens, n_keys) for n in (name, OURS))
@@ -98,7 +99,7 @@ def contest(
 
 
 def check(memory: Any, other: Subject) -> None:
-    """Make sure that a textbook contestant computes what the memory computes."""
+    """Check that a textbook contestant computes the same as the memory."""
     if isinstance(other.module, TextbookMemory):
         check_same_read(memory, other.module, torch.randn(CHECKED, subjects.WIDTH))
 
@@ -106,7 +107,7 @@ def check(memory: Any, other: Subject) -> None:
 def in_blocks(
     name: str, n_keys: int, places: List[Place], rounds: int
 ) -> Tuple[Dict[str, Dict[Place, List[float]]], Dict[Place, int]]:
-    """Blocks of ours, the other, the other and ours, each built anew: slow drift cancels out."""
+    """Blocks in the order ours, other, other, ours, each newly built, to cancel slow drift."""
     seconds: Dict[str, Dict[Place, List[float]]] = {OURS: {}, name: {}}
     distinct: Dict[Place, int] = {}
     for turn, who in enumerate((OURS, name, name, OURS)):
@@ -127,7 +128,7 @@ def in_blocks(
 def time_all(
     contestants: List[Subject], places: List[Place], rounds: int
 ) -> Tuple[Dict[str, Dict[Place, List[float]]], Dict[Place, int]]:
-    """Time contestants at every place; all get the same tokens in the same round."""
+    """Time contestants at every place; in a round, all get the same tokens."""
     seconds: Dict[str, Dict[Place, List[float]]] = {c.name: {} for c in contestants}
     distinct: Dict[Place, int] = {}
     for place in places:
@@ -144,7 +145,7 @@ def time_all(
 
 
 def prepare(subject: Subject, what: str, x: Tensor, grad: Tensor) -> Prepare:
-    """The step to time, on another batch in every round; x and grad: (batches, N, width)."""
+    """The step to time, with a new batch in every round; x and grad: (batches, N, width)."""
     if what == TRAIN:
         return lambda turn: partial(subject.train_step, x[turn % len(x)], grad[turn % len(x)])
     return lambda turn: partial(subject.forward, x[turn % len(x)])

@@ -1,4 +1,4 @@
-"""What the figures were measured on: names, versions, free memory, and the speed of memcpy."""
+"""Describe the machine: names, versions, free memory, and the speed of memcpy."""
 
 import ctypes
 import os
@@ -20,8 +20,8 @@ from .timing import time_once
 
 PROC = Path("/proc")
 PACKAGES = ("torch", "numpy", "numba", "ve-fairseq", "fairseq-fixed", "product-key-memory")
-COPIED = 512 << 20  # bytes: more than most caches hold
-SAMPLING = 1e-3  # seconds between looks at the memory in use, where the system keeps no peak
+COPIED = 512 << 20  # bytes, more than most caches hold
+SAMPLING = 1e-3  # seconds between samples of the memory in use, if the system records no peak
 
 
 def describe() -> Dict[str, Any]:
@@ -56,7 +56,7 @@ def installed(name: str) -> Optional[str]:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, if the system provides it."""
     try:
         lines = (PROC / "cpuinfo").read_text().splitlines()
     except OSError:
@@ -66,7 +66,7 @@ def processor() -> str:
 
 
 def available_bytes() -> int:
-    """Memory that can still be had."""
+    """Free memory."""
     return _kib(PROC / "meminfo", "MemAvailable") * 1024
 
 
@@ -89,23 +89,23 @@ class Memcpy:
         self.blocks[1].copy_(self.blocks[0])
 
     def release(self) -> None:
-        """Give the memory back until the next copy."""
+        """Release the memory until the next copy."""
         self.blocks = []
 
     def measure(self, times: int = 5) -> None:
-        """Copy some times and note the speed."""
+        """Copy several times and record the speed."""
         self()  # the first touches new pages
         self.note([time_once(self) for _ in range(times)])
         self.release()
 
     def note(self, seconds: List[float]) -> List[float]:
-        """Note copies that were timed elsewhere; returns their GB/s."""
+        """Record copies that were timed elsewhere; return their GB/s."""
         speeds = [self.n_bytes / took / 1e9 for took in seconds]
         self.gb_s += speeds
         return speeds
 
     def median_gb_s(self) -> float:
-        """The median of everything noted."""
+        """The median of all recorded speeds."""
         return median(self.gb_s)
 
 
@@ -125,14 +125,14 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def release_free_memory() -> None:
-    """Have the allocator give back what nothing uses, so that it does not count as in use."""
+    """Make the allocator release unused memory, so that it does not count as in use."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _reset_peak() -> bool:
-    """Have Linux forget the largest memory in use so far; not everyone may."""
+    """Reset Linux' record of the peak memory in use; this may be forbidden."""
     try:
         (PROC / "self/clear_refs").write_text("5")
     except OSError:
@@ -167,7 +167,7 @@ def _kib(file: Path, key: str) -> int:
 
 
 def _huge_pages() -> Optional[str]:
-    """Whether the system gives large pages: "always", "madvise" (when asked) or "never"."""
+    """Whether the system provides large pages: "always", "madvise" (on request) or "never"."""
     try:
         text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:

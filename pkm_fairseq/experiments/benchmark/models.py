@@ -24,7 +24,7 @@ from .timing import compare, interleave
 TRAIN, FORWARD = "model_train_step", "model_forward"
 SENTENCES, LENGTH = 8, 128  # tokens per batch
 MASKED = 0.15
-SYMBOLS = 50_265  # of RoBERTa's vocabulary, special ones included
+SYMBOLS = 50_265  # RoBERTa's vocabulary, including special symbols
 BATCHES = 4
 CLIP_NORM = "1.0"
 PLAIN = {"task": "masked_lm", "criterion": "masked_lm", "optimizer": "adam"}
@@ -33,16 +33,16 @@ WITH_MEMORY = {"task": "pkm_masked_lm", "criterion": "pkm_masked_lm", "optimizer
 
 @dataclass(frozen=True)
 class Model:
-    """A model as fairseq-train would make it.
+    """A model as fairseq-train would build it.
 
     Attributes:
         arch: fairseq's architecture.
-        n_keys: of its memories; None if it has none.
-        gib: about the memory that training takes, at its peak.
+        n_keys: sub-keys per half of its memories; None without memories.
+        gib: approximate peak memory of training.
         flags: further options of fairseq-train.
-        symbols: of its vocabulary.
-        counts: whether memory usage is counted, as in the first updates of every training, and
-            times of reads are kept.
+        symbols: size of its vocabulary.
+        counts: whether to count memory usage, as in the first updates of every training, and
+            record times of reads.
     """
 
     arch: str
@@ -53,7 +53,7 @@ class Model:
     counts: bool = True
 
     def command(self, save_dir: str) -> List[str]:
-        """The options of fairseq-train; there is no data to load."""
+        """The options of fairseq-train, without data."""
         chosen = {
             "arch": self.arch,
             "clip-norm": CLIP_NORM,
@@ -82,7 +82,7 @@ PAIRS = [
 COUNTED = ("resm_base", "resm_base_uncounted")
 SMALL = ("--encoder-layers", "3", "--encoder-embed-dim", "128", "--encoder-ffn-embed-dim", "512")
 SMALL += ("--encoder-attention-heads", "4", "--max-positions", str(LENGTH))
-SMALL_MODELS = {  # only to show that everything runs
+SMALL_MODELS = {  # only to test that everything runs
     "roberta_tiny": Model("roberta", None, 0.2, SMALL, 1000),
     "pkm_tiny": Model("pkm_roberta_tiny", 64, 0.2, SMALL, 1000),
     "resm_tiny": Model("resm_roberta_tiny", 64, 0.2, SMALL, 1000),
@@ -127,7 +127,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def distinct_slots(self) -> List[int]:
-        """How many slots a training step reads, for each memory layer."""
+        """The number of slots that a training step reads, for each memory layer."""
         model = self.trainer.get_model().train()
         host = with_memories(model)
         if host is None:
@@ -139,7 +139,7 @@ class TrainedModel:
 
 
 def measure(settings: Settings, report: Report) -> None:
-    """Measure pairs of models; a pair that does not fit into memory is skipped."""
+    """Measure pairs of models; skip a pair that does not fit into memory."""
     models, pairs = choose(settings)
     for pair in pairs:
         measure_pair(models, pair, (FORWARD, TRAIN), settings, report)  # training changes weights
@@ -152,7 +152,7 @@ def measure_pair(
     settings: Settings,
     report: Report,
 ) -> None:
-    """Measure a pair of models, subject and against, or note why not."""
+    """Measure a pair of models, subject and against, or record why not."""
     subject, against = pair
     sizes = SENTENCES * LENGTH, models[subject].n_keys
     with built(models, pair, settings.seed) as (problem, runs):
@@ -177,7 +177,7 @@ def measure_pair(
 def built(
     models: Dict[str, Model], names: Sequence[str], seed: int
 ) -> Iterator[Tuple[Optional[str], Dict[str, TrainedModel]]]:
-    """Models at once, by name, until the context ends; or what they lack memory for."""
+    """Build models together, by name, until the context ends; or report the lack of memory."""
     gc.collect()  # models before
     problem = shortage(int(sum(models[name].gib for name in names) * 2**30) + SLACK)
     with tempfile.TemporaryDirectory(prefix="pkm_benchmark_") as save_dir:
@@ -192,27 +192,27 @@ def choose(settings: Settings) -> Tuple[Dict[str, Model], List[Tuple[str, str]]]
 
 
 def counted(settings: Settings) -> Tuple[Dict[str, Model], Tuple[str, str]]:
-    """The models, and the pair of one that counts usage and one that does not."""
+    """The models, and the pair: one counts usage, the other does not."""
     return (SMALL_MODELS, SMALL_COUNTED) if settings.quick else (MODELS, COUNTED)
 
 
 def count(settings: Settings) -> int:
-    """How many results there will be, skipped ones included."""
+    """The number of results, including skipped ones."""
     return 2 * len(choose(settings)[1])
 
 
 def step_of(run: TrainedModel, what: str) -> Callable[[int], Callable[[], object]]:
-    """What is timed of a run."""
+    """The step to time."""
     return run.train_step if what == TRAIN else run.forward
 
 
 def build(model: Model, seed: int, save_dir: str) -> TrainedModel:
-    """A model, its task with a vocabulary made here, and fairseq's trainer, as fairseq-train's.
+    """Build a model, its task with a made-up vocabulary, and fairseq's trainer, as fairseq-train.
 
     Args:
-        model: what to build.
-        seed: of its weights and of the batches.
-        save_dir: where the trainer would write if a step crashed.
+        model: the model to build.
+        seed: seed of its weights and of the batches.
+        save_dir: the trainer's folder if a step crashes.
     """
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, model.command(save_dir))
@@ -231,7 +231,7 @@ def build(model: Model, seed: int, save_dir: str) -> TrainedModel:
 
 
 def vocabulary(symbols: int) -> Dictionary:
-    """A dictionary that, with the mask that the task adds, has so many symbols."""
+    """A dictionary of this size, including the mask that the task adds."""
     dictionary = Dictionary()
     for index in range(symbols - len(dictionary) - 1):
         dictionary.add_symbol(f"w{index}")
@@ -239,7 +239,7 @@ def vocabulary(symbols: int) -> Dictionary:
 
 
 def sample(dictionary: Dictionary, generator: torch.Generator) -> Dict[str, Any]:
-    """Random tokens without padding, some of them masked, as the collater hands them over."""
+    """Random tokens without padding, some of them masked, in the collater's format."""
     size = (SENTENCES, LENGTH)
     tokens = torch.randint(dictionary.nspecial, len(dictionary) - 1, size, generator=generator)
     masked = torch.rand(size, generator=generator) < MASKED

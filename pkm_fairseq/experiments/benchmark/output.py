@@ -25,12 +25,12 @@ Entry = Dict[str, Any]
 
 
 class Report:
-    """Collects what was measured, in order.
+    """Collects the measurements, in order.
 
     Args:
-        machine: what it was measured on.
-        settings: what is the same in all comparisons.
-        tell: gets a line for every entry.
+        machine: description of the machine.
+        settings: the settings of all comparisons.
+        tell: receives a line for every entry.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class Report:
     def result(
         self, what: str, tokens: int, n_keys: int, subject: str, against: str, **numbers: Any
     ) -> None:
-        """Note a comparison; numbers are those of ``timing.compare`` and more."""
+        """Record a comparison; its numbers come from ``timing.compare`` and elsewhere."""
         self._add(_entry(what, tokens, n_keys, subject, against, **numbers))
 
     def skip(
         self, what: str, tokens: int, n_keys: int, against: str, reason: str, subject: str = "ours"
     ) -> None:
-        """Note what was not measured, and why."""
+        """Record a skipped measurement, and the reason."""
         self._add(_entry(what, tokens, n_keys, subject, against, reason=reason))
 
     def peak(self, subject: str, tokens: int, n_keys: int, **n_bytes: Any) -> None:
-        """Note peak memory."""
+        """Record peak memory."""
         self._add(_entry(PEAK, tokens, n_keys, subject, None, **n_bytes))
 
     def as_dict(self, memcpy_gb_s: float) -> Dict[str, Any]:
-        """Everything, ready for JSON; peaks and what was skipped stand apart from results."""
+        """All entries, ready for JSON; peaks and skipped entries are separate from results."""
         return {
             "machine": self.machine,
             "settings": self.settings,
@@ -95,7 +95,7 @@ def markdown(report: Dict[str, Any], entries: Sequence[Entry]) -> str:
     """The report as Markdown tables.
 
     Args:
-        report: as ``Report.as_dict`` makes it.
+        report: from ``Report.as_dict``.
         entries: all entries in order.
     """
     blocks = [_machine_line(report)]
@@ -109,7 +109,7 @@ def markdown(report: Dict[str, Any], entries: Sequence[Entry]) -> str:
 
 
 def plot(entries: Sequence[Entry], file: Path) -> None:
-    """Ratios of the layer's training step over tokens, a panel for each contestant."""
+    """Plot ratios of the layer's training step over tokens, one panel per contestant."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -137,7 +137,7 @@ def save(
     markdown_file: Optional[Path] = None,
     plot_file: Optional[Path] = None,
 ) -> None:
-    """Write the files that were asked for."""
+    """Write the requested files."""
     if json_file:
         write_file(json_file, json.dumps(report, indent=2) + "\n")
     if markdown_file:
@@ -179,7 +179,7 @@ def _title(what: str) -> str:
 
 
 def _in_sections(entries: Iterable[Entry]) -> List[Entry]:
-    """Entries of a title together, in the order in which titles and entries came first."""
+    """Group entries by title; titles and entries keep the order of their first occurrence."""
     entries = list(entries)
     titles = list(dict.fromkeys(_title(e["what"]) for e in entries))
     return sorted(entries, key=lambda e: titles.index(_title(e["what"])))
@@ -202,7 +202,7 @@ def _section(title: str, table: List[List[str]]) -> str:
 
 
 def _alignments(head: List[str]) -> List[str]:
-    """Columns of words stand left, those of numbers right."""
+    """Alignments: columns of words left, columns of numbers right."""
     words = {"part", "subject", "against"}
     return ["words" if name in words else "1" for name in head]
 

@@ -1,4 +1,4 @@
-"""The parts of a step one by one, and how close those that move tables come to memcpy."""
+"""The parts of a step one by one; parts that read or write tables are compared with memcpy."""
 
 import gc
 from functools import partial
@@ -31,11 +31,11 @@ OF_TABLE = ("gather_sum", "gather_dot")
 
 
 class Contest(NamedTuple):
-    """One part, done by ours and by another.
+    """One part, computed by our code and by another's.
 
     Attributes:
-        bytes: that must at least move: every row that is read once, every operand once.
-        bytes_by_entry: the same, with every row as often as it is read.
+        bytes: the minimum traffic: each row that is read counts once, each operand once.
+        bytes_by_entry: the same, but each row counts as often as it is read.
     """
 
     ours: Prepare
@@ -45,10 +45,10 @@ class Contest(NamedTuple):
 
 
 class Setting:
-    """One memory, its textbook copy and what a step hands from part to part, for one batch.
+    """One memory, its textbook copy and the intermediate results of a step, for one batch.
 
     Args:
-        memory: in training, its weights those of the textbook one.
+        memory: in training mode, with the same weights as the textbook one.
         textbook: the other side.
         x: (N, width).
     """
@@ -65,13 +65,13 @@ class Setting:
         self.rows = len(self.slots.unique())
 
     def bytes(self, tables: int, more: int, rows: Optional[int] = None) -> int:
-        """Bytes of rows moved in some tables, and of one read, or its gradient, and more."""
+        """Bytes of the rows in some tables, of one read or its gradient, and of extra operands."""
         rows = self.rows if rows is None else rows
         return (tables * rows + len(self.x)) * WIDTH * 4 + more
 
 
 def measure(settings: Settings, report: Report, memcpy: Memcpy) -> None:
-    """Measure the parts over the grid of sizes; what does not fit into memory is skipped."""
+    """Measure the parts over the grid of sizes; skip sizes that do not fit into memory."""
     for n_keys in settings.parts_n_keys:
         gc.collect()  # tables of the last size
         problem = shortage(2 * subjects.table_bytes(n_keys) + subjects.SLACK)
@@ -95,13 +95,13 @@ def _measure_size(n_keys: int, grid_tokens: Sequence[int], timer: "Timer") -> No
             problem = update_problem(setting, name)
             if problem:
                 timer.report.skip("adam_rows", tokens, n_keys, name, problem)
-            else:  # nothing here may keep the contest, which has tables of its own
+            else:  # no variable may keep the contest alive, since it holds tables
                 timer.measure("adam_rows", name, setting, update(setting, name))
                 textbook.values.weight.grad = None
 
 
 def names() -> List[Any]:
-    """The parts, each with what it is compared with."""
+    """The parts, each with its counterpart."""
     return [
         *product((*OF_SEARCH, *OF_TABLE), (TEXTBOOK,)),
         *product(("adam_rows",), UPDATES),
@@ -109,7 +109,7 @@ def names() -> List[Any]:
 
 
 def count(settings: Settings) -> int:
-    """How many results there will be, skipped ones included."""
+    """The number of results, including skipped ones."""
     return len(settings.grid_tokens) * len(settings.parts_n_keys) * len(names())
 
 
@@ -154,7 +154,7 @@ def _score_gradients(setting: Setting) -> Contest:
 
 
 def of_table(setting: Setting) -> Dict[str, Contest]:
-    """What reads the table: forward, and backward to the weights."""
+    """The reads of the table: forward, and backward to the weights."""
     slots, weights, grad = setting.slots, setting.weights, setting.grad
     entries = slots.numel()
     operands = slots.nbytes + weights.nbytes
@@ -178,7 +178,7 @@ def of_table(setting: Setting) -> Dict[str, Contest]:
 
 
 def update_problem(setting: Setting, name: str) -> str:
-    """Why an update does not fit into memory; empty if it does."""
+    """Why an update does not fit into memory; empty if it fits."""
     more = subjects.TABLES[name] - 1 + len(MOMENTS)  # tables that are not there yet
     gathered = subjects.GATHERED.get(name, 0) * setting.slots.numel() * WIDTH * 4
     return shortage(more * setting.values.nbytes + gathered + subjects.SLACK)
@@ -214,14 +214,14 @@ def update(setting: Setting, name: str) -> Contest:
 
 
 class Timer(NamedTuple):
-    """What measures a contest, and where it is noted."""
+    """Measures contests and records the results."""
 
     rounds: int
     report: Report
     memcpy: Memcpy
 
     def measure(self, what: str, against: str, setting: Setting, contest: Contest) -> None:
-        """Time both sides in turns, and memcpy with them where bytes are counted."""
+        """Time both sides alternately, and also memcpy if the contest counts bytes."""
         sides = {OURS: contest.ours, against: contest.other}
         if contest.bytes is not None:
             sides["memcpy"] = _always(self.memcpy)

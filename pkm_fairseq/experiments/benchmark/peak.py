@@ -1,4 +1,4 @@
-"""The memory that a training step takes at its peak; each subject in a process of its own.
+"""Measure the peak memory of a training step; each subject runs in its own process.
 
 ``python -m pkm_fairseq.experiments.benchmark.peak JSON`` measures one subject and prints JSON.
 """
@@ -19,12 +19,12 @@ from .output import Report
 from .settings import Settings
 
 WHAT = "peak_memory"
-SMALL = subjects.memory_config(32)  # compiles and loads what a large one needs, too
+SMALL = subjects.memory_config(32)  # compiles and loads the same code as a large one
 STEPS = 3
 
 
 def measure(settings: Settings, report: Report) -> None:
-    """Measure every subject at every size; what does not fit into memory is skipped."""
+    """Measure every subject at every size; skip sizes that do not fit into memory."""
     for where in product(settings.memory_tokens, settings.memory_n_keys):
         for name in measured(settings):
             problem = subjects.problem(name) or memory_problem(name, *where)
@@ -35,13 +35,13 @@ def measure(settings: Settings, report: Report) -> None:
 
 
 def count(settings: Settings) -> int:
-    """How many results there will be, skipped ones included."""
+    """The number of results, including skipped ones."""
     sizes = len(settings.memory_tokens) * len(settings.memory_n_keys)
     return sizes * len(measured(settings))
 
 
 def measured(settings: Settings) -> Sequence[str]:
-    """Whose memory is measured; each takes a process, and that some seconds."""
+    """The subjects to measure; each needs a process, which takes some seconds."""
     everyone = (subjects.OURS, *subjects.OTHERS)
     return everyone[:2] if settings.quick else everyone
 
@@ -64,7 +64,7 @@ def in_child(name: str, tokens: int, n_keys: int, seed: int) -> Dict[str, Any]:
 
 
 def here(name: str, tokens: int, n_keys: int) -> Dict[str, Any]:
-    """Measure in this process, which should have done nothing else.
+    """Measure in this process, which should do nothing else.
 
     Returns:
         In bytes: of one table; in use between two steps, and at the peak of a step, both above
@@ -105,7 +105,7 @@ def _warm(name: str, n_keys: int, x: torch.Tensor, grad: torch.Tensor) -> subjec
 
 
 def main() -> None:
-    """Measure what the command line says."""
+    """Measure the subject of the command line."""
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task.pop("threads"))
     torch.manual_seed(task.pop("seed"))

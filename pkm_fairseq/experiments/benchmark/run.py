@@ -1,4 +1,4 @@
-"""One benchmark: everything that was asked for, in order, with results saved as they come."""
+"""Run a benchmark: all requested parts in order; save results after each part."""
 
 from typing import Any, Callable, Dict
 
@@ -19,12 +19,12 @@ def run(
     """Measure.
 
     Args:
-        settings: what.
-        tell: gets a line for every result.
-        save: called with the report, and with what it is as JSON, after each part of the work.
+        settings: what to measure.
+        tell: receives a line for every result.
+        save: called after each part with the report, and with its JSON form.
 
     Raises:
-        MismatchError: the two sides of a comparison do not compute the same.
+        MismatchError: the two sides of a comparison compute different results.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -53,7 +53,7 @@ def _measure(what: str, settings: Settings, report: Report, memcpy: Memcpy) -> N
 
 
 def count(settings: Settings) -> int:
-    """How many results there will be, skipped ones included."""
+    """The number of results, including skipped ones."""
     counts = {"layer": layer.count, "parts": parts.count, "memory": peak.count}
     return sum(
         counts[what](settings) if what in counts else with_fairseq(what).count(settings)
@@ -62,7 +62,7 @@ def count(settings: Settings) -> int:
 
 
 def with_fairseq(what: str) -> Any:
-    """A part that needs fairseq, which takes seconds to import."""
+    """A part that needs fairseq; importing fairseq takes seconds."""
     from . import counting, models
 
     return {"model": models, "usage": counting}[what]

@@ -1,4 +1,4 @@
-"""What is measured, and how often; checked once."""
+"""Settings of the benchmark: what to measure, and how often; checked once."""
 
 import os
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Optional, Tuple
 
 from ...memory import MemoryConfig
 
-KNN = MemoryConfig().knn  # of every memory here: no fewer sub-keys can be searched
+KNN = MemoryConfig().knn  # of every memory here, the minimum number of sub-keys
 WHAT = ("layer", "parts", "model", "memory", "usage")
 TOKENS, N_KEYS, PAIRS = (256, 1024, 4096), (128, 256, 512, 1024), 11
 QUICK_TOKENS, QUICK_N_KEYS, QUICK_PAIRS = (256, 1024), (128, 256), 3
 MOST_TOKENS, MOST_N_KEYS = 65536, 4096
-MEMORY_TOKENS, MEMORY_N_KEYS = (1024,), (512,)  # peak memory, unless sizes are asked for
+MEMORY_TOKENS, MEMORY_N_KEYS = (1024,), (512,)  # default sizes for peak memory
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Settings:
     """What to measure.
 
     Args:
-        what: of ``WHAT``.
-        tokens: tokens per batch of the layer and its parts; None takes the default.
-        n_keys: sub-keys per half of the same; None takes the default.
-        pairs: pairs of each comparison; None takes the default.
-        threads: of torch and of the kernels; None leaves them as they are.
-        seed: of weights and inputs.
+        what: names in ``WHAT``.
+        tokens: tokens per batch for the layer and its parts; None takes the default.
+        n_keys: sub-keys per half for the same; None takes the default.
+        pairs: pairs per comparison; None takes the default.
+        threads: threads of torch and of the kernels; None does not change them.
+        seed: seed of weights and inputs.
         quick: fewer and smaller sizes, and small models.
 
     Raises:
@@ -70,12 +70,12 @@ class Settings:
 
     @property
     def memory_tokens(self) -> Tuple[int, ...]:
-        """Tokens per batch where peak memory is measured."""
+        """Tokens per batch for peak memory."""
         return self.tokens or (QUICK_TOKENS[-1:] if self.quick else MEMORY_TOKENS)
 
     @property
     def memory_n_keys(self) -> Tuple[int, ...]:
-        """Sub-keys per half where peak memory is measured."""
+        """Sub-keys per half for peak memory."""
         return self.n_keys or (QUICK_N_KEYS[-1:] if self.quick else MEMORY_N_KEYS)
 
     @property

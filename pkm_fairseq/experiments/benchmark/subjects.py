@@ -1,4 +1,4 @@
-"""Who is compared: memory layers with their optimizers, all of the same sizes."""
+"""The contestants: memory layers with their optimizers, all of the same sizes."""
 
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional, Sequence, Tuple
@@ -12,8 +12,8 @@ from . import textbook
 from .machine import installed
 
 WIDTH = 768  # of RoBERTa-base
-LR = 1e-3  # of everything; time does not depend on it
-PACKAGE_VALUE_LR = 1e-2  # as the README of product-key-memory has it
+LR = 1e-3  # of all parameters; time does not depend on it
+PACKAGE_VALUE_LR = 1e-2  # as in the README of product-key-memory
 
 OURS = "ours"
 TEXTBOOK = "textbook"
@@ -23,10 +23,10 @@ SPARSE = "textbook sparse adam"
 PACKAGE = "product-key-memory"
 OTHERS = (ADAM, FUSED, SPARSE, PACKAGE)
 
-# Tables of values that a training step holds at once. torch's Adam without fusion makes two more
-# for what it divides by.
+# Number of value tables that a training step holds at once. torch's Adam without fusion needs two
+# more, for its denominator.
 TABLES = {OURS: 3, ADAM: 6, FUSED: 4, SPARSE: 3, PACKAGE: 6}
-# Copies of all values read, one row for each, that it holds at once besides.
+# Further copies of all values read, one row per read, that it holds at once.
 GATHERED = {SPARSE: 5}
 SLACK = 3 << 29  # bytes: scores of 4,096 tokens, torch itself
 
@@ -36,10 +36,10 @@ class Subject:
     """A memory layer that can be trained.
 
     Attributes:
-        name: what it is called in results.
+        name: its name in results.
         module: the layer.
-        read: maps tokens (N, width) to what it read for them, (N, width).
-        optimizers: who together update all its parameters.
+        read: maps tokens (N, width) to their reads, (N, width).
+        optimizers: together they update all its parameters.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Subject:
 
         Args:
             x: the tokens.
-            grad: the gradient of what is read, (N, width).
+            grad: the gradient of the read, (N, width).
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -62,22 +62,22 @@ class Subject:
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """What inference computes; the layer must be in evaluation."""
+        """Compute inference; the layer must be in eval mode."""
         return self.read(x)
 
     def look_up(self, x: Tensor) -> Tensor:
-        """The slots that ours reads for tokens x, (N, H, K)."""
+        """The slots that our layer reads for tokens x, (N, H, K)."""
         with torch.no_grad():
             return self.module.search(x)[0]  # type: ignore[operator]
 
 
 def memory_config(n_keys: int) -> MemoryConfig:
-    """The sizes of the comparison; all but n_keys are the defaults, Lample et al. (2019)."""
+    """The sizes of the comparison; all except n_keys are the defaults, Lample et al. (2019)."""
     return MemoryConfig(n_keys=n_keys)
 
 
 def sizes() -> Dict[str, int]:
-    """What all sides of a comparison of layers share, for the report."""
+    """The common settings of a comparison of layers, for the report."""
     config = MemoryConfig()
     return {"width": WIDTH, "heads": config.heads, "knn": config.knn, "k_dim": config.k_dim}
 
@@ -93,19 +93,19 @@ def table_bytes(n_keys: int) -> int:
 
 
 def needed_bytes(name: str, tokens: int, n_keys: int) -> int:
-    """About the memory that training a contestant takes, at its peak."""
+    """The approximate peak memory of a contestant's training."""
     config = memory_config(n_keys)
     gathered = tokens * config.heads * config.knn * WIDTH * 4
     return TABLES[name] * table_bytes(n_keys) + GATHERED.get(name, 0) * gathered
 
 
 def new_memory(n_keys: int) -> ProductKeyMemory:
-    """A memory of this plugin, just initialised."""
+    """A newly initialised memory of this plugin."""
     return ProductKeyMemory(WIDTH, memory_config(n_keys))
 
 
 def other(name: str, memory: ProductKeyMemory) -> Subject:
-    """A contestant of the same sizes, and if it is a textbook one with the same weights."""
+    """A contestant of the same sizes; a textbook one also has the same weights."""
     if name == PACKAGE:
         return package(memory.config.n_keys)
     copy = textbook.TextbookMemory(memory, sparse=name == SPARSE)
@@ -117,7 +117,7 @@ def ours(memory: ProductKeyMemory, against: str) -> Subject:
 
     Args:
         memory: the layer.
-        against: whose Adam, fused or not, updates everything else here, too.
+        against: the contestant whose Adam, fused or not, updates the other parameters here, too.
     """
     adam = MemoryAdam(memory.parameters(), lr=LR, fused=is_fused(against))
     return Subject(OURS, memory, memory, (adam,))
@@ -143,7 +143,7 @@ def batches(tokens: int, number: int = 8) -> Tuple[Tensor, Tensor]:
 
 
 def distinct_slots(subject: Subject, x: Tensor) -> int:
-    """How many of the slots are read for tokens x, (N, width): the rows that a step updates."""
+    """The number of slots that tokens x, (N, width), read: the rows that a step updates."""
     return len(subject.look_up(x).unique())
 
 

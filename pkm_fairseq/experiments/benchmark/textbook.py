@@ -1,4 +1,4 @@
-"""A product-key memory as textbooks and public implementations have it: the one to beat."""
+"""A textbook product-key memory, like public implementations: the baseline."""
 
 from typing import NamedTuple, Optional, Tuple
 
@@ -7,16 +7,18 @@ from torch import Tensor, nn
 
 from ...memory import MemoryConfig, ProductKeyMemory
 
-TOLERANCE = 1e-4  # of the largest element: float32 sums of 1,000 terms in another order
-TIES = 0.01  # share of tokens that may read other slots, of equal score but for rounding
+TOLERANCE = (
+    1e-4  # relative to the largest element, for float32 sums of 1,000 terms in another order
+)
+TIES = 0.01  # share of tokens that may read other slots with the same score up to rounding
 
 
 class MismatchError(RuntimeError):
-    """What is compared does not compute the same, so that its speed says nothing."""
+    """The two sides compute different results, so that comparing their speed makes no sense."""
 
 
 class Found(NamedTuple):
-    """What the search finds, each (N, H, K), scores descending."""
+    """The results of the search, each (N, H, K), scores descending."""
 
     scores: Tensor
     slots: Tensor
@@ -25,12 +27,12 @@ class Found(NamedTuple):
 class TextbookMemory(nn.Module):
     """A product-key memory (Lample et al. 2019) in torch's own operations.
 
-    Half scores by einsum, the best of each half and then of all ``knn ** 2`` sums by ``topk``, and
-    an ``EmbeddingBag`` over the values.
+    It computes half scores by einsum, the best of each half and then of all ``knn ** 2`` sums by
+    ``topk``, and reads with an ``EmbeddingBag`` over the values.
 
     Args:
-        memory: whose settings and whose weights, copied, it takes; its query is normalised over
-            the batch and nothing is dropped out.
+        memory: it copies this memory's settings and weights; the memory must use batch
+            normalisation of the query and no dropout.
         sparse: whether the gradient of the values is a sparse tensor, for ``SparseAdam``.
     """
 
@@ -88,24 +90,26 @@ class TextbookMemory(nn.Module):
 
 @torch.no_grad()
 def check_same_read(memory: ProductKeyMemory, textbook: TextbookMemory, x: Tensor) -> None:
-    """Make sure that both read the same for tokens x, in training and in evaluation.
+    """Check that both sides read the same for tokens x, in training and in evaluation.
 
-    Where two slots have equal scores but for rounding, each side may read either.
+    If two slots have equal scores up to rounding, each side may read either.
 
     Args:
-        memory: the one under test.
+        memory: the memory under test.
         textbook: a copy of it.
         x: (N, width).
 
     Raises:
-        MismatchError: they do not; the message says in what.
+        MismatchError: the results differ; the message names them.
     """
     was_training = memory.training
     for training in (True, False):
         memory.train(training)
         textbook.train(training)
         ours, (slots, weights) = memory(x, return_lookup=True)
-        their_slots, their_weights = textbook.look_up(x)  # once: it moves running statistics
+        their_slots, their_weights = textbook.look_up(
+            x
+        )  # only once, since it changes running statistics
         theirs = textbook.read(their_slots, their_weights)
         mode = "training" if training else "evaluation"
         _require_close(weights, their_weights, f"weights in {mode}")
@@ -122,7 +126,7 @@ def check_same_read(memory: ProductKeyMemory, textbook: TextbookMemory, x: Tenso
 def _require_close(ours: Tensor, theirs: Tensor, what: str) -> None:
     difference = float((ours - theirs).abs().max())
     allowed = TOLERANCE * float(theirs.abs().max())
-    if not difference <= allowed:  # also if it is NaN
+    if not difference <= allowed:  # true for NaN, too
         raise MismatchError(f"{what} differ by {difference:.1e}, may by {allowed:.1e}")
 
 
@@ -133,7 +137,7 @@ def _sorted(slots: Tensor) -> Tensor:
 def optimizers(
     textbook: TextbookMemory, lr: float, fused: Optional[bool]
 ) -> Tuple[torch.optim.Optimizer, ...]:
-    """Adam over everything; where the values' gradient is sparse, SparseAdam over these."""
+    """Adam for all parameters; SparseAdam for values with a sparse gradient."""
     if not textbook.values.sparse:
         return (torch.optim.Adam(textbook.parameters(), lr=lr, fused=fused),)
     values = list(textbook.values.parameters())

@@ -1,4 +1,4 @@
-"""Two or more computations in turns on one clock, and what their times say."""
+"""Time two or more computations alternately, and compare their times."""
 
 import gc
 import time
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-# Prepares round i, which is not timed, and returns what is.
+# Prepares round i (not timed), and returns the function to time.
 Prepare = Callable[[int], Callable[[], object]]
 Clock = Callable[[], float]
 
-WARM_UP = 2  # rounds that are not counted: compiling, first touches of memory, moments
+WARM_UP = 2  # uncounted rounds: compilation, first use of memory, moments
 
 
 def interleave(
@@ -19,22 +19,22 @@ def interleave(
     warm_up: int = WARM_UP,
     clock: Clock = time.perf_counter,
 ) -> Dict[str, List[float]]:
-    """Time contestants in turns, so that whatever slows the machine down meets all of them.
+    """Time contestants alternately, so that a slow phase of the machine affects all of them.
 
-    Who comes first changes from round to round. Nothing is searched for cyclic garbage meanwhile,
-    which with fairseq imported takes longer than a step.
+    The order changes from round to round. Python's cyclic garbage collection is off meanwhile; with
+    fairseq imported it takes longer than a step.
 
     Args:
         contestants: what to time, by name.
-        rounds: turns that count.
-        warm_up: turns before that do not.
+        rounds: number of timed rounds.
+        warm_up: number of rounds before, not timed.
         clock: returns seconds.
 
     Returns:
-        The seconds of every counted turn, by name.
+        The seconds of every timed round, by name.
 
     Raises:
-        ValueError: there is no round.
+        ValueError: ``rounds`` is less than 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, must be at least 1")
@@ -62,18 +62,18 @@ def _no_collection() -> Iterator[None]:
 
 
 def time_once(step: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Seconds that one call takes, its garbage included."""
+    """Seconds of one call, including the release of its garbage."""
     start = clock()
     step()
     return clock() - start
 
 
 def compare(subject: Sequence[float], against: Sequence[float]) -> Dict[str, Any]:
-    """What pairs of times say; a ratio above 1 means that the subject is faster.
+    """Compare pairs of times; a ratio above 1 means that the subject is faster.
 
     Args:
-        subject: seconds, one for each pair.
-        against: seconds of the other of each pair.
+        subject: seconds of the subject, one per pair.
+        against: seconds of the other side, one per pair.
 
     Returns:
         The medians in milliseconds, the median of the ratios against / subject, their quartiles

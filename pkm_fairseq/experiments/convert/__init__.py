@@ -1,1 +1,1 @@
-"""Checkpoints that cross over between fairseq and transformers, with their dictionary."""
+"""Convert checkpoints and their dictionaries between fairseq and transformers."""

@@ -1,4 +1,4 @@
-"""RoBERTa checkpoints from fairseq to transformers and back, compared after they are written."""
+"""Convert RoBERTa checkpoints between fairseq and transformers, and compare both models."""
 
 import shutil
 import tempfile
@@ -29,8 +29,8 @@ from ...models.config import RunOptions
 
 CHECKPOINT, DICTIONARY = "checkpoint.pt", "dict.txt"
 TOLERANCE = 1e-5  # of logits, in float32
-SEQUENCES, LENGTH = 8, 64  # of random symbols, to compare models by
-LINES = 64  # of text, at most
+SEQUENCES, LENGTH = 8, 64  # random symbols for comparing models
+LINES = 64  # most lines of text to compare
 
 
 def convert_to_transformers(
@@ -44,17 +44,17 @@ def convert_to_transformers(
     """Write the folder of a masked language model of transformers.
 
     Args:
-        checkpoint: of a ``roberta`` or ``pkm_roberta`` of fairseq.
-        out: the folder, which must not exist.
-        dictionary: dict.txt, or a folder of data; None takes that beside the training data, or
+        checkpoint: a checkpoint of a ``roberta`` or ``pkm_roberta`` of fairseq.
+        out: the new folder, which must not exist.
+        dictionary: dict.txt, or a data folder; None takes the one beside the training data, or
             beside the checkpoint.
-        sentencepiece_model: what cut the text into symbols.
-        gpt2_bpe: the folder with GPT-2's ``encoder.json`` and ``vocab.bpe``, in place of it; with
-            neither, blanks part the symbols.
-        text: UTF-8, to compare symbols and logits of both, too.
+        sentencepiece_model: the tokenizer of the training text.
+        gpt2_bpe: the folder with GPT-2's ``encoder.json`` and ``vocab.bpe``, instead of
+            ``sentencepiece_model``; with neither, blanks separate the symbols.
+        text: UTF-8 text, to compare symbols and logits of both models, too.
 
     Returns:
-        Lines that say what was done.
+        Lines of a report.
 
     Raises:
         ValueError: the checkpoint, the dictionary or the text does not fit; nothing is written.
@@ -88,12 +88,12 @@ def convert_to_fairseq(folder: Path, out: Path, text: Optional[Path] = None) -> 
     """Write a folder with ``checkpoint.pt``, ``dict.txt`` and the files of the tokenizer.
 
     Args:
-        folder: of a masked language model of transformers, RoBERTa or XLM-R.
-        out: the folder, which must not exist.
+        folder: folder of a masked language model of transformers, RoBERTa or XLM-R.
+        out: the new folder, which must not exist.
         text: as for :func:`convert_to_transformers`.
 
     Returns:
-        Lines that say what was done.
+        Lines of a report.
 
     Raises:
         ValueError: the model or the tokenizer does not fit; nothing is written.
@@ -135,7 +135,7 @@ def convert_to_fairseq(folder: Path, out: Path, text: Optional[Path] = None) -> 
 
 
 def _of_fairseq(model: Any) -> roberta.Fairseq:
-    """What a model of fairseq was built from, and its state by the names of now."""
+    """The options of a fairseq model, and its state with the names of the current version."""
     args = model.args
     options = dict(args) if OmegaConf.is_config(args) else vars(args)
     state = {name: x for name, x in model.state_dict().items() if not name.endswith(".version")}
@@ -186,7 +186,7 @@ def _checkpoint(
 
 
 def _load_fairseq(file: Path, stored: Dict[str, Any], dictionary: Dictionary) -> Any:
-    """fairseq's own model of a checkpoint, for which it needs a folder with the dictionary."""
+    """Load a checkpoint with fairseq, which needs a folder with the dictionary."""
     with tempfile.TemporaryDirectory() as data:
         write_dictionary(dictionary, Path(data) / DICTIONARY)
         model, _, task = load_model_and_task(str(file), stored, data=data)
@@ -219,7 +219,7 @@ def _tokenizer(
 def _encoder(
     dictionary: Dictionary, sentencepiece_model: Optional[Path], gpt2_bpe: Optional[Path]
 ) -> Any:
-    """What makes symbols' numbers of a line of text as fairseq does: ``<s> ... </s>``."""
+    """A function from a line of text to ids, as in fairseq: ``<s> ... </s>``."""
     cut: Any = str.strip
     if sentencepiece_model is not None:
         from sentencepiece import SentencePieceProcessor
@@ -254,7 +254,7 @@ def _compare(
     """Compare logits of random symbols, and symbols and logits of a text.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the results differ.
     """
     pad, longest = dictionary.pad(), ours.config.max_position_embeddings - 2
     generator = torch.Generator().manual_seed(1)
@@ -304,10 +304,10 @@ def _difference(theirs: Any, ours: Any, ids: Tensor, pad: int) -> float:
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write, which gets its name when it is whole, or else leaves no trace.
+    """Write a folder under a temporary name; rename it when complete, remove it after an error.
 
     Raises:
-        ValueError: something has its name, or its parent does not exist.
+        ValueError: the name is taken, or its parent does not exist.
     """
     if out.exists():
         raise ValueError(f"{out} exists already")

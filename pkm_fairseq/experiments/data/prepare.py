@@ -1,4 +1,4 @@
-"""Tokens: a sentencepiece model, encoded splits, and fairseq's binary data."""
+"""Train a sentencepiece model, encode the splits, and make fairseq's binary data."""
 
 import io
 import shutil
@@ -17,11 +17,11 @@ SPLITS = ("train", "valid", "test")
 def prepare_corpus(documents: Sequence[List[str]], folder: Path, vocabulary: int) -> None:
     """Split a corpus, train sentencepiece on its training text, encode and binarise it.
 
-    Writes ``spm.model``, ``{train,valid,test}.{txt,pieces}`` and ``bin/`` into the folder.
+    It writes ``spm.model``, ``{train,valid,test}.{txt,pieces}`` and ``bin/`` into the folder.
 
     Args:
-        documents: the lines of each.
-        folder: exists.
+        documents: the lines of each document.
+        folder: an existing folder.
         vocabulary: number of sentencepiece pieces.
 
     Raises:
@@ -38,7 +38,7 @@ def prepare_corpus(documents: Sequence[List[str]], folder: Path, vocabulary: int
 
 
 def train_sentencepiece(lines: Sequence[str], vocabulary: int) -> bytes:
-    """Train a unigram sentencepiece model; the contents of its file.
+    """Train a unigram sentencepiece model; return the contents of its file.
 
     Raises:
         ValueError: the text is too small for the vocabulary.
@@ -49,9 +49,9 @@ def train_sentencepiece(lines: Sequence[str], vocabulary: int) -> bytes:
             sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocabulary,
-            hard_vocab_limit=False,  # a small text gets as many as it has
+            hard_vocab_limit=False,  # a small text gets fewer pieces
             character_coverage=0.9999,
-            max_sentence_length=1 << 16,  # bytes; longer lines would be left out
+            max_sentence_length=1 << 16,  # bytes; sentencepiece skips longer lines
             num_threads=2,
             minloglevel=2,
         )
@@ -78,14 +78,14 @@ def binarise(pieces: Dict[str, Path], out: Path, dictionary: Optional[Path] = No
     """Run fairseq-preprocess over encoded splits.
 
     Args:
-        pieces: by split, a file with pieces between spaces.
-        out: gets the data; what it held is gone.
-        dictionary: a file of fairseq's format; None makes that of train.
+        pieces: by split, a file with pieces separated by spaces.
+        out: folder for the data; its old content is deleted.
+        dictionary: a dictionary file of fairseq; None makes one from train.
 
     Raises:
-        ValueError: it failed.
+        ValueError: fairseq-preprocess failed.
     """
-    shutil.rmtree(out, ignore_errors=True)  # fairseq-preprocess replaces no dictionary
+    shutil.rmtree(out, ignore_errors=True)  # fairseq-preprocess does not overwrite a dictionary
     command = [str(Path(sys.executable).parent / "fairseq-preprocess"), "--only-source"]
     command += ["--destdir", str(out), "--workers", "1"]
     command += ["--srcdict", str(dictionary)] if dictionary else []

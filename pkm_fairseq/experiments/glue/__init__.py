@@ -1,1 +1,1 @@
-"""GLUE: preparation of its tasks, finetuning on them, and predictions for its server."""
+"""GLUE: prepare its tasks, finetune on them, and write predictions for its server."""

@@ -1,4 +1,4 @@
-"""What a memory is worth to a finetuned model: dev metrics with it switched off in part."""
+"""Measure how much memories contribute to a finetuned model: dev metrics with ablations."""
 
 from typing import Dict
 
@@ -19,7 +19,7 @@ def dev_metrics(finetuned: Finetuned, task: PreparedTask) -> Dict[str, float]:
         task: its prepared data.
 
     Returns:
-        By metric, of ``valid1`` as ``valid1_accuracy``.
+        Metrics by name; those of ``valid1`` as ``valid1_accuracy``.
     """
     found = {}
     for split in task.dev_splits:
@@ -37,7 +37,7 @@ def dev_metrics(finetuned: Finetuned, task: PreparedTask) -> Dict[str, float]:
 
 
 def ablations(finetuned: Finetuned, task: PreparedTask) -> Dict[str, Dict[str, Dict[str, float]]]:
-    """Dev metrics with memories switched off in part; empty without a memory.
+    """Dev metrics with ablated memories; empty for a model without memory.
 
     Args:
         finetuned: the model.

@@ -1,4 +1,4 @@
-"""Prepared tasks, as ``prepare_glue.py`` leaves them."""
+"""Read prepared tasks, as ``prepare_glue.py`` writes them."""
 
 import json
 from collections import Counter
@@ -20,13 +20,13 @@ class PreparedTask:
     """One task's binarised data.
 
     Attributes:
-        name: of the task.
-        folder: with ``input0``, ``input1``, ``label``.
+        name: the task's name.
+        folder: folder with ``input0``, ``input1``, ``label``.
         labels: in class order; empty for regression.
-        metrics: the official ones; the first selects the checkpoint.
+        metrics: the official metrics; the first selects the checkpoint.
         dev_splits: valid, and valid1 if there are two.
-        n_train: training examples.
-        key: hash of what it was prepared from.
+        n_train: number of training examples.
+        key: hash of the inputs of the preparation.
     """
 
     name: str
@@ -39,23 +39,25 @@ class PreparedTask:
 
     @property
     def is_regression(self) -> bool:
-        """Whether a score is predicted, and not a class."""
+        """Whether the task predicts a score, not a class."""
         return not self.labels
 
     @property
     def positive(self) -> str:
-        """The label that F1 is of: the second."""
+        """The positive label of F1: the second."""
         return self.labels[1]
 
 
 def prepared_tasks(data: Path, names: Optional[Sequence[str]] = None) -> List[PreparedTask]:
-    """The tasks in a folder of prepared data; those of these names, or all of them.
+    """The tasks with these names in a folder of prepared data, or all of them.
 
     Raises:
-        ValueError: there are none, or one of them is not prepared.
+        ValueError: there are none, or a task is not prepared.
     """
     folders = [file.parent.name for file in data.glob("*/task.json")]
-    found = {name for name in folders if "." not in name}  # else left by an interrupted preparation
+    found = {
+        name for name in folders if "." not in name
+    }  # with a dot: left by an interrupted preparation
     if not found:
         raise ValueError(f"--data {data} holds no prepared task: run scripts/prepare_glue.py")
     known = [*(name for name in TASKS if name in found), *sorted(found - set(TASKS))]
@@ -67,10 +69,10 @@ def prepared_tasks(data: Path, names: Optional[Sequence[str]] = None) -> List[Pr
 
 
 def load_dictionary(data: Path, tasks: Sequence[PreparedTask]) -> Dictionary:
-    """The one dictionary of prepared tasks, with ``<mask>``.
+    """The dictionary of all prepared tasks, with ``<mask>``.
 
     Raises:
-        ValueError: two of them have different ones.
+        ValueError: two tasks have different dictionaries.
     """
     files = [task.folder / "input0" / "dict.txt" for task in tasks]
     for file in files:
@@ -88,7 +90,7 @@ def load_dictionary(data: Path, tasks: Sequence[PreparedTask]) -> Dictionary:
 def majority_baseline(task: PreparedTask) -> Dict[str, float]:
     """Dev metrics, in per cent, of always answering the most frequent training label.
 
-    Of a regression that is any constant: its correlations are 0.
+    For a regression the answer is a constant, and its correlations are 0.
     """
     scores: Dict[str, float] = {}
     trained = Counter([] if task.is_regression else targets_of(task, "train"))
@@ -129,7 +131,7 @@ def _read(folder: Path) -> PreparedTask:
 
 
 def targets_of(task: PreparedTask, split: str) -> np.ndarray:
-    """The labels of a split by name, or the scores of a regression, scaled to 0..1, (N,)."""
+    """The names of a split's labels, or a regression's scores, scaled to 0..1, (N,)."""
     folder = task.folder / "label"
     if task.is_regression:
         return np.loadtxt(folder / f"{split}.label", ndmin=1)

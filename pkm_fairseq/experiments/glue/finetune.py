@@ -1,4 +1,4 @@
-"""Finetune pretrained checkpoints on prepared tasks, by fairseq-train, over several seeds."""
+"""Finetune pretrained checkpoints on prepared tasks with fairseq-train, over several seeds."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from .memory import measure_memory
 from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
 from .start import Arm, sha256_of
 
-MINUTES = 300.0  # seconds between two lines about a run where there is no terminal
+MINUTES = 300.0  # seconds between two lines about a run without terminal
 BEST = "checkpoint_best.pt"
 RESULT = "result.json"
 FILES = ("--memory-background", "--memory-finetune-counts")  # flags that name one
@@ -33,17 +33,17 @@ FILES = ("--memory-background", "--memory-finetune-counts")  # flags that name o
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose.
+    """The user's choices.
 
     Attributes:
-        out: gets ``<arm>/<task>/seed<k>/``.
-        seeds: one run for each.
-        preset: as ``presets.load_preset`` reads it.
-        overrides: settings that win over the preset.
-        further: flags of fairseq-train, as they are.
-        workers: runs at once.
-        keep_last: whether finished runs keep what is needed to train on.
-        memory_tokens: dev tokens on which memories are compared; 0 for none.
+        out: folder for ``<arm>/<task>/seed<k>/``.
+        seeds: one run per seed.
+        preset: from ``presets.load_preset``.
+        overrides: settings that override the preset.
+        further: flags for fairseq-train, unchanged.
+        workers: number of parallel runs.
+        keep_last: whether finished runs keep their last checkpoint, to train further.
+        memory_tokens: dev tokens on which to compare memories; 0 for none.
     """
 
     out: Path
@@ -61,14 +61,14 @@ class Finetuning:
     """One finetuning: an arm on a task with a seed.
 
     Attributes:
-        arm: what it starts from.
+        arm: the checkpoint to start from.
         task: the data.
-        seed: of the new head, dropout, and the order of the examples.
-        folder: gets checkpoints, log and result.
-        flags: of fairseq-train, but for the seed and the folder.
-        updates: how many there will be.
-        warmup: how many of them the learning rate rises.
-        key: hash of what decides the result.
+        seed: seed of the new head, dropout, and the order of the examples.
+        folder: folder for checkpoints, log and result.
+        flags: flags of fairseq-train, except the seed and the folder.
+        updates: number of updates.
+        warmup: number of updates in which the learning rate rises.
+        key: hash of all inputs of the result.
     """
 
     arm: Arm
@@ -82,16 +82,16 @@ class Finetuning:
 
     @property
     def name(self) -> str:
-        """Of the run, for the user."""
+        """The run's name, for the user."""
         return f"{self.arm.name} {self.task.name} seed {self.seed}"
 
     @property
     def is_finished(self) -> bool:
-        """Whether its result is there, made with the same settings."""
+        """Whether its result exists and was made with the same settings."""
         return is_finished(self.folder, self.key) and (self.folder / RESULT).is_file()
 
 
-# --- planning: nothing is started before all of it is known to be right -------------------------
+# --- planning: check all runs before starting any -----------------------------------------------
 
 
 def plan(arms: Sequence[Arm], tasks: Sequence[PreparedTask], choices: Choices) -> List[Finetuning]:
@@ -118,7 +118,7 @@ def plan(arms: Sequence[Arm], tasks: Sequence[PreparedTask], choices: Choices) -
 
 
 def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> "tuple[Tuple[str, ...], int, int]":
-    """Flags, number of updates, and of those that warm up."""
+    """Flags, number of updates, and number of warm-up updates."""
     settings = settings_of(choices.preset, task.name, arm.has_memory, choices.overrides)
     ratio = _ratio(settings.pop(WARMUP_RATIO, 0.0))
     fixed, chosen = _fixed_flags(arm, task), [*flags_of(settings), *choices.further]
@@ -128,7 +128,7 @@ def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> "tuple[Tuple[str, .
     schedule = ["--warmup-updates", str(warmup)]
     if args.lr_scheduler == "polynomial_decay":
         schedule += ["--total-num-update", str(updates)]
-    parse_flags([*fixed, *schedule, *chosen])  # not every schedule knows of a warm-up
+    parse_flags([*fixed, *schedule, *chosen])  # not every schedule has a warm-up
     interval = ["--log-interval", str(max(1, updates // 50))]
     return (*fixed, *schedule, *interval, *chosen), updates, warmup
 
@@ -157,7 +157,7 @@ def _ratio(value: Any) -> float:
 
 
 def _fixed_flags(arm: Arm, task: PreparedTask) -> List[str]:
-    """The flags that follow from checkpoint, task and machine."""
+    """The flags that checkpoint, task and machine determine."""
     values = {
         "user-dir": PACKAGE,
         "task": "pkm_sentence_prediction",
@@ -184,7 +184,7 @@ def _fixed_flags(arm: Arm, task: PreparedTask) -> List[str]:
 
 
 def _positive_label(task: PreparedTask) -> Dict[str, str]:
-    """The label that F1 is of, where it is not the option's default."""
+    """The positive label of F1, if it differs from the option's default."""
     is_asked = "f1" in task.metrics and task.positive != "1"
     return {"glue-positive-label": task.positive} if is_asked else {}
 
@@ -193,7 +193,7 @@ def parse_flags(flags: Sequence[str]) -> Any:
     """Parse flags as fairseq-train would.
 
     Raises:
-        ValueError: it would refuse them.
+        ValueError: fairseq-train would refuse them.
     """
     stderr = io.StringIO()
     try:
@@ -205,11 +205,11 @@ def parse_flags(flags: Sequence[str]) -> Any:
 
 
 def count_updates(args: Any) -> int:
-    """How many updates fairseq-train will do, by the batches that it will make of the data."""
+    """The number of updates of fairseq-train, from the batches that it will make."""
     if args.max_epoch is None or args.max_epoch < 1:
         raise ValueError(f"max_epoch is {args.max_epoch}, must be at least 1")
     task = fairseq_tasks.setup_task(args)
-    for split in args.valid_subset.split(","):  # before hours of training rather than after
+    for split in args.valid_subset.split(","):  # checked before hours of training
         task.check(split)
     task.check("train")
     batches = task.get_batch_iterator(
@@ -229,11 +229,11 @@ def count_updates(args: Any) -> int:
 
 
 def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lambda: None) -> None:
-    """Do the runs that are not finished; an interrupted one continues at its last checkpoint.
+    """Do the unfinished runs; an interrupted run continues from its last checkpoint.
 
     Args:
-        runs: as ``plan`` made them.
-        choices: what the user chose.
+        runs: from ``plan``.
+        choices: the user's choices.
         after_each: called when a run is finished.
 
     Raises:
@@ -256,7 +256,7 @@ def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lam
 
 
 def _environment(worker: int, workers: int) -> Dict[str, str]:
-    """Threads of one of several runs at once, and the GPU it is to take."""
+    """Environment of one of several parallel runs: its threads and its GPU."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     n_gpus = torch.cuda.device_count()
@@ -276,7 +276,7 @@ def _show(run: Finetuning, progress: RunsProgress) -> None:
 
 
 def _finish(run: Finetuning, status: int, choices: Choices) -> Dict[str, Any]:
-    """Check what a process left behind, and write the result."""
+    """Check the output of a process, and write the result."""
     best, log = run.folder / BEST, run.folder / LOG
     if status or not best.is_file():
         raise ValueError(f"{run.name} failed with status {status}, see {log}: {last_line(log)}")
@@ -298,7 +298,7 @@ def _finish(run: Finetuning, status: int, choices: Choices) -> Dict[str, Any]:
     }
     write_file(run.folder / RESULT, json.dumps(result, indent=2))
     if not choices.keep_last:
-        for name in (LAST, INITIAL_VALUES):  # large, and only needed to go on
+        for name in (LAST, INITIAL_VALUES):  # large, and only needed to resume
             (run.folder / name).unlink(missing_ok=True)
     finish(run.folder, run.key)
     return result

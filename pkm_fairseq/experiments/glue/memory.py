@@ -1,4 +1,4 @@
-"""What finetuning does to a memory: usage on a task's dev set before and after, and drift."""
+"""Measure how finetuning changes a memory: usage on a task's dev set before and after, drift."""
 
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -24,11 +24,11 @@ def measure_memory(before: Path, after: Path, task: Any, n_tokens: int) -> Dict[
         before: the pretrained checkpoint.
         after: the finetuned one.
         task: fairseq's task of the finetuning.
-        n_tokens: how many; rounded up to whole sentences for the usage.
+        n_tokens: number of tokens; rounded up to whole sentences for the usage.
 
     Returns:
-        ``before`` and ``after``: usage of each memory layer; ``drift``: from one to the other, as
-        ``pkm_fairseq.analysis.drift.drift_of_models`` says.
+        ``before`` and ``after``: usage of each memory layer; ``drift``: see
+        ``pkm_fairseq.analysis.drift.drift_of_models``.
     """
     dictionary = task.source_dictionary
     models = [load_model(_without_heads(file), dictionary, str(file)) for file in (before, after)]

@@ -1,4 +1,4 @@
-"""Predictions of finetuned models: of test sets, and of a user's own sentences."""
+"""Predict with finetuned models: test sets, and a user's own sentences."""
 
 import json
 import re
@@ -29,7 +29,7 @@ HEAD = re.compile(r"classification_heads\.([^.]+)\.out_proj\.weight")
 
 
 class Example(NamedTuple):
-    """Token ids as the model was finetuned on them, and whether they were shortened."""
+    """Token ids in the format of the finetuning, and whether they were shortened."""
 
     tokens: Tensor  # (T,)
     is_shortened: bool
@@ -41,10 +41,10 @@ class Finetuned:
 
     Attributes:
         model: in eval mode.
-        task: fairseq's task that it was finetuned on.
+        task: fairseq's task of the finetuning.
         head: the name of its classification head.
         spec: the GLUE task.
-        labels: what the outputs of the head stand for, in their order; empty for regression.
+        labels: labels of the head's outputs, in order; empty for regression.
     """
 
     model: Any
@@ -57,7 +57,7 @@ class Finetuned:
         """Join one or two sentences, (T,) each with its end, as fairseq's sentence_prediction.
 
         Args:
-            sentences: what is too long is cut off at the end, as ``--shorten-method truncate``.
+            sentences: cut off at the end if too long, like ``--shorten-method truncate``.
         """
         cfg = self.task.cfg
         starts = [cfg.init_token, cfg.separator_token][: len(sentences)]
@@ -71,7 +71,7 @@ class Finetuned:
 
     @torch.no_grad()
     def outputs(self, examples: Sequence[Example], title: str) -> Tensor:
-        """What the head makes of examples, (N, classes) or (N, 1).
+        """The head's outputs for examples, (N, classes) or (N, 1).
 
         Raises:
             ValueError: an output is not finite.
@@ -107,12 +107,12 @@ def load_finetuned(checkpoint: Path, data: Path, spec: TaskSpec) -> Finetuned:
     """Load a finetuned model with its head.
 
     Args:
-        checkpoint: of fairseq-train with (pkm_)sentence_prediction.
+        checkpoint: a checkpoint of fairseq-train with (pkm_)sentence_prediction.
         data: a task's prepared folder.
         spec: the task.
 
     Raises:
-        ValueError: a file is missing, or the checkpoint is not one of this task.
+        ValueError: a file is missing, or the checkpoint belongs to another task.
     """
     _check_prepared(data, spec)
     stored = read_checkpoint(str(checkpoint), "checkpoint")
@@ -154,7 +154,7 @@ def _head(state: Dict[str, Tensor], checkpoint: Path, spec: TaskSpec) -> str:
 
 
 def _check_task(stored: Dict[str, Any], checkpoint: Path, spec: TaskSpec) -> None:
-    """The folder of the training data is named for the task, if it was prepared for GLUE."""
+    """Check the folder name of the training data: for GLUE it is the name of the task."""
     finetuned_on = _training_data(stored).name
     if finetuned_on in TASKS and finetuned_on != spec.name:
         raise ValueError(f"{checkpoint} was finetuned on {finetuned_on}, not on {spec.name}")
@@ -169,11 +169,11 @@ def _training_data(stored: Dict[str, Any]) -> Path:
 def _labels(
     stored: Dict[str, Any], checkpoint: Path, data: Path, spec: TaskSpec
 ) -> Tuple[str, ...]:
-    """What the outputs of the head stand for, in their order.
+    """The labels of the head's outputs, in order.
 
-    The order is that of the label dictionary of the training data, which fairseq-preprocess sorts
-    by frequency. pkm_sentence_prediction stores it; for other checkpoints it is read from the
-    training data if they are still there, else that of the prepared data is assumed.
+    The order is that of the training data's label dictionary, which fairseq-preprocess sorts by
+    frequency. pkm_sentence_prediction stores it. For other checkpoints we read it from the training
+    data if they still exist, else from the prepared data.
     """
     if spec.is_regression:
         return ()
@@ -200,7 +200,7 @@ def best_checkpoint(folder: Path, spec: TaskSpec) -> Path:
     """The checkpoint of the seed with the best first metric on dev.
 
     Args:
-        folder: of a finetuned task, with ``seed*[0-9]/result.json``.
+        folder: folder of a finetuned task, with ``seed*[0-9]/result.json``.
         spec: the task.
 
     Raises:
@@ -230,7 +230,7 @@ def predict_tests(finetuned: Finetuned, data: Path) -> Dict[str, str]:
         data: the task's prepared folder.
 
     Returns:
-        By the name of the file for GLUE's server, its contents; in the order of the test file.
+        File contents by file name for GLUE's server, in the order of the test file.
 
     Raises:
         ValueError: the task was prepared without a test file.
@@ -266,14 +266,14 @@ def predict_lines(finetuned: Finetuned, stream: BinaryIO, tokenizer: Tokenizer) 
 
     Args:
         finetuned: the model.
-        stream: UTF-8, an example a line; the two sentences of a pair are separated by a tab.
-        tokenizer: of the prepared data.
+        stream: UTF-8, one example per line, with a tab between the two sentences of a pair.
+        tokenizer: the tokenizer of the prepared data.
 
     Returns:
         For each line, the label and its probability separated by a tab, or the score.
 
     Raises:
-        ValueError: a line is not UTF-8 or has the wrong number of sentences; there is no line.
+        ValueError: a line is not UTF-8 or has the wrong number of sentences, or there are no lines.
     """
     spec, to_symbols = finetuned.spec, tokenizer.load()
     dictionary = finetuned.task.source_dictionary

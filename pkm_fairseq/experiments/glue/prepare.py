@@ -1,4 +1,4 @@
-"""Preparation: the rows of a task become what fairseq's sentence_prediction reads."""
+"""Prepare tasks: turn their rows into data for fairseq's sentence_prediction."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ from .tasks import TaskSpec
 from .tokenizers import Tokenizer, encode, load_dictionary
 
 CODE = [Path(__file__).with_name(f"{name}.py") for name in ("prepare", "read", "tokenizers")]
-CHUNK = 200  # rows that a worker tokenises at once
+CHUNK = 200  # rows per call of a worker
 
 Ids = List[List[int]]  # of the one or two sentences of a row
 
@@ -35,17 +35,17 @@ def prepare(
     dictionary: Path,
     workers: int = 1,
 ) -> None:
-    """Read, check, tokenise and binarise tasks; what is finished with these inputs is skipped.
+    """Read, check, tokenise and binarise tasks; skip tasks that are finished with these inputs.
 
-    Prints what is done and every warning; shows a progress bar on a terminal.
+    It prints each step and every warning, and shows a progress bar on a terminal.
 
     Args:
-        glue_data: has a folder for each task, as the official download.
-        out: gets a folder for each task, and ``tokenizer/``.
+        glue_data: folder with one folder per task, as in the official download.
+        out: folder for the tasks' folders, and for ``tokenizer/``.
         specs: the tasks.
-        tokenizer: of the pretrained model.
-        dictionary: of the pretrained model.
-        workers: processes that tokenise.
+        tokenizer: the tokenizer of the pretrained model.
+        dictionary: the dictionary of the pretrained model.
+        workers: number of tokenising processes.
 
     Raises:
         ValueError: an option or a file is wrong; finished tasks stay.
@@ -55,7 +55,7 @@ def prepare(
     if not glue_data.is_dir():
         raise ValueError(f"--glue-data {glue_data}: no such folder")
     symbols = load_dictionary(dictionary)
-    tokenizer.load()  # complain now, and not in a worker
+    tokenizer.load()  # raise errors here, not in a worker
     tokenizer.save(out / "tokenizer")
     for spec in specs:
         if not (glue_data / spec.name).is_dir():
@@ -76,7 +76,7 @@ def is_prepared(folder: Path, key: str) -> bool:
     """Whether a task is prepared with these inputs.
 
     Raises:
-        ValueError: the folder is not of our making.
+        ValueError: prepare_glue.py did not make the folder.
     """
     if folder.exists() and not (folder / "task.json").is_file():
         raise ValueError(
@@ -96,7 +96,7 @@ def _prepare_task(
 ) -> None:
     splits, notes = read_task(folder, spec)
     part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "old"))
-    for left in (part, old):  # by an interruption
+    for left in (part, old):  # by an interrupted run
         shutil.rmtree(left, ignore_errors=True)
     inputs = [part / f"input{number}" for number in range(1 + spec.is_pair)]
     for inputs_folder in inputs:
@@ -117,7 +117,7 @@ def _prepare_task(
         )
     _write_description(part, splits, spec, about)
     if out.exists():
-        out.replace(old)  # in one step: half a folder could not be told from somebody else's
+        out.replace(old)  # in one step, since half a folder would look like somebody else's
         print(f"{spec.name}: files or settings changed, prepared again")
     part.replace(out)
     shutil.rmtree(old, ignore_errors=True)
@@ -132,7 +132,7 @@ def _prepare_task(
 def _write_inputs(
     folders: List[Path], split: str, ids: Iterable[Ids], symbols: Dictionary
 ) -> Tuple[int, int]:
-    """Write the sentences of a split; how many symbols they have, and how many unknown ones."""
+    """Write the sentences of a split; return the numbers of symbols and of unknown symbols."""
     builders = [_builder(folder / split, symbols) for folder in folders]
     n_symbols = n_unknown = 0
     for sentences in ids:
@@ -186,7 +186,7 @@ def _write_description(
 
 
 def _majority(splits: Dict[str, Rows]) -> Dict[str, float]:
-    """By dev split, the share of the label that is the most frequent in training."""
+    """By dev split, the share of the most frequent training label."""
     most = int(np.bincount(splits["train"].targets).argmax())
     return {
         split: rows.targets.count(most) / len(rows.targets)
@@ -197,17 +197,19 @@ def _majority(splits: Dict[str, Rows]) -> Dict[str, float]:
 
 # --- tokenising in several processes ----------------------------------------------------------
 
-_worker: Dict[str, Any] = {}  # of this process: its tokenizer and the dictionary
+_worker: Dict[str, Any] = {}  # this process's tokenizer and dictionary
 
 
 @contextmanager
 def _pool(tokenizer: Tokenizer, symbols: Dictionary, workers: int) -> Iterator[Optional[Pool]]:
-    """Processes that tokenise; None if this one does it alone."""
+    """Processes that tokenise; None if only this one does."""
     if workers == 1:
         _start(tokenizer, symbols)
         yield None
         return
-    context = multiprocessing.get_context("fork")  # others would each import torch and fairseq
+    context = multiprocessing.get_context(
+        "fork"
+    )  # other methods would import torch and fairseq in each process
     with context.Pool(workers, _start_worker, (tokenizer, symbols)) as pool:
         yield pool
 

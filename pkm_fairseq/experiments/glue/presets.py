@@ -1,4 +1,4 @@
-"""Hyper-parameters of finetuning: yaml files of fairseq's options, and what overrides them."""
+"""Hyper-parameters of finetuning: yaml files with fairseq's options, and overrides."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
@@ -7,9 +7,9 @@ import yaml
 
 PRESETS = Path(__file__).parent
 PARTS = ("all", "memory", "tasks")
-WARMUP_RATIO = "warmup_ratio"  # the only key that is no option of fairseq-train
+WARMUP_RATIO = "warmup_ratio"  # the only key that is not an option of fairseq-train
 MEMORY_PREFIX = "memory_"
-# what the script decides itself
+# options that the script sets itself
 RESERVED = {
     "data",
     "user_dir",
@@ -36,7 +36,7 @@ def load_preset(name: str) -> Dict[str, Settings]:
             with a memory) and ``tasks`` (by task).
 
     Raises:
-        ValueError: it is missing, no yaml, or has another form.
+        ValueError: it is missing, not yaml, or has another form.
     """
     file = PRESETS / f"{name}.yaml" if "/" not in name and "." not in name else Path(name)
     try:
@@ -60,7 +60,7 @@ def parse_overrides(pairs: Sequence[str]) -> Settings:
     """The settings of ``--set``: ``["lr=1e-4"]``.
 
     Raises:
-        ValueError: a pair is none, or names what the script decides.
+        ValueError: a text is not KEY=VALUE, or names an option that the script sets itself.
     """
     settings = {}
     for pair in pairs:
@@ -73,7 +73,7 @@ def parse_overrides(pairs: Sequence[str]) -> Settings:
 
 
 def check_further(flags: Sequence[str]) -> None:
-    """Refuse further flags of fairseq-train that the script decides itself."""
+    """Refuse further flags of fairseq-train that the script sets itself."""
     names = [flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
     _refuse_reserved(dict.fromkeys(names), "behind --")
 
@@ -87,9 +87,9 @@ def _refuse_reserved(settings: Settings, where: str) -> None:
 def settings_of(
     preset: Dict[str, Settings], task: str, has_memory: bool, overrides: Settings
 ) -> Settings:
-    """The settings of one arm on one task; later ones win: all, memory, task, overrides.
+    """The settings of one arm on one task, in order of priority: overrides, task, memory, all.
 
-    Overrides that begin with ``memory_`` are for arms with a memory only.
+    Overrides that begin with ``memory_`` apply only to arms with a memory.
     """
     settings = {**preset["all"], **(preset["memory"] if has_memory else {})}
     settings |= preset["tasks"].get(task, {})
@@ -102,7 +102,7 @@ def settings_of(
 
 
 def flags_of(settings: Settings) -> List[str]:
-    """Flags of fairseq-train; true is a bare flag, false is none."""
+    """Flags of fairseq-train; true gives a bare flag, false gives none."""
     flags = []
     for key, value in settings.items():
         flag = "--" + key.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Reading the files of a task: every row is read, or reported with its file and line."""
+"""Read the files of a task; report each row that cannot be read, with its file and line."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple, Un
 from .tasks import Columns, SplitFile, TaskSpec
 
 BOM = b"\xef\xbb\xbf"
-MAX_LEFT_OUT = 5  # rows, or one in a thousand, may be malformed
+MAX_LEFT_OUT = 5  # allowed malformed rows; or one in a thousand
 RAW_MRPC_TRAIN, RAW_MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 RAW_MRPC_COLUMNS = Columns(("#1 String", "#2 String"), "Quality", header=True)
 
@@ -22,8 +22,8 @@ class Rows:
     Attributes:
         texts: one or two sentences each.
         targets: class, or score in the task's own range; empty for a test file.
-        indices: of a test file, the index of each row.
-        left_out: malformed rows, as ``file:line: what is wrong``.
+        indices: the index of each row of a test file.
+        left_out: malformed rows, as ``file:line: problem``.
     """
 
     texts: List[Tuple[str, ...]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def n_rows(self) -> int:
-        """Rows of the file, with those left out."""
+        """Rows of the file, including malformed ones."""
         return len(self.texts) + len(self.left_out)
 
 
@@ -41,11 +41,11 @@ def read_task(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]
     """Read all files of a task.
 
     Args:
-        folder: of the task.
+        folder: the task's folder.
         spec: the task.
 
     Returns:
-        Rows by split, and what is worth a warning.
+        Rows by split, and warnings.
 
     Raises:
         ValueError: a file of train or dev is missing; a file has the wrong columns, no rows or
@@ -68,7 +68,7 @@ def read_task(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]
 
 
 def files_of(folder: Path, spec: TaskSpec) -> List[Path]:
-    """The files that ``read_task`` reads, as far as they exist."""
+    """The existing files that ``read_task`` reads."""
     names = [file.name for file in spec.files.values()]
     if spec.name == "MRPC" and _is_raw_mrpc(folder):
         names = [RAW_MRPC_TRAIN, RAW_MRPC_TEST, "dev_ids.tsv"]
@@ -79,13 +79,13 @@ def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep]
     """Read a file of tab-separated columns without quoting.
 
     Args:
-        file: UTF-8, one example a line; may begin with a byte-order mark.
+        file: UTF-8, one example per line; may begin with a byte-order mark.
         columns: its layout; without a label it is a test file.
         spec: the task.
         keep: which rows to read, by line number and fields; None for all.
 
     Raises:
-        ValueError: as ``read_task``.
+        ValueError: see ``read_task``.
     """
     rows, is_test = Rows(), columns.label is None
     lines = _lines(file)
@@ -112,7 +112,7 @@ def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep]
 
 
 def numbered_lines(stream: BinaryIO) -> Iterator[Tuple[int, bytes]]:
-    """Lines, counted from 1, without their ends; only a line feed ends a line."""
+    """Lines with numbers from 1, without line ends; only a line feed ends a line."""
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(BOM) if number == 1 else line
         yield number, line.removesuffix(b"\n").removesuffix(b"\r")
@@ -140,7 +140,7 @@ def split_line(line: bytes, width: Optional[int]) -> List[str]:
     """The tab-separated columns of a line.
 
     Raises:
-        ValueError: it is not UTF-8, or has another number of columns.
+        ValueError: the line is not UTF-8, or has another number of columns.
     """
     try:
         fields = line.decode("utf-8").split("\t")
@@ -208,7 +208,7 @@ def _is_raw_mrpc(folder: Path) -> bool:
 
 
 def _read_raw_mrpc(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[str]]:
-    """Train is divided by GLUE's list of dev pairs; without one, its last tenth is dev."""
+    """Split train by GLUE's list of dev pairs; without the list, the last tenth is dev."""
     train, test, ids = (folder / n for n in (RAW_MRPC_TRAIN, RAW_MRPC_TEST, "dev_ids.tsv"))
     notes = []
     if ids.is_file():

@@ -1,4 +1,4 @@
-"""Results of finetuning: medians over seeds, as json, markdown and on the terminal."""
+"""Results of finetuning: medians over seeds, as JSON, Markdown and on the terminal."""
 
 import json
 import sys
@@ -31,17 +31,17 @@ def collect(
     tasks: Dict[str, Dict[str, Any]],
     results: Sequence[Dict[str, Any]],
 ) -> Dict[str, Any]:
-    """Put the results of runs together.
+    """Combine the results of runs.
 
     Args:
-        arms: ``name`` and whatever else is to be said of each.
+        arms: ``name`` and further entries of each arm.
         tasks: by name ``n_train`` and ``baseline``, dev scores by metric.
         results: the ``result.json`` of each finished run.
 
     Returns:
-        ``note``, ``tasks``, ``arms``: each with ``tasks``, of each of which ``dev`` by metric, as
-        ``summarise`` says, ``seeds``, ``updates`` and ``memory``; and ``average``, None unless
-        all tasks are there.
+        ``note``, ``tasks`` and ``arms``. Each arm has ``tasks``, and each of them ``dev`` by metric
+        (see ``summarise``), ``seeds``, ``updates`` and ``memory``. Each arm also has ``average``,
+        None if a task is missing.
     """
     rows = []
     for arm in arms:
@@ -68,7 +68,7 @@ def _of_seeds(runs: List[Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def memory_rows(results: Dict[str, Any]) -> List[List[str]]:
-    """One row for each arm, task and layer with a memory; numbers are medians over seeds."""
+    """One row per arm, task and memory layer; numbers are medians over seeds."""
     rows = []
     for arm in results["arms"]:
         for task, found in arm["tasks"].items():
@@ -116,7 +116,7 @@ def _average(arm: Dict[str, Any]) -> str:
 
 
 def to_markdown(results: Dict[str, Any]) -> str:
-    """The results as markdown tables: arms are rows."""
+    """The results as Markdown tables, with arms as rows."""
     columns = _columns(results)
     heads = [f"{task} {metric}" for task, metric in columns]
     rows = [
@@ -152,7 +152,7 @@ def write_results(out: Path, results: Dict[str, Any]) -> None:
 
 
 def print_results(results: Dict[str, Any]) -> None:
-    """Print the results: here arms are columns, as there are fewer of them than metrics."""
+    """Print the results, with arms as columns, since there are fewer arms than metrics."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(
         "task", "metric", title=r"GLUE dev, median \[lowest-highest] over seeds, per cent"

@@ -1,4 +1,4 @@
-"""What finetuning starts from: pretrained checkpoints, and their architecture as flags."""
+"""Read the pretrained checkpoints for a finetuning, and their architecture as flags."""
 
 import argparse
 import hashlib
@@ -18,7 +18,7 @@ from ...models.checkpoints import (
     read_checkpoint,
 )
 
-# options of a model that finetuning decides, or that are given in another way
+# model options that finetuning sets, or passes in another way
 NOT_CARRIED = {"init_from", "load_checkpoint_heads", "max_positions", "memory_freeze", "help"}
 
 
@@ -27,9 +27,9 @@ class Arm:
     """A pretrained checkpoint to be finetuned.
 
     Attributes:
-        name: of its folder and row.
+        name: name of its folder and row.
         file: the checkpoint.
-        sha256: of the file.
+        sha256: hash of the file.
         has_memory: whether its model has a memory.
         max_positions: the longest input, in tokens.
         flags: its architecture, as flags of fairseq-train.
@@ -44,15 +44,15 @@ class Arm:
 
 
 def read_arms(texts: Sequence[str], dictionary: Dictionary) -> List[Arm]:
-    """Read the checkpoints of ``[ARM=]FILE`` texts, each of which must fit the dictionary.
+    """Read the checkpoints of ``[ARM=]FILE`` texts; each must fit the dictionary.
 
     Args:
-        texts: without an arm, its name is that of the file's folder.
-        dictionary: of the prepared data, with ``<mask>``.
+        texts: the default name of an arm is that of the file's folder.
+        dictionary: the dictionary of the prepared data, with ``<mask>``.
 
     Raises:
-        ValueError: a file is missing, no checkpoint, no RoBERTa or of another dictionary, or two
-            arms have one name.
+        ValueError: a file is missing, not a checkpoint, not a RoBERTa, or has another dictionary,
+            or two arms have the same name.
     """
     arms: List[Arm] = []
     for text in texts:
@@ -72,7 +72,7 @@ def _read_arm(name: str, file: Path, dictionary: Dictionary) -> Arm:
     options, arch = options_of(checkpoint, "model"), architecture_of(checkpoint)
     if not is_roberta(checkpoint):
         raise ValueError(f"--checkpoint {file} is a model {arch!r}, must be a RoBERTa")
-    if arch not in ARCH_MODEL_REGISTRY:  # of somebody's own user-dir: a name for sizes
+    if arch not in ARCH_MODEL_REGISTRY:  # from another user-dir, where it names sizes
         arch = "pkm_roberta" if has_memory(checkpoint) else "roberta"
     compare_dictionary(checkpoint, dictionary, f"--checkpoint {file}")
     return Arm(
@@ -86,7 +86,7 @@ def _read_arm(name: str, file: Path, dictionary: Dictionary) -> Arm:
 
 
 def arch_flags(arch: str, options: Dict[str, Any]) -> List[str]:
-    """The options of an architecture as flags, so that nobody has to repeat them."""
+    """The options of an architecture as flags, so that users need not repeat them."""
     parser = argparse.ArgumentParser()
     ARCH_MODEL_REGISTRY[arch].add_args(parser)
     flags = ["--arch", arch]
@@ -97,7 +97,7 @@ def arch_flags(arch: str, options: Dict[str, Any]) -> List[str]:
         flag, text = action.option_strings[0], str(value)
         if action.nargs == 0:
             flags.append(flag)
-        else:  # what begins with a dash would be read as a flag, such as --user-dir
+        else:  # argparse would read a value that begins with a dash as a flag
             flags += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return flags
 

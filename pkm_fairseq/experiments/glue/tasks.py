@@ -14,15 +14,15 @@ SPLITS = ("train", "valid", "valid1", "test", "test1")
 
 @dataclass(frozen=True)
 class Columns:
-    """How one kind of file is laid out.
+    """The layout of one kind of file.
 
     Attributes:
-        texts: the columns of the one or two sentences: header names, or 0-based indices where
-            there is no header.
+        texts: the columns of the one or two sentences: header names, or indices from 0 if there is
+            no header.
         label: the column of the label; None in test files.
         header: whether the first line names the columns.
         index: the column of a row's index; None if rows are counted from 0.
-        width: number of columns where there is no header.
+        width: number of columns if there is no header.
     """
 
     texts: Tuple[Union[str, int], ...]
@@ -37,10 +37,10 @@ class SplitFile:
     """The file of one split.
 
     Attributes:
-        name: in the task's folder.
+        name: the file's name in the task's folder.
         columns: its layout.
-        rows: the published number of examples; None if there is none.
-        submission: of a test file, the file of its predictions.
+        rows: the published number of examples; None if unknown.
+        submission: for a test file, the name of its prediction file.
     """
 
     name: str
@@ -56,10 +56,10 @@ class TaskSpec:
     Attributes:
         name: also the name of its folder.
         labels: in class order: class i is ``labels[i]``; empty for regression.
-        label_range: of a regression, else None.
-        metrics: the official ones; the first selects the checkpoint. F1 is that of the second
-            label.
-        files: by split: train, valid, test, and valid1, test1 where there are two.
+        label_range: the range of a regression's scores, else None.
+        metrics: the official metrics; the first selects the checkpoint. The positive label of F1 is
+            the second.
+        files: by split: train, valid, test, and valid1, test1 if there are two.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TaskSpec:
 
     @property
     def is_regression(self) -> bool:
-        """Whether a score is predicted, and not a class."""
+        """Whether the task predicts a score, not a class."""
         return self.label_range is not None
 
     @property
@@ -91,7 +91,7 @@ def _task(
     rows: Tuple[int, int, int],
     label_range: Optional[Tuple[float, float]] = None,
 ) -> TaskSpec:
-    """A task of train.tsv, dev.tsv and test.tsv; ``columns`` are of labelled and of test files."""
+    """A task with train.tsv, dev.tsv and test.tsv; ``columns``: of labelled and of test files."""
     labelled, test = columns
     files = {
         "train": SplitFile("train.tsv", labelled, rows[0]),
@@ -123,7 +123,7 @@ _ENTAILMENT = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
 _COLA = (Columns((3,), 1, header=False, width=4), _tsv(("sentence",), None, "index"))
 
-# Numbers of rows: of the data as gluebenchmark.com serves it (QNLI in its second version).
+# Numbers of rows are those of gluebenchmark.com's data (QNLI in its second version).
 TASKS: Dict[str, TaskSpec] = {
     task.name: task
     for task in (
@@ -169,7 +169,7 @@ def task_names(names: Optional[Sequence[str]]) -> List[TaskSpec]:
     """The tasks of these names, in this order; all nine for None.
 
     Raises:
-        ValueError: there is no task of a name.
+        ValueError: a name is unknown.
     """
     for name in names or ():
         if name not in TASKS:

@@ -13,7 +13,7 @@ from ...memory.files import write_file
 from ..data.prepare import load_sentencepiece
 from ..runs.folders import key_of_files
 
-# by bpe, what its files are called in a prepared folder
+# by bpe, the names of its files in a prepared folder
 FILES: Dict[str, Tuple[str, ...]] = {
     "sentencepiece": ("spm.model",),
     "gpt2": ("encoder.json", "vocab.bpe"),
@@ -34,14 +34,15 @@ class Tokenizer:
 
     @property
     def settings(self) -> Dict[str, str]:
-        """What tells it from another one."""
+        """The settings that identify it."""
         return {"bpe": self.bpe, "sha256": key_of_files(*self.files)}
 
     def load(self) -> Callable[[str], List[str]]:
-        """What turns a sentence into symbols of the dictionary.
+        """A function from a sentence to symbols of the dictionary.
 
         Raises:
-            ValueError: a file is missing or damaged; when called, a sentence cannot be encoded.
+            ValueError: a file is missing or damaged. The function raises it, too, for a sentence
+                that it cannot encode.
         """
         for file in self.files:
             if not file.is_file():
@@ -69,7 +70,7 @@ class Tokenizer:
 
 
 def saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that was saved in a folder.
+    """The tokenizer saved in a folder.
 
     Raises:
         ValueError: there is none.
@@ -85,13 +86,13 @@ def load_dictionary(file: Path) -> Dictionary:
     """Load a dictionary, without the mask that fairseq's tasks add at the end.
 
     Raises:
-        ValueError: the file is missing or no dictionary.
+        ValueError: the file is missing or not a dictionary.
     """
     if not file.is_file():
         raise ValueError(f"dictionary {file}: no such file")
     try:
         return Dictionary.load(str(file))
-    except Exception as error:  # fairseq raises even Exception itself
+    except Exception as error:  # fairseq raises even plain Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"dictionary {file} is not one of fairseq's: {reason}") from None
 

@@ -1,1 +1,1 @@
-"""What every experiment needs: processes, folders, logs, trainings, progress."""
+"""Shared code of the experiments: processes, folders, logs, trainings, progress."""

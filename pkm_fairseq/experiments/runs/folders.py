@@ -1,4 +1,4 @@
-"""Folders that know which settings they were made with, so that no stale one is reused."""
+"""Folders that store the settings they were made with, so that no stale folder is reused."""
 
 import hashlib
 import json
@@ -29,20 +29,20 @@ def key_of_code(*parts: str) -> str:
 
 
 def begin(folder: Path, key: str) -> bool:
-    """Make a folder ready for a step.
+    """Prepare a folder for a step.
 
-    What the same settings have begun is kept, to be continued; what others made is moved away,
-    to a folder ``*.old``, where only the latest is kept.
+    If the step started with the same settings, the folder stays, and the step continues. Otherwise
+    the old folder becomes ``*.old``, replacing an earlier ``*.old``.
 
     Args:
-        folder: made if needed.
-        key: hash of everything that decides what the step makes.
+        folder: created if needed.
+        key: hash of all inputs of the step.
 
     Returns:
         Whether there is work to do; False if the step is finished.
 
     Raises:
-        ValueError: the folder holds files that are not this program's.
+        ValueError: the folder holds files of another program.
     """
     made_with = _made_with(folder)
     if made_with.get("key") == key:
@@ -60,12 +60,12 @@ def begin(folder: Path, key: str) -> bool:
 
 
 def is_finished(folder: Path, key: str) -> bool:
-    """Whether the folder holds what a finished step made with these settings."""
+    """Whether the folder holds the result of a finished step with these settings."""
     return _made_with(folder) == {"key": key, "finished": True}
 
 
 def finish(folder: Path, key: str) -> None:
-    """Say that a step is finished."""
+    """Mark a step as finished."""
     _mark(folder, key, finished=True)
 
 

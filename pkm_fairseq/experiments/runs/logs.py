@@ -1,4 +1,4 @@
-"""What fairseq-train logged as JSON lines."""
+"""Read the JSON lines in logs of fairseq-train."""
 
 import json
 import re
@@ -7,13 +7,13 @@ from typing import Dict, List
 
 
 def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
-    """The numbers logged under a tag, by the number of finished updates, in their order.
+    """The numbers logged under a tag, by the number of finished updates, in order.
 
-    What an interrupted run logged and its continuation logged again counts once.
+    Lines that an interrupted run and its continuation both logged count once.
 
     Args:
         file: a log; a missing one counts as empty.
-        tag: ``train_inner``, ``train`` or a validation subset; the prefix ``<tag>_`` is taken off.
+        tag: ``train_inner``, ``train`` or a validation subset; the prefix ``<tag>_`` is removed.
     """
     if not file.is_file():
         return {}
@@ -23,18 +23,18 @@ def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
         numbers = {
             name.removeprefix(f"{tag}_"): float(number)
             for name, number in json.loads(text).items()
-            if number is not None  # what was logged before, but not since
+            if number is not None  # numbers logged before, but not again
         }
         found[int(numbers["num_updates"])] = numbers
     return dict(sorted(found.items()))
 
 
 def read_log(file: Path, tag: str) -> List[Dict[str, float]]:
-    """The numbers of ``logged_by_update``, one dict for each logged update."""
+    """The numbers of ``logged_by_update``, one dict per logged update."""
     return list(logged_by_update(file, tag).values())
 
 
 def last_line(file: Path) -> str:
-    """What a process said last."""
+    """The last line of a process's output."""
     lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""Child processes: started, waited for and interrupted in one way, and never left behind."""
+"""Start, await and interrupt child processes, and never leave one running."""
 
 import contextlib
 import fcntl
@@ -13,14 +13,14 @@ from types import FrameType
 from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
 
 POLL = 0.05  # seconds
-PATIENCE = 10.0  # seconds that a process has to end by itself
+PATIENCE = 10.0  # seconds for a process to end by itself
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Child:
-    """A process and all that it starts.
+    """A process and all processes that it starts.
 
-    It has a session of its own: Ctrl-C reaches nobody but its parent, who ends it.
+    It has its own session, so Ctrl-C reaches only its parent, which then ends it.
 
     Args:
         process: started with ``start_new_session``.
@@ -31,18 +31,18 @@ class Child:
 
     @property
     def status(self) -> Optional[int]:
-        """Its exit status; None while it runs. What it leaves behind is ended."""
+        """Its exit status; None while it runs. This also ends processes that it left running."""
         if self.process.returncode is None and self.process.poll() is not None:
             self.send(signal.SIGKILL)
         return self.process.returncode
 
     def send(self, signum: int) -> None:
-        """Send a signal to the process and all that it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
+        """Send a signal to the process and all processes that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no process is left
             os.killpg(self.process.pid, signum)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it immediately."""
         self.send(signal.SIGKILL)
         self.process.wait()
 
@@ -50,10 +50,10 @@ class Child:
 class Children:
     """Child processes that all end with this context.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt, as Ctrl-C always does, but for two things. While a
-    child is started or ended they wait, so that none is forgotten. And they are remembered: Python
-    drops an exception that is raised in a destructor or a callback, and libraries catch any;
-    what is lost this way is raised again by the next ``check`` or ``pause``, or at the end.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt, with two differences from Python's behaviour. They
+    wait while a child is started or ended, so that no child is lost. They are also stored: Python
+    drops exceptions in destructors and callbacks, and libraries may catch them. The next ``check``
+    or ``pause``, or the end of the context, raises a lost interrupt again.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,9 @@ class Children:
         self._handlers: Dict[int, Any] = {}
 
     def __enter__(self) -> "Children":
-        if threading.current_thread() is threading.main_thread():  # no other one gets signals
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # only the main thread gets signals
             self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
             for number, handler in self._handlers.items():
                 if handler != signal.SIG_IGN:
@@ -84,7 +86,7 @@ class Children:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        """What must not be interrupted."""
+        """Hold back interrupts while the context is open."""
         self._is_held = True
         try:
             yield
@@ -104,10 +106,10 @@ class Children:
 
         Args:
             command: the program and its arguments.
-            out: gets what it prints.
-            err: gets its errors (default: ``out`` does).
-            environment: variables that it has besides our own.
-            lock: a file that is locked as long as the process lives.
+            out: file for its output.
+            err: file for its errors (default: ``out``).
+            environment: variables in addition to our own.
+            lock: a file to lock while the process lives.
 
         Raises:
             ValueError: another process holds the lock.
@@ -147,7 +149,7 @@ class Children:
 
 
 def end_all(children: Sequence[Child], patience: float = PATIENCE) -> None:
-    """End processes and all that they started: SIGTERM, then SIGKILL for those that stay."""
+    """End processes and all that they started: SIGTERM, then SIGKILL if they still run."""
     running = [child for child in children if child.status is None]
     for child in running:
         child.send(signal.SIGTERM)
@@ -161,14 +163,14 @@ def end_all(children: Sequence[Child], patience: float = PATIENCE) -> None:
 def run_to_end(
     command: Sequence[str], environment: Optional[Dict[str, str]] = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command; an interrupt ends it and all that it started.
+    """Run a command; an interrupt ends it and all processes that it started.
 
     Args:
         command: the program and its arguments.
-        environment: variables that it has besides our own.
+        environment: variables in addition to our own.
 
     Returns:
-        Its exit status, and what it printed.
+        Its exit status and its output.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with Children() as children:

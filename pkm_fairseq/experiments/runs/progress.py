@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, else a line now and then."""
+"""Show progress: bars on a terminal, otherwise a line at intervals."""
 
 import time
 from typing import Dict
@@ -9,19 +9,19 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 
 def progress_bars() -> Progress:
-    """Bars on standard error; nothing where that is no terminal."""
+    """Bars on standard error; nothing if that is not a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class RunsProgress:
-    """Shows which runs are on, how far they are, and how good; a context manager.
+    """Shows the current runs, their progress and their scores; a context manager.
 
     Args:
-        n_runs: how many there are.
-        n_finished: how many of them are finished already.
-        interval: seconds between two lines about a run where there is no terminal.
+        n_runs: number of runs.
+        n_finished: number of runs that are already finished.
+        interval: seconds between two lines about a run, without a terminal.
     """
 
     def __init__(self, n_runs: int, n_finished: int = 0, interval: float = 30.0) -> None:
@@ -49,7 +49,7 @@ class RunsProgress:
         self._bars.stop()
 
     def show(self, run: str, updates: int, total: int, state: str) -> None:
-        """Show how far a run is."""
+        """Show the progress of a run."""
         if run not in self._running:
             self._running[run] = self._bars.add_task(run, total=total, state="")
             self._told[run] = time.monotonic()
@@ -60,7 +60,7 @@ class RunsProgress:
             self._say(f"  {run:<10} {updates}/{total} updates, {state}")
 
     def end(self, run: str, state: str) -> None:
-        """Say that a run is finished."""
+        """Mark a run as finished."""
         if run in self._running:
             self._bars.remove_task(self._running.pop(run))
         self._n_finished += 1

@@ -1,4 +1,4 @@
-"""Trainings by fairseq-train, several at a time, each in a folder with its log and its lock."""
+"""Run several trainings of fairseq-train in parallel, each in a folder with a log and a lock."""
 
 import sys
 from pathlib import Path
@@ -23,15 +23,15 @@ def run_all(
     finish: Callable[[Run, int], None],
     is_ready: Callable[[Run], bool] = lambda run: True,
 ) -> None:
-    """Do runs in the given order, some at a time; all are stopped if one fails.
+    """Do runs in the given order, several in parallel; stop all if one fails.
 
     Args:
-        runs: what is to be done.
-        workers: how many at a time.
-        start: starts a run; it is also given which of the workers does it, from 0.
-        show: called now and then while a run is on, and when it has ended.
-        finish: called with the exit status of an ended run; raises if it failed.
-        is_ready: whether a run can be started yet.
+        runs: the runs.
+        workers: number of parallel runs.
+        start: starts a run; also receives the number of its worker, from 0.
+        show: called at intervals during a run, and after its end.
+        finish: called with the exit status of an ended run; raises if the run failed.
+        is_ready: whether a run can start yet.
     """
     waiting: List[Run] = list(runs)
     running: Dict[int, Tuple[Run, Child]] = {}  # by worker
@@ -44,7 +44,7 @@ def run_all(
                     running[min(idle)] = run, start(children, run, min(idle))
             children.pause(POLL)
             for worker, (run, child) in list(running.items()):
-                status = child.status  # before its log is read to the end
+                status = child.status  # before reading the end of its log
                 show(run)
                 if status is not None:
                     del running[worker]
@@ -57,10 +57,10 @@ def start_training(
     """Start fairseq-train.
 
     Args:
-        children: the process is one of these.
-        folder: gets checkpoints and the log, and is locked as long as the process lives.
-        flags: of fairseq-train, but for the folder.
-        environment: variables that the process has besides our own.
+        children: adds the process to these.
+        folder: folder for checkpoints and the log, locked while the process lives.
+        flags: flags of fairseq-train, except the folder.
+        environment: variables in addition to our own.
 
     Raises:
         ValueError: another process trains in this folder.
@@ -72,7 +72,7 @@ def start_training(
 
 
 def updates_of(checkpoint: Path) -> int:
-    """Number of updates that a checkpoint has seen, without those of what it was started from."""
+    """Number of updates of a checkpoint, without those of the checkpoint it started from."""
     history = read_checkpoint(str(checkpoint), "checkpoint")["optimizer_history"]
     updates: int = history[-1]["num_updates"]
     return updates
