@@ -30,7 +30,7 @@ def kept(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, 
     options += ["--memory-value-lr", "1e-2", "--max-update", UPDATES, "--disable-validation"]
     script = Path(__file__).with_name("recorded_training.py")
     command = [sys.executable, script, folder / "kept.pt", data_bin, *TRAIN, *MASKED_LM, *MODEL]
-    run_well(*command, *options, env={"PYTHONPATH": str(ROOT)})
+    run_well(*command, *options, cwd=folder, env={"PYTHONPATH": str(ROOT)})
     found: Dict[str, Any] = torch.load(folder / "kept.pt", weights_only=True)
     return found
 
