@@ -9,7 +9,7 @@ from . import plugin as _plugin
 from .plugin import register
 
 __all__ = ["register"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _plugin.check_name(__name__)
 __path__ = _plugin.Places(__path__)
