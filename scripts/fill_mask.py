@@ -7,7 +7,7 @@ from pathlib import Path
 from _script import run
 
 from pkm_fairseq.experiments.data.prepare import load_sentencepiece
-from pkm_fairseq.experiments.demo.evaluate import fill_mask, load
+from pkm_fairseq.experiments.demo.evaluate import Words, fill_mask, load
 
 
 def main() -> None:
@@ -28,9 +28,14 @@ def main() -> None:
         metavar="FOLDER",
         help="folder with spm.model and bin/dict.txt (default: %(default)s)",
     )
+    parser.add_argument(
+        "--words",
+        action="store_true",
+        help="pieces are words between spaces, as in the demo's facts; no spm.model is needed",
+    )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
-    tokenizer = load_sentencepiece(args.data / "spm.model")
+    tokenizer = Words() if args.words else load_sentencepiece(args.data / "spm.model")
     model = load(args.checkpoint, args.data / "bin")
     for piece, probability in fill_mask(model, tokenizer, args.sentence, args.top):
         print(f"{100 * probability:5.1f} %  {piece.strip()}")

@@ -92,6 +92,27 @@ def test_the_search_of_both_memories_is_validated(finished: "tuple[Path, Run]") 
     assert (finished[0] / "report.html").read_text().count("<td>exact</td>") == 2
 
 
+def test_both_arms_are_asked_for_facts(finished: "tuple[Path, Run]") -> None:
+    out, facts = finished[0], report_of(finished[0])["facts"]
+    assert [arm["arm"] for arm in facts["arms"]] == ["plain", "resm_init"]
+    for arm in facts["arms"]:
+        updates = load(Path(arm["checkpoint"]))["optimizer_history"][-1]["num_updates"]
+        assert updates == facts["updates"] // (2 if arm["arm"] == "resm_init" else 1)
+        assert arm["people"] == facts["people"] == 100 and ("zeroed" in arm) == ("memory" in arm)
+        assert f"{100 * arm['by_name']['recall']:.1f}&nbsp;%" in (out / "report.html").read_text()
+    assert "memory" in facts["arms"][1]
+    assert "facts/plain/checkpoint10.pt" in (out / "facts/resm_init/train.log").read_text()
+    assert "recall of facts about 100 people: plain RoBERTa" in finished[1].output.replace(
+        "\n", " "
+    )
+    (answer, share), *_ = facts["example"]["top"]["resm_init"]
+    filled = run_well(
+        *(sys.executable, SCRIPTS / "fill_mask.py", facts["example"]["sentence"], "--words"),
+        *("--data", out / "facts/data", "--checkpoint", out / "facts/resm_init/checkpoint_last.pt"),
+    ).output.splitlines()
+    assert filled[-5].split() == [f"{100 * share:.1f}", "%", answer]
+
+
 def test_the_page_needs_no_network(finished: "tuple[Path, Run]") -> None:
     page = (finished[0] / "report.html").read_text()
     assert page.count("<svg") == 4
@@ -125,6 +146,8 @@ def test_an_interrupted_demo_continues_to_the_same_end(
     whole, continued = report_of(finished[0]), report_of(out)
     assert [arm["ppl"] for arm in continued["arms"]] == [arm["ppl"] for arm in whole["arms"]]
     assert [arm["memory"] for arm in continued["arms"]] == [arm["memory"] for arm in whole["arms"]]
+    recalls = [[arm["by_name"] for arm in report["facts"]["arms"]] for report in (whole, continued)]
+    assert recalls[0] == recalls[1]
 
 
 def test_masks_are_filled(finished: "tuple[Path, Run]") -> None:

@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -33,6 +33,17 @@ class Loaded(NamedTuple):
 
     model: Any
     task: MaskedLMTask
+
+
+class Words:
+    """The tokenizer of a text whose pieces are words between spaces."""
+
+    def encode(self, text: str, out_type: type = str) -> List[str]:
+        """The words of a text."""
+        return text.split()
+
+
+Tokenizer = Union[SentencePieceProcessor, Words]
 
 
 class Result(NamedTuple):
@@ -179,7 +190,7 @@ def parameter_count(model: Any) -> int:
 
 @torch.no_grad()
 def fill_mask(
-    loaded: Loaded, tokenizer: SentencePieceProcessor, sentence: str, top: int = 5
+    loaded: Loaded, tokenizer: Tokenizer, sentence: str, top: int = 5
 ) -> List[Tuple[str, float]]:
     """The most probable pieces at ``<mask>``, with their probabilities.
 
@@ -207,7 +218,7 @@ def fill_mask(
     ]
 
 
-def encode_masked(loaded: Loaded, tokenizer: SentencePieceProcessor, sentence: str) -> Tensor:
+def encode_masked(loaded: Loaded, tokenizer: Tokenizer, sentence: str) -> Tensor:
     """The token ids, (1, T), of a sentence with one ``<mask>``; fails as ``fill_mask``."""
     before, mask, after = sentence.partition("<mask>")
     if not mask or "<mask>" in after:
@@ -229,7 +240,7 @@ def encode_masked(loaded: Loaded, tokenizer: SentencePieceProcessor, sentence: s
     return torch.tensor([ids])
 
 
-def _continue(tokenizer: SentencePieceProcessor, text: str) -> Iterator[str]:
+def _continue(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     """Pieces of text in the middle of a sentence: no word starts where there is no space."""
     pieces = tokenizer.encode(text, out_type=str)
     if pieces and not text[:1].isspace():

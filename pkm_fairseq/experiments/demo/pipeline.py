@@ -22,6 +22,7 @@ from .evaluate import (
     scored,
     unigram_perplexity,
 )
+from .facts import read_facts, run_facts
 from .presets import ARMS, Preset
 from .train import HALF, train_arms
 
@@ -62,6 +63,7 @@ def run_demo(
     train_arms(preset, out / "data", out / "arms")
     if validate:
         validate_arms(validate, out)
+    run_facts(preset, out)
     return report(out, preset)
 
 
@@ -135,7 +137,8 @@ def report(out: Path, preset: Preset) -> Dict[str, Any]:
 
     evaluation = evaluate_arms(preset, out / "data", out / "arms", out / "evaluation")
     title = (out / "data" / TITLE).read_text(encoding="utf-8")
-    return write_page(out, {**evaluation, "validation": _verdicts(out)}, preset, title)
+    found = {**evaluation, "validation": _verdicts(out), "facts": read_facts(preset, out)}
+    return write_page(out, found, preset, title)
 
 
 def check_files(files: Sequence[Path]) -> None:

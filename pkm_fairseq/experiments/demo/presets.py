@@ -8,6 +8,25 @@ TITLES = {"plain": "plain RoBERTa", "resm_init": "ResM + INIT", "pkm": "PKM"}
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Settings of the part on facts; all our choice, found by measurement.
+
+    Attributes:
+        people: to learn; a multiple of 512, or fewer.
+        updates: of plain; ResM + INIT starts after half of them.
+        n_keys: the memory has so many squared slots.
+        lr: of all but values.
+        value_lr: of values.
+    """
+
+    people: int
+    updates: int
+    n_keys: int
+    lr: float = 5e-3
+    value_lr: float = 1e-2
+
+
+@dataclass(frozen=True)
 class Preset:
     """Settings of one demo; all our choice, found by measurement on 2 CPU cores.
 
@@ -16,10 +35,12 @@ class Preset:
         interval: updates between two validations, each of which also saves a checkpoint.
         model: sizes that all arms share, as fairseq flags.
         memory: settings of the memories, as flags.
+        facts: the part on facts, which is of models of its own.
     """
 
     half: int
     interval: int
+    facts: Facts
     vocabulary: int = 1000
     tokens_per_sample: int = 32
     batch_size: int = 64
@@ -51,10 +72,11 @@ class Preset:
 
 
 PRESETS = {
-    "default": Preset(half=2000, interval=250),
+    "default": Preset(half=2000, interval=250, facts=Facts(people=2000, updates=1000, n_keys=128)),
     "quick": Preset(
         half=60,
         interval=20,
+        facts=Facts(people=100, updates=20, n_keys=32),
         vocabulary=300,
         batch_size=32,
         warmup=10,

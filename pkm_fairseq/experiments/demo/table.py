@@ -6,6 +6,7 @@ from typing import Any, Dict, List
 from rich.console import Console
 from rich.table import Table
 
+from .facts import summary
 from .presets import TITLES
 
 
@@ -16,6 +17,8 @@ def print_report(report: Dict[str, Any]) -> None:
     for found in report["validation"]:
         verdict = "exact" if found["exact"] else "NOT EXACT"
         console.print(f"{TITLES[found['arm']]}: search {verdict} by FAISS", highlight=False)
+    if report["facts"]:
+        console.print(summary(report["facts"]), highlight=False)
     for example in report["fill_mask"][:1]:
         console.print(f"{example['sentence']}  (text: {example['answer']})", markup=False)
         for arm, answers in example["top"].items():

@@ -1,23 +1,18 @@
 """The arms of the study, their options, and which runs there are in which order."""
 
-import math
-import shlex
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
-BATCH_SIZE = 512  # people
-COMMON = shlex.split(f"""--task pkm_masked_lm --sample-break-mode eos --tokens-per-sample 8
-    --max-positions 8 --batch-size {BATCH_SIZE} --mask-prob 0.3 --encoder-layers 2
-    --encoder-attention-heads 4 --dropout 0 --attention-dropout 0 --adam-betas (0.9,0.98)
-    --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0 --lr-scheduler polynomial_decay
-    --num-workers 0 --cpu --log-format json --log-interval 100 --validate-interval 1000000
-    --no-save-optimizer-state""")
-MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 1
-    --memory-heads 4 --memory-k-dim 64""")
-PLAIN = shlex.split("--arch roberta --criterion masked_lm --optimizer adam")
+from pkm_fairseq.experiments.facts.training import (
+    COMMON,
+    PLAIN,
+    epoch_of,
+    memory_flags,
+    schedule,
+)
+
 WIDTHS = {"plain": (64, 128), "wide": (64, 480), "plain2": (128, 256), "plain4": (256, 512)}
 MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")
-KNN = 32
 
 EDGES = {1e-3: 5e-4, 5e-3: 1e-2}  # where the best rate is the first or last, the next one
 VALUE_EDGES = {3e-3: 1e-3, 3e-2: 1e-1}
@@ -83,31 +78,18 @@ class Run:
         """Those of its own."""
         return self.updates // 2 if self.start else self.updates
 
-    @property
-    def epoch(self) -> int:
-        """Updates of an epoch."""
-        return math.ceil(self.people / BATCH_SIZE)
-
     def flags(self) -> List[str]:
-        """Options of fairseq-train, but for paths.
-
-        The learning rate rises for a twentieth of the updates, and falls in a straight line to 0.
-        With INIT it goes on where that of the start is at its half.
-        """
+        """Options of fairseq-train, but for paths."""
         width, ffn = WIDTHS.get(self.arm, WIDTHS["plain"])
-        warm_up = self.updates // 20
-        lr = self.lr * self.own_updates / (self.updates - warm_up) if self.start else self.lr
+        rates = schedule(self.updates, self.lr, self.start is not None)
         flags = [*COMMON, "--encoder-embed-dim", str(width), "--encoder-ffn-embed-dim", str(ffn)]
-        flags += ["--lr", str(lr), "--warmup-updates", str(0 if self.start else warm_up)]
-        flags += ["--max-update", str(self.own_updates)]
-        flags += ["--total-num-update", str(self.own_updates), "--seed", str(self.seed)]
-        flags += ["--save-interval", str(self.updates // 4 // self.epoch)]
+        flags += [part for pair in rates.items() for part in pair]
+        flags += ["--seed", str(self.seed)]
+        flags += ["--save-interval", str(self.updates // 4 // epoch_of(self.people))]
         if not self.n_keys:
             return [*flags, *PLAIN]
         arch = "pkm_roberta_tiny" if self.arm.startswith("pkm") else "resm_roberta_tiny"
-        flags += ["--arch", arch, *MEMORY, "--memory-n-keys", str(self.n_keys)]
-        knn = min(KNN, self.n_keys)
-        return [*flags, "--memory-knn", str(knn), "--memory-value-lr", str(self.value_lr)]
+        return [*flags, *memory_flags(arch, self.n_keys, self.value_lr)]
 
 
 Results = Dict[Run, float]  # recall by name of finished runs

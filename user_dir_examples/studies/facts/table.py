@@ -13,13 +13,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from arms import KNN, MEMORIES, SIZES, WIDTHS, Run, Size, chosen
+from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
+from pkm_fairseq.experiments.facts.training import KNN
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
@@ -225,15 +226,22 @@ def draw_charts(found: Found, size: Size, folder: Path) -> None:
         runs = [chosen(size, recalls, arm, seed=seed) for seed in size.seeds]
         return [run for run in runs if run in found]
 
+    def recalls_on_the_way(run: Run) -> Dict[int, float]:
+        way = {int(at): part["by_name"]["recall"] for at, part in found[run]["way"].items()}
+        if run.start in found:
+            half = run.updates // 2
+            way[half] = recalls_on_the_way(run.start)[half]
+        return dict(sorted(way.items()))
+
     def over_updates(axes: Axes) -> None:
         for arm in arms:
             for run in runs_of(arm):
-                way = {int(at): asked for at, asked in found[run]["way"].items()}
-                axes.plot(list(way), [asked["by_name"]["recall"] for asked in way.values()],
-                          color=colours[arm], marker="o", markersize=3, linewidth=1.5,
-                          label=arm if run.seed == size.seeds[0] else None)  # fmt: skip
+                way = recalls_on_the_way(run)
+                label = arm if run.seed == size.seeds[0] else None
+                axes.plot(list(way), list(way.values()), color=colours[arm], marker="o",
+                          markersize=3, linewidth=1.5, label=label)  # fmt: skip
         axes.set(xlabel="updates, those of the start counted", ylabel="recall by name")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
 
     def over_compute(axes: Axes) -> None:
@@ -242,7 +250,7 @@ def draw_charts(found: Found, size: Size, folder: Path) -> None:
             axes.scatter([multiply_adds(run) for run in runs], [recalls[run] for run in runs],
                          color=colours[arm], label=arm, s=28)  # fmt: skip
         axes.set(xlabel="multiply-adds per token", ylabel="recall by name", xscale="log")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
 
     for name, plot in (("over_updates", over_updates), ("over_compute", over_compute)):

@@ -12,6 +12,7 @@ from arms import SIZES, WAVES, Results, Run
 from pkm_fairseq.experiments.demo.evaluate import load, parameter_count
 from pkm_fairseq.experiments.facts.people import prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
+from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish
 from pkm_fairseq.experiments.runs.logs import last_line, read_log
 from pkm_fairseq.experiments.runs.processes import Child, Children
@@ -25,7 +26,7 @@ FOLLOWED = 2000  # people whose recall is measured on the way
 
 def half_of(folder: Path, run: Run) -> Path:
     """The checkpoint of a run after half of its updates."""
-    return folder / f"checkpoint{run.updates // 2 // run.epoch}.pt"
+    return folder / f"checkpoint{run.updates // 2 // epoch_of(run.people)}.pt"
 
 
 def data_of(out: Path, people: int) -> Path:
@@ -50,7 +51,7 @@ def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
     for file in folder.glob("checkpoint[0-9]*.pt"):
         asked = measure(load(file, data).model, mask, people[:FOLLOWED])
         asked.pop("memory", None)
-        updates = int(file.stem.removeprefix("checkpoint")) * run.epoch
+        updates = int(file.stem.removeprefix("checkpoint")) * epoch_of(run.people)
         way[updates + run.updates - run.own_updates] = asked
     found["way"] = dict(sorted(way.items()))
     return found

@@ -1,0 +1,46 @@
+"""The options of fairseq-train for models that learn people."""
+
+import math
+import shlex
+from typing import Dict, List
+
+BATCH_SIZE = 512  # people
+COMMON = shlex.split(f"""--task pkm_masked_lm --sample-break-mode eos --tokens-per-sample 8
+    --max-positions 8 --batch-size {BATCH_SIZE} --mask-prob 0.3 --encoder-layers 2
+    --encoder-attention-heads 4 --dropout 0 --attention-dropout 0 --adam-betas (0.9,0.98)
+    --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0 --lr-scheduler polynomial_decay
+    --num-workers 0 --cpu --log-format json --log-interval 100 --validate-interval 1000000
+    --no-save-optimizer-state""")
+PLAIN = shlex.split("--arch roberta --criterion masked_lm --optimizer adam")
+MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 1
+    --memory-heads 4 --memory-k-dim 64""")
+KNN = 32
+
+
+def epoch_of(people: int) -> int:
+    """Updates of an epoch."""
+    return math.ceil(people / BATCH_SIZE)
+
+
+def schedule(updates: int, lr: float, starts_at_half: bool) -> Dict[str, str]:
+    """The learning rate: it rises for a twentieth of the updates, and falls in a line to 0.
+
+    Args:
+        updates: of the whole schedule.
+        lr: its highest rate.
+        starts_at_half: for a model with INIT, which goes on where its start is at its half.
+    """
+    warm_up = updates // 20
+    own = updates // 2 if starts_at_half else updates
+    return {
+        "--lr": str(lr * own / (updates - warm_up) if starts_at_half else lr),
+        "--warmup-updates": str(0 if starts_at_half else warm_up),
+        "--max-update": str(own),
+        "--total-num-update": str(own),
+    }
+
+
+def memory_flags(arch: str, n_keys: int, value_lr: float) -> List[str]:
+    """The options of a memory, in place of ``PLAIN``."""
+    sizes = ["--memory-n-keys", str(n_keys), "--memory-knn", str(min(KNN, n_keys))]
+    return ["--arch", arch, *MEMORY, *sizes, "--memory-value-lr", str(value_lr)]
