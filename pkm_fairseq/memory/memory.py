@@ -15,6 +15,11 @@ from .run import RunState, is_repeated
 from .search import draw_kept_keys, product_topk, product_topk_of
 from .sharding import ColumnShards
 
+WATCHED = (
+    "observers are shown look-ups outside of the graphs of torch.compile: compile without "
+    "fullgraph=True, or empty memory.observers"
+)
+
 
 class ProductKeyMemory(nn.Module):
     """A product-key memory (Lample et al. 2019).
@@ -101,7 +106,7 @@ class ProductKeyMemory(nn.Module):
             return read
         seen = Observation(x, padding_mask, slots, weights, self.training, self.run)
         if self.observers:
-            (outside_graphs(self._show) if is_compiled() else self._show)(seen)
+            (outside_graphs(self._show, WATCHED) if is_compiled() else self._show)(seen)
         return (read, seen.lookup()) if return_lookup else read
 
     def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:

@@ -119,7 +119,9 @@ class BatchQueryNorm(nn.Module):
         group = self.run.group() if takes_statistics else None
         if group is not None:
             return self._normalise_with_workers(at_least_float32(query), group)
-        return self._normalise(query, takes_statistics and len(query) > 1)
+        if takes_statistics and len(query) < 2:  # a branch, since a graph may know no bool
+            takes_statistics = False
+        return self._normalise(query, takes_statistics)
 
     def _normalise(self, query: Tensor, use_batch: bool) -> Tensor:
         mean, var = at_least_float32(self.running_mean), at_least_float32(self.running_var)

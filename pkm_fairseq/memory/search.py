@@ -38,8 +38,12 @@ def product_topk(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]
     dtype = torch.promote_types(compute_dtype(query.dtype), compute_dtype(keys.dtype))
     tokens = query.reshape(-1, *query.shape[-3:]).to(dtype)  # (N, H, 2, D)
     keys = keys.to(dtype)
-    search = _Search.apply if is_plain(tokens, keys) else _search
-    scores, slots, *_ = search(tokens, keys, knn)  # (N, H, K)
+    if is_plain(tokens, keys):
+        scores, slots = _Search.apply(tokens, keys, knn)  # type: ignore[no-untyped-call]
+    elif kernels.is_in_graph(tokens, keys):
+        scores, slots = kernels.graph_ops.search(tokens, keys, knn)
+    else:
+        scores, slots, *_ = _search(tokens, keys, knn)  # (N, H, K)
     if scores.device.type == "cpu" and is_plain(scores):
         _check_scores(scores, tokens, keys)
     shape = (*query.shape[:-2], knn)
@@ -70,6 +74,25 @@ def _search(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor, Tens
     ranks = candidate_ranks(knn, query.device)
     scores, index1, index2 = kernels.topk_pairs(half, knn, *ranks)
     return scores, slot_of(index1, index2, keys.shape[2]), index1, index2
+
+
+def search(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
+    """Scores and slots, each (N, H, K): the search in graphs of ``torch.compile``."""
+    return _search(query, keys, knn)[:2]
+
+
+def _search_shapes(query: Tensor, keys: Tensor, knn: int) -> Tuple[Tensor, Tensor]:
+    shape = (*query.shape[:2], knn)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _search_backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> Tuple[Tensor, Tensor, None]:
+    query, keys, slots = ctx.saved_tensors
+    pair = slots // keys.shape[2], slots % keys.shape[2]
+    return (*kernels.graph_ops.score_gradients(query, keys, *pair, grad_scores), None)
+
+
+kernels.register(search, _search_shapes, _search_backward, lambda given, out: (*given[:2], out[1]))
 
 
 def half_scores(query: Tensor, keys: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ from .kernels import allocate, compute_dtype, is_half
 from .registry import VALUES
 from .sharding import ColumnShards
 
+NO_FACTORS = (
+    "a graph of torch.compile cannot hold the factored gradient of MemoryAdam: compile without "
+    "fullgraph=True, or train value tables with another optimizer (values.factored = False)"
+)
+
 
 @VALUES.register("table", "a value, one row of a table")
 class ValueTable(nn.Module):
@@ -213,7 +218,7 @@ class ValueTable(nn.Module):
         if is_trained:
             self._check_choice()
         if is_trained and self.factored and kernels.is_compiled():
-            return kernels.outside_graphs(self._read)(slots, weights)  # no graph has factors
+            return kernels.outside_graphs(self._read, NO_FACTORS)(slots, weights)
         if not (is_trained and kernels.is_plain(values, slots, weights)):
             return kernels.gather_sum(values, slots, weights)  # traced, torch differentiates it
         kernels.check_reads(slots, weights, len(values))
@@ -265,7 +270,7 @@ def _dot(values: Tensor, slots: Tensor, x: Tensor, factored: bool) -> Tensor:
     """Dot products (N, T) of rows of a table with x (N, V), for slots (N, T)."""
     is_trained = _needs_gradient(x, values)
     if is_trained and factored and kernels.is_compiled():
-        return kernels.outside_graphs(_dot)(values, slots, x, factored)
+        return kernels.outside_graphs(_dot, NO_FACTORS)(values, slots, x, factored)
     if not (is_trained and kernels.is_plain(values, slots, x)):
         return kernels.gather_dot(values, slots, x)
     dots: Tensor = _Dot.apply(x, slots, values, factored and values.is_leaf)  # type: ignore[no-untyped-call]

@@ -251,6 +251,31 @@ def compiled(folder: Path) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_one_graph(training: bool) -> None:
+    config = configuration("bert", num_hidden_layers=2, hidden_dropout_prob=0.0)
+    config.attention_probs_dropout_prob = 0.0
+    model = add_memories(transformers.BertForMaskedLM(config), SMALL, [0]).train(training)
+    for part in model.modules():
+        getattr(part, "observers", []).clear()
+    twin, ids = copy.deepcopy(model), torch.randint(5, 20, (2, 7))
+    torch._dynamo.reset()
+    compiled_twin = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    losses = [x(input_ids=ids, labels=ids).loss for x in (model, compiled_twin)]
+    assert torch.allclose(*losses, atol=1e-5)
+    if training:
+        torch.stack(losses).sum().backward()
+        assert_alike_gradients(model, twin)
+
+
+def assert_alike_gradients(model: Any, twin: Any) -> None:
+    values = 0
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-5), name
+        values += "values" in name and bool(one.grad.abs().sum() > 0)
+    assert values
+
+
 def peft() -> None:
     model = with_memories("bert")
     model.peft_config = {}  # what PEFT's models have

@@ -743,6 +743,46 @@ def test_autocast_does_not_lower_the_precision(backend):
             assert got.dtype == torch.float32 and torch.equal(got, exact)
 
 
+# --- in graphs of torch.compile -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_operations_are_what_torch_is_told(backend, dtype):
+    """Shapes, strides and dtypes; the gradients of compiled code are those of the operations."""
+    values, slots, weights, grads = bags(5, 11, 19, dtype, backend.device)
+    query, keys, *rest = score_case(9, 4, 6, torch.float32, backend.device)
+    values, weights, grads, query, keys = (
+        x.requires_grad_() for x in (values, weights, grads, query, keys)
+    )
+    operations = torch.ops.pkm_fairseq
+    for operation, given in [
+        (operations.gather_sum, (values, slots, weights)),
+        (operations.gather_dot, (values, slots, grads)),
+        (operations.search, (query.transpose(-1, -2).contiguous().transpose(-1, -2), keys, 4)),
+        (operations.score_gradients, (query.detach(), keys.detach(), *rest)),
+        (operations.table_gradient, tuple(x.detach() for x in (values, slots, weights, grads))),
+    ]:
+        torch.library.opcheck(operation.default, given)
+
+
+def test_gradients_of_registered_operations(backend):
+    """In float64, where differences of values are exact enough to compare with."""
+    values, slots, weights, grads = bags(4, 3, 5, torch.float64, backend.device)
+    query, keys = score_case(3, 2, 4, torch.float64, backend.device)[:2]
+    values, weights, grads, query, keys = (
+        x.requires_grad_() for x in (values, weights, grads, query, keys)
+    )
+    operations = torch.ops.pkm_fairseq
+
+    def scores(query, keys):
+        return operations.search(query, keys, 2)[0]
+
+    gradcheck = torch.autograd.gradcheck
+    assert gradcheck(operations.gather_sum, (values, slots, weights), fast_mode=True)
+    assert gradcheck(operations.gather_dot, (values, slots, grads), fast_mode=True)
+    assert gradcheck(scores, (query, keys), fast_mode=True)
+
+
 # --- the choice -----------------------------------------------------------------------------
 
 

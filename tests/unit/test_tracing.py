@@ -8,13 +8,21 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkm_fairseq.memory import MemoryAdam, MemoryConfig, ProductKeyMemory, memory_param_groups
+from pkm_fairseq.memory import (
+    MemoryAdam,
+    MemoryConfig,
+    ProductKeyMemory,
+    kernels,
+    memory_param_groups,
+)
 from pkm_fairseq.memory import search as search_module
 from pkm_fairseq.memory.kernels import Entries, adam_rows, backends, is_plain, squared_norm
 from tests.workers import on_workers
@@ -276,6 +284,78 @@ def test_a_compiled_memory_trains_as_the_memory(mask, factored, values):
     assert_equal_gradients(gradients(other, inputs(), mask), right)
     found = {name: p.grad for name, p in other.named_parameters()}
     assert_close(found["keys"], right["keys"])
+
+
+class Graphs:
+    """A backend of ``torch.compile`` that counts graphs and keeps the names of operations."""
+
+    def __init__(self):
+        self.n, self.operations = 0, set()
+
+    def __call__(self, graph, given):
+        self.n += 1
+        self.operations |= {str(node.target) for node in graph.graph.nodes}
+        return make_boxed_func(graph.forward)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_memory_is_one_graph_of_registered_operations(kind, training):
+    memory = evaluated(**KINDS[kind]).train(training)
+    other, graphs, backward = copy.deepcopy(memory), Graphs(), Graphs()
+    backend = aot_autograd(fw_compiler=graphs, bw_compiler=backward)
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(training):
+        for n in (6, 40):  # the second is compiled for any number of tokens
+            right, found = memory(inputs(n)), compiled(inputs(n))
+            assert_close(found, right)
+    names = {"search", "gather_sum", *(["gather_dot"] if kind == "experts" else [])}
+    assert graphs.n == 2
+    assert {f"pkm_fairseq.{name}.default" for name in names} <= graphs.operations
+    assert not {"aten.topk.default", "aten.embedding_bag.default"} & graphs.operations
+    if training:
+        found.square().sum().backward()
+        right.square().sum().backward()
+        gradients = [{n: p.grad for n, p in x.named_parameters()} for x in (other, memory)]
+        assert_equal_gradients(*gradients)
+        names = {"score_gradients", "table_gradient", "gather_dot"}
+        assert {f"pkm_fairseq.{name}.default" for name in names} <= backward.operations
+
+
+def test_compiled_code_runs_the_fast_backend(monkeypatch):
+    pytest.importorskip("numba")
+    memory, ran, run = evaluated().requires_grad_(False), [], kernels.run
+    monkeypatch.setattr(kernels, "run", lambda x, *given: ran.append(given[0]) or run(x, *given))
+    memory(inputs())
+    torch.compile(memory, backend="aot_eager", fullgraph=True)(inputs())
+    assert ran == ["topk_pairs", "gather_sum"] * 2
+
+
+def test_a_factored_gradient_in_a_full_graph_is_refused_with_the_reason():
+    memory = memory_of()
+    factor(memory)
+    reason = r"cannot hold the factored gradient of MemoryAdam: compile without fullgraph=True"
+    with pytest.raises(Exception, match=reason):
+        torch.compile(memory, backend="eager", fullgraph=True)(inputs())
+
+
+def test_observers_in_a_full_graph_are_refused_with_the_reason():
+    memory = evaluated()
+    memory.observers.append(Seen())
+    with pytest.raises(Exception, match=r"observers are shown look-ups outside of the graphs"):
+        torch.compile(memory, backend="eager", fullgraph=True)(inputs())
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_transforms_are_compiled_as_torchs_own_operations(transform):
+    memory, graphs = evaluated().requires_grad_(False), Graphs()
+    batches = torch.randn(3, 6, WIDTH)
+    call = torch.func.vmap(memory)
+    if transform == "grad":
+        call = torch.func.grad(lambda x: memory(x).square().sum())
+    right = call(batches)
+    assert_close(torch.compile(call, backend=aot_autograd(fw_compiler=graphs))(batches), right)
+    assert not [name for name in graphs.operations if name.startswith("pkm_fairseq")]
 
 
 def test_a_whole_step_is_compiled_with_the_optimizer():

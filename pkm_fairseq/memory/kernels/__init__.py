@@ -7,8 +7,9 @@ environment variable PKM_BACKEND forces one, which then must be able to run.
 The shapes: N tokens, H heads, K = knn, S = n_keys, D = k_dim / 2, V = v_dim, T = H * K reads per
 token, C candidate pairs, E entries of a gradient. On plain data nothing here is differentiable: the
 two autograd functions that use these operations are in ``search`` and ``values``. Where tensors are
-not plain data (``is_plain``: traced, exported, compiled, fake or wrapped ones), all operations
-are torch's own, what reads tables and scores is differentiable, and no number is looked at.
+not plain data (``is_plain``: traced, exported, compiled, fake or wrapped ones), no number is looked
+at, and what reads tables and scores is differentiable: in graphs of ``torch.compile`` the
+registered operations (``registered``), elsewhere torch's own.
 """
 
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from . import torch_backend
 from .backends import (
     backend_for,
     is_compiled,
+    is_in_graph,
     is_plain,
     is_traced,
     is_wrapped,
@@ -29,6 +31,7 @@ from .backends import (
     outside_graphs,
     run,
 )
+from .registered import graph_ops, register, register_all
 from .tables import (
     Entries,
     StochasticRounding,
@@ -51,12 +54,15 @@ __all__ = [
     "compute_dtype",
     "gather_dot",
     "gather_sum",
+    "graph_ops",
     "is_compiled",
     "is_half",
+    "is_in_graph",
     "is_plain",
     "is_traced",
     "is_wrapped",
     "outside_graphs",
+    "register",
     "score_gradients",
     "squared_norm",
     "topk_pairs",
@@ -145,6 +151,8 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     check_reads(slots, weights, len(values))
     weights = weights.to(compute_dtype(values.dtype))
     if needs_torch(values, slots, weights):
+        if is_in_graph(values, slots, weights):
+            return graph_ops.gather_sum(values, slots, weights)  # type: ignore[no-any-return]
         return torch_backend.gather_sum_at_once(values, slots, weights)
     weights = weights.detach().contiguous()
     return run(values, "gather_sum", values.detach(), slots.contiguous(), weights)  # type: ignore[no-any-return]
@@ -174,6 +182,8 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
         )
     grad_read = grad_read.to(compute_dtype(values.dtype))
     if needs_torch(values, slots, grad_read):
+        if is_in_graph(values, slots, grad_read):
+            return graph_ops.gather_dot(values, slots, grad_read)  # type: ignore[no-any-return]
         return torch_backend.gather_dot_at_once(values, slots, grad_read)
     grad_read = grad_read.detach().contiguous()
     return run(values, "gather_dot", values.detach(), slots.contiguous(), grad_read)  # type: ignore[no-any-return]
@@ -344,3 +354,6 @@ def _check_index(names: str, name: str, index: Tensor, size: int) -> None:
         if least < 0 or most >= size:
             wrong = least if least < 0 else most
             raise ValueError(f"{name} {wrong} is out of range, must be in 0..{size - 1}")
+
+
+register_all(gather_sum, gather_dot, score_gradients)

@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Optional, Set, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 logger = logging.getLogger(__name__)
 _get_mode = torch._C._get_dispatch_mode
@@ -17,6 +18,7 @@ BACKENDS = ("torch", "numba", "triton")
 FASTEST = {"cpu": "numba", "cuda": "triton"}  # elsewhere torch
 PLAIN = (Tensor, nn.Parameter)
 TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+SAYS_WHY = TorchVersion(torch.__version__) >= "2.8"  # breaks of graphs have messages
 PROCESS = os.getpid()  # that imported this
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -61,8 +63,25 @@ def is_compiled() -> bool:
     return torch.compiler.is_dynamo_compiling() and not is_exporting()
 
 
-def outside_graphs(function: Function) -> Function:
-    """A function that ``torch.compile`` calls and does not look into."""
+def is_in_graph(*tensors: Tensor) -> bool:
+    """Whether operations on these tensors go into a graph of ``torch.compile`` as registered.
+
+    Those on subclasses of tensors, and those that are transformed, do not.
+    """
+    if not is_compiled() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in PLAIN for x in tensors)
+
+
+def outside_graphs(function: Function, reason: Optional[str] = None) -> Function:
+    """A function that ``torch.compile`` calls and does not look into.
+
+    Args:
+        function: the function.
+        reason: what ``fullgraph=True``, which then cannot be, is to complain of.
+    """
+    if reason is not None and SAYS_WHY:
+        torch._dynamo.graph_break(msg=reason)
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 

@@ -40,7 +40,7 @@ def score_gradients(
     no_gradient = query.new_zeros(*query.shape[:3], keys.shape[2])  # (N, H, 2, S)
     grad_half = no_gradient.scatter_add(-1, index, grad_scores.unsqueeze(2).expand_as(index))
     grad_half = grad_half.permute(1, 2, 0, 3)  # (H, 2, N, S)
-    grad_query = (grad_half @ keys).permute(2, 0, 1, 3)  # (N, H, 2, D)
+    grad_query = (grad_half @ keys).permute(2, 0, 1, 3).contiguous()  # (N, H, 2, D)
     return grad_query, grad_half.transpose(-1, -2) @ query.permute(1, 2, 0, 3)
 
 
