@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""How many facts about the people of prepare_people.py a checkpoint gives back.
+"""Measure how many facts about the people of prepare_people.py a checkpoint recalls.
 
-By name alone, all four attributes masked; and with the other three given. Chance is 1 %, and 6.64
-bits a fact. Usage of memories is that over the tokens of the second question.
+There are two questions: by name alone (all four attributes masked), and with the other three
+attributes given. Chance is 1 %, and 6.64 bits per fact. Usage of memories is counted over the
+tokens of the second question.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def show(found: Dict[str, Any], indent: str = "  ") -> None:
-    """Two lines of recall."""
+    """Print recall and bits, one line for each question."""
     for question in ("by_name", "with_others"):
         recall, bits = found[question]["recall"], found[question]["bits"]
         print(f"{indent}{question.replace('_', ' ')}: recall {100 * recall:.1f} %, {bits:.2f} bits")

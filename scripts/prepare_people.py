@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make fairseq's data of synthetic people: a name and four attributes each, all drawn at random.
+"""Make data for fairseq about synthetic people: a name and four attributes each, drawn at random.
 
 A sentence is one person: first58 last211 city37 job12 food88 pet5. Each attribute is one of 100
-values: 6.64 bits a fact, and nothing can be guessed. Writes FOLDER/bin with the splits train, valid
-(the first 1,000 people of train) and test (1,000 people who are in no training text).
+values: a fact is 6.64 bits, and nothing can be guessed. Writes FOLDER/bin with the splits train,
+valid (the first 1,000 people of train) and test (1,000 people who are in no training text).
 """
 
 import argparse

@@ -1,7 +1,6 @@
-"""One table of everything that is changed in fairseq, or around it, and why.
+"""A table of all changes to fairseq or its environment, with reasons.
 
-A cure stands here, with the test that shows it. What needs no change of fairseq is no cure: it is
-overridden in our own classes.
+Each cure has a test that shows it. If our own classes can override a behaviour, it needs no cure.
 """
 
 import inspect
@@ -35,15 +34,15 @@ PRECISION = "tests/unit/test_mixed_precision.py::"
 
 @dataclass(frozen=True)
 class Cure:
-    """What is changed of fairseq.
+    """A change to fairseq.
 
     Attributes:
-        target: the full name of what does not work.
+        target: the full name of the object that does not work.
         reason: what happens without the cure.
-        needed_on: the versions on which it was seen.
-        test: the test that shows it, as pytest names it.
-        replace: given what stands under the name, returns what shall stand there.
-        prepare: or, if fairseq stays as it is, what is done outside of it.
+        needed_on: the versions that have the problem.
+        test: the test that shows it, by its pytest name.
+        replace: takes the object under the name, and returns its replacement.
+        prepare: or, if the target itself stays, a function that changes something else.
     """
 
     target: str
@@ -255,11 +254,11 @@ CURES: Tuple[Cure, ...] = (
     ),
 )
 
-STOCK: Dict[Cure, Any] = {}  # what each cure found at its target
+STOCK: Dict[Cure, Any] = {}  # the original object at each cure's target
 
 
 def apply() -> None:
-    """Apply all cures; harmless twice."""
+    """Apply all cures; a second call does nothing."""
     for cure in CURES:
         if cure not in STOCK:
             owner, name = find(cure.target)

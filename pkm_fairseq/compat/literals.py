@@ -7,14 +7,14 @@ import ast
 import sys
 from typing import Any
 
-SHOWN = 60  # shown letters of a refused value
+SHOWN = 60  # most letters to show of a refused value
 
 
 def evaluate_literals_only() -> None:
-    """Put ``read`` under the name ``eval`` into every module of fairseq.
+    """Define ``read`` under the name ``eval`` in every module of fairseq.
 
-    It then hides Python's ``eval`` in all functions of the module. Importing fairseq imports all
-    modules that evaluate options.
+    There it hides Python's ``eval`` from all functions of the module. Importing fairseq imports
+    all modules that evaluate options.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("fairseq."):
@@ -22,7 +22,7 @@ def evaluate_literals_only() -> None:
 
 
 def read(text: Any) -> Any:
-    """The value of a Python literal, or of literals that are added and multiplied.
+    """The value of a Python literal, or of sums and products of literals.
 
     fairseq writes layers of convolutions as ``[(512, 10, 5)] + [(512, 3, 2)] * 4``.
 
@@ -30,8 +30,8 @@ def read(text: Any) -> Any:
         text: such as ``"0.9, 0.98"``.
 
     Raises:
-        TypeError: it is not a text; fairseq catches this error of Python's ``eval``.
-        ValueError: it is anything else, such as a call; the code does not run.
+        TypeError: the argument is not text; fairseq catches this error of Python's ``eval``.
+        ValueError: the text is anything else, such as a call; its code does not run.
     """
     if not isinstance(text, str):
         raise TypeError(f"eval() takes text, not {type(text).__name__}")

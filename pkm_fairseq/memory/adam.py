@@ -31,23 +31,23 @@ UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torc
 
 
 class MemoryAdam(torch.optim.Optimizer):
-    """AdamW that moves only the rows of value tables that were read.
+    """AdamW that updates only the rows of value tables that were read.
 
-    A row of a table moves if and only if its accumulated gradient has a non-zero element (the
-    papers' sparse updates). A table has one step count. ``values <- values - step_size * exp_avg /
-    (sqrt(exp_avg_sq) + eps)``, where ``step_size`` holds Adam's corrections of the bias, as in
-    fairseq's Adam. Everything else is updated by torch's own AdamW.
+    It updates a row if and only if the row's accumulated gradient has a non-zero element (the
+    papers' sparse updates). Each table has one step count. The update is ``values <- values -
+    step_size * exp_avg / (sqrt(exp_avg_sq) + eps)``; ``step_size`` includes Adam's bias
+    corrections, as in fairseq's Adam. torch's own AdamW updates all other parameters.
 
-    Where torch.distributed has several workers, the optimizer exchanges the gradients of tables
-    (the mean over workers, as DistributedDataParallel takes it), unless that has been done already.
+    With several workers in torch.distributed, the optimizer averages the gradients of tables over
+    workers, as DistributedDataParallel does, unless they are averaged already.
     ``ignore_tables_in_ddp`` keeps DistributedDataParallel from making them dense.
 
-    Of a table whose rows are chosen (``pkm_fairseq.memory.finetune``), rows that are not keep
-    value and moments, bit for bit.
+    If only chosen rows of a table are trained (``pkm_fairseq.memory.finetune``), all other rows
+    keep their values and moments, bit for bit.
 
     Values and moments in bfloat16 are rounded stochastically (``kernels.StochasticRounding``), so
-    that small updates add up. The chance depends on the table, the step, the row and the column
-    only: a run that resumes, and all workers, round alike.
+    that small updates add up. The random bits depend only on table, step, row and column. So
+    resumed runs and all workers round in the same way.
 
     Args:
         params: parameters or groups, as ``memory_param_groups`` makes them.
@@ -57,15 +57,15 @@ class MemoryAdam(torch.optim.Optimizer):
         weight_decay: decoupled weight decay; must be 0 in a group with a value table.
         foreach: as for torch's AdamW.
         fused: as for torch's AdamW.
-        value_optimizer: "adam", or "sgd" for values: ``values <- values - lr * gradient``, without
-            moments, of all rows that have a gradient.
-        moment_dtype: what the moments of tables are stored in, "float32" (float64 for a table in
+        value_optimizer: "adam", or "sgd" for values: ``values <- values - lr * gradient`` for all
+            rows that have a gradient, without moments.
+        moment_dtype: the dtype of the moments of tables: "float32" (float64 for a table in
             float64) or "bfloat16".
         exchange: whether to exchange gradients of tables between workers.
         process_group: the workers; None means all.
 
     Raises:
-        ValueError: a setting is impossible; the message names it and what is allowed.
+        ValueError: a setting is invalid; the message names it and the allowed values.
     """
 
     _exchange = True
@@ -108,11 +108,11 @@ class MemoryAdam(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "foreach": foreach, "fused": fused})
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
-        """Add a group as torch does, and take over its value tables.
+        """Add a group as torch does, and make the gradients of its value tables factored.
 
         Raises:
-            ValueError: the group names ``lazy``, as in version 0.1.0, with something that is no
-                value table.
+            ValueError: the group has ``lazy``, as in version 0.1.0, but holds a parameter that is
+                not a value table.
         """
         lazy = param_group.pop("lazy", False)
         super().add_param_group(param_group)
@@ -137,17 +137,17 @@ class MemoryAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """Perform one update; factored gradients are used up by it.
+        """Perform one update, and clear factored gradients.
 
         Args:
-            closure: computes the loss anew, with gradients.
+            closure: recomputes the loss and the gradients.
 
         Returns:
-            What the closure returned; None without one.
+            The closure's result; None without a closure.
 
         Raises:
-            ValueError: a group with a value table has a weight decay, the tables of several
-                workers differ, or rows are to be chosen by reads that were not counted.
+            ValueError: a group with a value table has a weight decay, the workers' tables differ,
+                or rows must be chosen by their reads but the gradient does not count reads.
         """
         loss = None
         if closure is not None:
@@ -167,7 +167,7 @@ class MemoryAdam(torch.optim.Optimizer):
             entries = entries_that_may_move(param)
             if entries is not None:
                 updates.append((group, param, entries, place))
-            param.grad = None  # what updates the rest skips it
+            param.grad = None  # so that _update_rest skips it
         self._update_rest()
         for update in updates:
             self._update_rows(*update)
@@ -176,7 +176,7 @@ class MemoryAdam(torch.optim.Optimizer):
         return loss
 
     def _update_rest(self) -> None:
-        """Update everything but value tables: torch's AdamW."""
+        """Update everything except value tables with torch's AdamW."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in params]
@@ -206,7 +206,7 @@ class MemoryAdam(torch.optim.Optimizer):
             )
 
     def _new_step(self, param: Tensor) -> Any:
-        """The count of steps of a parameter that has none yet."""
+        """A new step count for a parameter."""
         return torch.zeros((), dtype=torch.float32)
 
     def _update_rows(
@@ -230,11 +230,11 @@ class MemoryAdam(torch.optim.Optimizer):
         kernels.adam_rows(*tables, entries, step_size, group["betas"], group["eps"], rounding)
 
     def _value_moments(self) -> Tuple[str, ...]:
-        """The moments that a table has."""
+        """The names of a table's moments."""
         return MOMENTS if self._value_optimizer == "adam" else ()
 
     def _new_moment(self, param: Tensor) -> Tensor:
-        """Memory for a moment, not initialised."""
+        """Uninitialised memory for a moment."""
         if not is_table(param):
             return torch.empty_like(param, dtype=compute_dtype(param.dtype))
         dtype = compute_dtype(param.dtype)
@@ -247,13 +247,13 @@ class MemoryAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def exchange_gradients(self) -> None:
-        """Take the mean of the gradients of tables over workers, where nobody else has.
+        """Average the gradients of tables over workers, unless they are averaged already.
 
-        ``step`` does it. A loop that clips gradients by their norm must call it before, on
-        every worker: norms of own gradients would scale what workers have in common differently.
+        ``step`` calls it. A loop that clips gradients by their norm must call it first, on every
+        worker. Otherwise each worker clips by its own norm and scales shared gradients differently.
 
         Raises:
-            ValueError: the tables of several workers differ.
+            ValueError: the workers' tables differ.
         """
         if not dist.is_available() or not dist.is_initialized():
             return
@@ -265,13 +265,13 @@ class MemoryAdam(torch.optim.Optimizer):
             self._is_compared = True
         lacking = [p.grad is not None and not is_exchanged(p) for p in tables]
         anywhere = torch.tensor(lacking, dtype=torch.int32, device=tables[0].device)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)  # all decide alike
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)  # so that all workers agree
         for param, is_lacking in zip(tables, anywhere.tolist(), strict=True):
             if is_lacking:
                 average(param, group)
 
     def _compare_tables(self, tables: List[nn.Parameter]) -> None:
-        """Complain of workers that start from different tables, which no exchange would cure."""
+        """Refuse workers that start from different tables; averaging gradients cannot fix that."""
         whole = [p for p in tables if table_state(p).shards is None]
         if not whole:
             return
@@ -287,13 +287,13 @@ class MemoryAdam(torch.optim.Optimizer):
     # --- saving and loading -------------------------------------------------------------------
 
     def consolidate_state_dict(self) -> None:
-        """Put tables that are split over workers together on the first one, to be saved there.
+        """Assemble tables that are split over workers on the first worker, for saving.
 
-        Every worker must call it before the first one calls ``state_dict`` of model and optimizer.
-        After an error perhaps only one does, which must not wait for the others then.
+        Every worker must call it before the first worker calls ``state_dict`` of model and
+        optimizer. After an error perhaps only one worker calls it; it does not wait for the others.
         """
         tables = [p for p in self._tables() if table_state(p).shards is not None]
-        self._assembled.clear()  # of a checkpoint that was not written
+        self._assembled.clear()  # left from a checkpoint that was not written
         for param in tables:
             table_state(param).assembled = None
         if tables and sys.exc_info()[0] is not None:
@@ -308,7 +308,7 @@ class MemoryAdam(torch.optim.Optimizer):
             self._assembled[param] = {m: x for m, x in whole.items() if x is not None}
 
     def state_dict(self) -> Dict[str, Any]:
-        """What there is to save, with the whole of tables put together for it."""
+        """The state to save; moments of split tables are whole after ``consolidate_state_dict``."""
         saved = super().state_dict()
         places = [place for group in saved["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -317,23 +317,24 @@ class MemoryAdam(torch.optim.Optimizer):
             if self._assembled.get(param):
                 state[place] = {**state[place], **self._assembled.pop(param)}
             if is_table(param):
-                table_state(param).assembled = None  # it was for this checkpoint
+                table_state(param).assembled = None  # it was only for this checkpoint
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Load a state of this optimizer, of torch's Adam or AdamW, or of fairseq's Adam.
 
-        The state is copied. torch would cast the moments of tables to the dtype of their values.
+        The state is copied. Moments of tables keep their precision; torch would cast them to the
+        dtype of the values.
 
         Raises:
-            ValueError: the groups or shapes do not fit, or the state is of a variant of Adam that
-                this optimizer has not.
+            ValueError: the groups or shapes do not fit, or the state is from a variant of Adam
+                that this optimizer does not support.
         """
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         state = dict(state_dict["state"])
         moments = {}
-        for place, param in zip(places, params, strict=False):  # torch complains if they differ
+        for place, param in zip(places, params, strict=False):  # torch checks the lengths
             if place in state and self._keeps_precision(param):
                 moments[param] = self._own_moments(param, state[place])
                 state[place] = {k: v for k, v in state[place].items() if k not in MOMENTS}
@@ -346,7 +347,7 @@ class MemoryAdam(torch.optim.Optimizer):
             self.state[param].update(saved)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        """Complete groups and step counts of other kinds of Adam."""
+        """Complete groups and step counts from other kinds of Adam."""
         super().__setstate__(state)
         own = {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch adds that
         for group in self.param_groups:
@@ -359,7 +360,7 @@ class MemoryAdam(torch.optim.Optimizer):
         self._take_over()
 
     def _keeps_precision(self, param: Tensor) -> bool:
-        """Whether moments are in at least float32 whatever the parameter is stored in."""
+        """Whether moments have their own dtype, independent of the parameter's dtype."""
         return is_table(param)
 
     def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Tensor]:
@@ -387,7 +388,7 @@ class MemoryAdam(torch.optim.Optimizer):
 def memory_param_groups(
     model: nn.Module, lr: float = 1e-4, value_lr: float = 1e-3, weight_decay: float = 0.0
 ) -> List[Dict[str, Any]]:
-    """Groups for ``MemoryAdam``: value tables have a learning rate of their own.
+    """Groups for ``MemoryAdam``: value tables have their own learning rate.
 
     Args:
         model: any module that holds memories.
@@ -396,7 +397,7 @@ def memory_param_groups(
         weight_decay: weight decay of everything else; values have none.
 
     Returns:
-        The group of everything else, and that of values if there is one.
+        The group of everything else and the group of values; empty groups are left out.
 
     Raises:
         ValueError: a value table is sharded by FSDP or tensor parallelism.
@@ -428,7 +429,7 @@ def memory_param_groups(
 def sgd_rows(
     values: Tensor, entries: Entries, lr: float, rounding: Optional[StochasticRounding] = None
 ) -> None:
-    """One step of gradient descent, in place, on the rows that the entries are of.
+    """One step of gradient descent, in place, on the rows of the entries.
 
     Args:
         values: (n_slots, V).
@@ -447,8 +448,8 @@ def sgd_rows(
 def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:
     """Tell torch's DistributedDataParallel to leave value tables to ``MemoryAdam``.
 
-    To be called before it wraps the model. Without it workers exchange a dense gradient of each
-    table, which is correct and slow.
+    Call it before DistributedDataParallel wraps the model. Without it, workers exchange a dense
+    gradient of each table, which is correct but slow.
 
     Args:
         model: the module that will be wrapped.

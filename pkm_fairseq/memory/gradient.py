@@ -1,4 +1,4 @@
-"""The gradient of a value table, kept as the factors that it is the product of."""
+"""The gradient of a value table, stored as factors instead of a dense tensor."""
 
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Type, Union
 
@@ -21,20 +21,20 @@ REFUSAL = (
 
 
 class TableState:
-    """What an optimizer must know of a value table.
+    """The information about a value table that an optimizer needs.
 
-    The parameter of the table carries this object as its attribute ``value_table``, by which an
-    optimizer knows a table among other parameters.
+    The table's parameter has this object as its attribute ``value_table``. Optimizers recognise
+    tables by this attribute.
 
     Args:
-        shards: the workers that the columns of the table are split over; None if it is whole.
-        rows: which rows an update may move; None for all that are read.
+        shards: the workers that split the table by columns; None if the table is whole.
+        rows: which rows an update may change; None for all rows that were read.
 
     Attributes:
         shards: as given.
-        rows: as given; ``MemoryAdam`` asks it in each step.
+        rows: as given; ``MemoryAdam`` uses it in each step.
         factored: whether backward passes make a ``FactoredGradient`` instead of a dense one.
-            An optimizer that understands it sets this; a copy of a table starts without it.
+            An optimizer that supports it sets this to True; in a copy of a table it is False.
         assembled: the whole table while it is being saved, if its columns are split.
     """
 
@@ -47,7 +47,7 @@ class TableState:
         self.assembled: Optional[Tensor] = None
 
     def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Any, ...]]:
-        """Copy and pickle without what an optimizer has set."""
+        """Copy and pickle without the attributes that an optimizer sets."""
         return TableState, (self.shards, self.rows)
 
 
@@ -57,13 +57,13 @@ def is_table(param: Tensor) -> bool:
 
 
 def table_state(param: Tensor) -> TableState:
-    """The ``TableState`` that the parameter of a value table carries."""
+    """The ``TableState`` of a value table's parameter."""
     state: TableState = param.value_table  # type: ignore[attr-defined]
     return state
 
 
 class _Factors:
-    """Parts of a gradient, each a sum of outer products, and a number that multiplies them all.
+    """Parts of a gradient, each a sum of outer products, and one scale for all parts.
 
     Attributes:
         parts: entries that own their memory and are never changed in place.
@@ -88,7 +88,7 @@ class _Factors:
         return _Factors(list(self.parts), self.scale.clone(), self.exchanged, self.counts_reads)
 
     def apply_scale(self) -> None:
-        """Multiply the parts by the scale, which is 1 afterwards."""
+        """Multiply the parts by the scale, and reset the scale to 1."""
         self.parts = [part._replace(weights=part.weights * self.scale) for part in self.parts]
         self.scale = torch.ones_like(self.scale)
 
@@ -101,19 +101,19 @@ class _Factors:
 
 
 class FactoredGradient(Tensor):
-    """The gradient of a value table as a tensor of its shape that is never formed.
+    """The gradient of a value table: a tensor of the table's shape, stored as factors.
 
-    A dense gradient of 512² slots of width 768 takes 805 MB, most of it zeros; the factors of
-    1,024 tokens take 6 MB: which slots were read, with which weights, and the gradient of what was
-    read. Autograd accumulates it in ``.grad`` like any other gradient. So whatever resets, scales,
-    measures or clips gradients in torch works on it: ``zero_grad``, loss scalers,
-    ``clip_grad_norm_`` and ``clip_grad_value_``. Other operations read it through a dense copy.
-    Other operations that would write to it are refused.
+    A dense gradient of 512² slots of width 768 takes 805 MB, mostly zeros. The factors of 1,024
+    tokens take 6 MB: slots, weights and the gradient of the reads. Autograd accumulates it in
+    ``.grad`` like any other gradient. torch's functions that reset, scale, measure or clip
+    gradients work on it: ``zero_grad``, loss scalers, ``clip_grad_norm_`` and
+    ``clip_grad_value_``. Other operations use a dense copy; those that would write to the gradient
+    are refused.
 
     Args:
         factors: the parts.
         like: the table, for its shape, dtype and device.
-        dtype: another dtype than that of the table; the parts are in at least float32 always.
+        dtype: a dtype other than the table's; the parts are always in at least float32.
     """
 
     _factors: _Factors
@@ -132,7 +132,7 @@ class FactoredGradient(Tensor):
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        """Say what it is instead of printing a table."""
+        """A short description instead of a printed table."""
         reads = sum(len(part.slots) for part in self._factors.parts)
         return f"FactoredGradient(shape={tuple(self.shape)}, reads={reads}, dtype={self.dtype})"
 
@@ -142,7 +142,7 @@ class FactoredGradient(Tensor):
     ) -> "FactoredGradient":
         """The gradient of one read: ``gradient[slots[n, t]] += weights[n, t] * grad_read[n]``.
 
-        The arguments are copied: what the caller does to them later changes nothing here.
+        The arguments are copied, so the caller may change them later.
 
         Args:
             values: the table, (n_slots, V).
@@ -168,7 +168,7 @@ class FactoredGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation of torch that has a factored gradient among its arguments."""
+        """Run a torch operation that has a factored gradient among its arguments."""
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name.startswith("_foreach_"):
             return _one_by_one(func, name, args, kwargs)
@@ -181,7 +181,7 @@ class FactoredGradient(Tensor):
         return result
 
     def entries(self) -> Entries:
-        """The gradient in the form that kernels take. It must not be changed."""
+        """The gradient in the form that kernels take. Callers must not change it."""
         parts = self.parts()
         return _join(parts) if parts else _no_entries(self)
 
@@ -216,12 +216,12 @@ class FactoredGradient(Tensor):
         return whole
 
     def map_elements(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to each element, in place. It must map 0 to 0."""
+        """Apply a function to each element, in place. The function must map 0 to 0."""
         mapped = [entries_of_rows(rows, function(of_rows)) for rows, of_rows in self.rows()]
         self._factors.assign(mapped, self._factors.exchanged, counts_reads=False)
 
     def parts(self) -> List[Entries]:
-        """The parts, with the scale applied. They must not be changed."""
+        """The parts, with the scale applied. Callers must not change them."""
         self._factors.apply_scale()
         return self._factors.parts
 
@@ -239,11 +239,11 @@ def _is_finite(x: Tensor) -> bool:
     return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
 
 
-# --- what torch does to gradients -------------------------------------------------------------
+# --- torch's operations on gradients ----------------------------------------------------------
 
 
 def _operate(name: str, args: Any, kwargs: Dict[str, Any]) -> Any:
-    """Run an operation; NotImplemented if it is unknown here."""
+    """Run an operation; NotImplemented if it is not supported."""
     known = OPERATIONS.get(name)
     return NotImplemented if known is None else known(*args, **kwargs)
 
@@ -255,7 +255,7 @@ def _writes_or_shares(func: Any) -> bool:
 
 
 def _one_by_one(func: Any, name: str, args: Any, kwargs: Dict[str, Any]) -> Any:
-    """Run an operation on lists: at once for ordinary tensors, one by one for the others."""
+    """Run an operation on lists: at once for ordinary tensors, else one by one."""
     lists = [x for x in args if isinstance(x, (list, tuple))]
     ours = [
         i for i in range(len(args[0])) if any(isinstance(x[i], FactoredGradient) for x in lists)
@@ -369,14 +369,14 @@ def _norm(x: FactoredGradient, order: Any = 2, dim: Any = None, *_: Any, dtype: 
 
 def _clamp(x: FactoredGradient, low: Any = None, high: Any = None) -> Any:
     is_odd = not all(limit is None or _is_number(limit) for limit in (low, high))
-    if is_odd or (low or 0) > 0 or (high or 0) < 0:  # elements that are 0 would not stay it
+    if is_odd or (low or 0) > 0 or (high or 0) < 0:  # zeros would change
         return NotImplemented
     x.map_elements(lambda rows: rows.clamp(low, high))
     return x
 
 
 def _unscale(gradients: List[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """What torch's GradScaler does before a step."""
+    """Unscale gradients, as torch's GradScaler does before a step."""
     plain = [x for x in gradients if not isinstance(x, FactoredGradient)]
     if plain:
         torch._amp_foreach_non_finite_check_and_unscale_(plain, found_inf, inv_scale)
@@ -387,7 +387,7 @@ def _unscale(gradients: List[Tensor], found_inf: Tensor, inv_scale: Tensor) -> N
             x.rescale(inv_scale)
 
 
-# by torch's names; NotImplemented where arguments are others than expected here
+# by torch's names; they return NotImplemented for arguments that they do not support
 OPERATIONS: Dict[str, Callable[..., Any]] = {
     "alias": _alias,
     "detach": _alias,
@@ -435,10 +435,10 @@ def entries_of(values: Tensor) -> Optional[Entries]:
 
 
 def entries_that_may_move(values: Tensor) -> Optional[Entries]:
-    """The gradient of those rows of a table that its choice of rows lets move; None if none.
+    """The gradient of the rows that the table's choice of rows allows to change; None if none.
 
     Raises:
-        ValueError: rows are chosen by their reads, of which the gradient has lost count.
+        ValueError: rows are chosen by their reads, but the gradient does not count reads.
     """
     entries, rows = entries_of(values), table_state(values).rows
     if entries is None or rows is None:
@@ -464,7 +464,7 @@ def gradient_is_finite(values: Tensor) -> bool:
 
 
 def squared_norm(values: Tensor) -> float:
-    """The squared Euclidean norm of the gradient of a table, of all its columns."""
+    """The squared Euclidean norm of the gradient of a table, over all its columns."""
     entries, shards = entries_of(values), table_state(values).shards
     square = values.new_zeros((), dtype=torch.float64)
     if entries is not None:
@@ -479,18 +479,18 @@ def is_exchanged(values: Tensor) -> bool:
 
 @torch.no_grad()
 def average(values: Tensor, group: Any = None) -> None:
-    """Make the gradient of a table the mean over data-parallel workers.
+    """Average the gradient of a table over data-parallel workers.
 
-    Workers exchange factors, not tables. Every worker must call it, and for each table in the same
-    order. Each worker receives from each other one 8 bytes per value read and 4 V + 4 per token,
-    in float32.
+    Workers exchange factors, not tables. Every worker must call it, for the tables in the same
+    order. Each worker receives from every other worker 8 bytes per value read and 4 V + 4 bytes
+    per token, in float32.
 
     Args:
         values: the table.
-        group: the process group of all workers; None means all there are.
+        group: the process group of the workers; None means all workers.
     """
     shards = table_state(values).shards
-    if shards is not None:  # the factors are a sum over those who share the table
+    if shards is not None:  # the factors are a sum over the workers that share the table
         if values.grad is not None:
             values.grad.mul_(1 / shards.n_shards)
         group = shards.replicas
@@ -525,9 +525,9 @@ def _no_entries(values: Tensor) -> Entries:
 
 
 def _exchange(own: Entries, n_slots: int, group: Any) -> List[Entries]:
-    """Every worker's entries, by worker; how many there are may differ.
+    """Every worker's entries, by worker; their numbers may differ.
 
-    Slots travel as int32. Bags, which ascend, travel as the number of entries of each.
+    Slots are sent as int32. Bags ascend, so only the number of entries per bag is sent.
     """
     reads = torch.bincount(own.bags, minlength=len(own.grads))
     sizes = torch.tensor([len(own.slots), len(own.grads)], device=own.slots.device)

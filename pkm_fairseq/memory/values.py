@@ -1,4 +1,4 @@
-"""The value table: what a memory stores, and the weighted read from it."""
+"""The value table of a memory, and the weighted read from it."""
 
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -24,22 +24,22 @@ NO_FACTORS = (
 class ValueTable(nn.Module):
     """A table of values, one row per slot.
 
-    The parameter carries a ``TableState`` as its attribute
-    ``value_table``, by which an optimizer knows it among others.
+    The parameter has a ``TableState`` as its attribute ``value_table``. Optimizers recognise
+    tables by this attribute.
 
     Args:
         n_slots: number of rows.
         v_dim: width of a row.
         init: "normal", N(0, v_dim ** -0.5) (Lample et al. 2019, published code), or "zero".
-        dtype: what the values are stored in; reads are in at least float32.
-        shards: workers to split the columns over; None means that this table is whole. Its
-            initial values, reads and gradients are those of a whole table.
-        keeps_dtype: whether the values stay in their dtype when the model they are part of is
-            converted to half precision. False, as for any other parameter.
+        dtype: the dtype of the stored values; reads are in at least float32.
+        shards: workers that split the table by columns; None means no split. Initial values, reads
+            and gradients are the same as those of a whole table.
+        keeps_dtype: whether the values keep their dtype when the model is converted to half
+            precision. If False, they are converted like any other parameter.
 
     Raises:
         MemoryError: the table does not fit into memory; the message says how large it is.
-        ValueError: the workers cannot have equally many columns.
+        ValueError: the columns cannot be divided evenly among the workers.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class ValueTable(nn.Module):
         shards: Optional[ColumnShards] = None,
         keeps_dtype: bool = False,
     ) -> "ValueTable":
-        """The table that a memory of this width and these settings reads."""
+        """The table for a memory of this width and these settings."""
         dtype, v_dim = getattr(torch, config.value_dtype), config.value_width(input_dim)
         return cls(config.n_slots, v_dim, config.values_init, dtype, shards, keeps_dtype)
 
     def tables(self) -> Dict[str, "ValueTable"]:
-        """The tables of these values by name: this one, which needs none."""
+        """The tables of these values by name; this single table has the empty name."""
         return {"": self}
 
     @property
@@ -87,14 +87,14 @@ class ValueTable(nn.Module):
         self._tag()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueTable":
-        """Convert or move as torch does, but not to half precision, if the dtype is to be kept."""
+        """Convert or move as torch does, but with ``keeps_dtype`` not to half precision."""
         convert = partial(_convert_but_to_half, fn) if self.keeps_dtype else fn
         super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         self._tag()  # the parameter may be a new one
         return self
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
-        """Register as torch does, also where a parameter is put in place of the old one."""
+        """Register as torch does, and tag the parameter, which may replace an old one."""
         super().register_parameter(name, param)
         self._tag()
 
@@ -103,12 +103,12 @@ class ValueTable(nn.Module):
 
     @property
     def shards(self) -> Optional[ColumnShards]:
-        """The workers that the columns are split over; None if this table is whole."""
+        """The workers that split the table by columns; None if the table is whole."""
         return self._state.shards
 
     @property
     def chooses_rows(self) -> bool:
-        """Whether an update moves only rows that its reads choose."""
+        """Whether an update changes only rows chosen by their reads."""
         return self._state.rows is not None
 
     @property
@@ -125,7 +125,7 @@ class ValueTable(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the values anew."""
+        """Draw new initial values."""
         std = self.v_dim**-0.5
         if self.init == "zero":
             nn.init.zeros_(self.weight)
@@ -135,13 +135,13 @@ class ValueTable(nn.Module):
             self.shards.draw_normal_(self.weight, std)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the whole table, if it was assembled for this, and else what is here."""
+        """Save the whole table if it was assembled for this, else the parameter as it is."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._state.assembled is not None:
             destination[f"{prefix}weight"] = self._state.assembled
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load this worker's columns of a whole table, or what is here already."""
+        """Load this worker's columns of a whole table; the parameter's own data load unchanged."""
         given = state_dict.get(f"{prefix}weight")
         is_own = given is None or given.data_ptr() == self.weight.data_ptr()
         if self.shards is not None and not is_own:
@@ -149,12 +149,12 @@ class ValueTable(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, slots: Tensor, weights: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
-        """Sum the values of the given slots, weighted, over heads and neighbours.
+        """The weighted sum of the given slots' values, over heads and neighbours.
 
         Args:
             slots: (N, H, K), int64.
             weights: (N, H, K), floating.
-            tokens: (N, input_dim), which other kinds of values need.
+            tokens: (N, input_dim), used only by other kinds of values.
 
         Returns:
             (N, v_dim), in at least float32.
@@ -180,7 +180,7 @@ class ValueTable(nn.Module):
     def dot(self, slots: Tensor, x: Tensor) -> Tensor:
         """The dot products of the values of the given slots with one vector per token.
 
-        It is the adjoint of ``forward``, differentiable for ``x`` and the table.
+        It is the adjoint of ``forward``, and differentiable with respect to ``x`` and the table.
 
         Args:
             slots: (N, H, K), int64.
@@ -212,7 +212,7 @@ class ValueTable(nn.Module):
             )
 
     def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """Read the columns that are here: (N, T) and (N, T) to (N, columns)."""
+        """Read this worker's columns: (N, T) and (N, T) to (N, columns)."""
         values = self.weight
         is_trained = _needs_gradient(weights, values)
         if is_trained:
@@ -220,7 +220,7 @@ class ValueTable(nn.Module):
         if is_trained and self.factored and kernels.is_compiled():
             return kernels.outside_graphs(self._read, NO_FACTORS)(slots, weights)
         if not (is_trained and kernels.is_plain(values, slots, weights)):
-            return kernels.gather_sum(values, slots, weights)  # traced, torch differentiates it
+            return kernels.gather_sum(values, slots, weights)  # in traces, torch differentiates
         kernels.check_reads(slots, weights, len(values))
         weights = weights.to(compute_dtype(values.dtype))
         if self.factored or weights.dtype != values.dtype:
@@ -235,14 +235,14 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
-    example = convert(table[:0])  # no table of another dtype is made on the way
+    example = convert(table[:0])  # an empty slice, to avoid a converted copy of the table
     return table.to(example.device) if is_half(example.dtype) else convert(table)
 
 
 class _Read(torch.autograd.Function):
-    """The weighted sum of values; its backward keeps the gradient of the table as factors.
+    """The weighted sum of values; its backward pass returns the table's gradient as factors.
 
-    Where no optimizer has asked for factors, the gradient of a table in half precision is dense.
+    If no optimizer has asked for factors, a table in half precision gets a dense gradient.
     """
 
     @staticmethod
@@ -278,7 +278,7 @@ def _dot(values: Tensor, slots: Tensor, x: Tensor, factored: bool) -> Tensor:
 
 
 class _Dot(torch.autograd.Function):
-    """Dot products of values with x; the gradients are a read and the factors of one."""
+    """Dot products of values with x; the gradient of x is a read, that of values is factored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, values: Tensor, factored: bool) -> Tensor:

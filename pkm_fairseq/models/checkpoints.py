@@ -1,4 +1,4 @@
-"""What a checkpoint of any age holds, and whether it fits: compared before it is loaded."""
+"""Read checkpoints from any version of fairseq, and check that they fit before loading them."""
 
 import hashlib
 import logging
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 # parameters that only a model with memory has
 MEMORY_PARAMETER = re.compile(r"\.layers\.\d+\.memory\.")
-EMBEDDING = "sentence_encoder.embed_tokens.weight"  # encoder's; decoder's in old versions
+EMBEDDING = "sentence_encoder.embed_tokens.weight"  # of the encoder; of the decoder in old versions
 UNKNOWN_DICTIONARY = "dictionary: only its size was checked, the checkpoint's own was not found"
-# what a RoBERTa of any name is built from; all but the heads shows in its parameters
+# a RoBERTa of any name is built from these sizes; all but the heads show in its parameters
 SIZES = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
-# what fairseq looks up in old checkpoints although an evaluation needs none of it
+# fairseq looks these up in old checkpoints, although an evaluation does not need them
 STAND_INS = {"criterion": "masked_lm", "optimizer": "adam", "lr_scheduler": "fixed"}
-# of RoBERTas; what other tasks of fairseq do with a checkpoint's options nobody has looked at
+# of RoBERTas; how fairseq's other tasks use a checkpoint's options is not checked
 TASKS = (MaskedLMTask, MultiLingualMaskedLMTask, SentencePredictionTask, SentenceRankingTask)
 
 
@@ -50,9 +50,9 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
         raise ValueError(f"{option} {path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises can be nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to switch safety off
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises turning safety off
             reason = "it holds more than plain data, or is no checkpoint at all"
         raise ValueError(f"{option} {path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
@@ -61,10 +61,10 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
 
 
 def options_of(checkpoint: Dict[str, Any], part: str) -> Dict[str, Any]:
-    """The options of a part, "model" or "task", that a checkpoint of any age holds.
+    """The options of a part, "model" or "task", in a checkpoint from any version of fairseq.
 
     Raises:
-        ValueError: they are no dictionary and no namespace, as which fairseq stores them.
+        ValueError: the options are neither a dictionary nor a namespace, fairseq's two formats.
     """
     return _plain(_plain(checkpoint.get("cfg")).get(part)) or _plain(checkpoint.get("args"))
 
@@ -88,15 +88,15 @@ def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, name: s
     """Compare the checkpoint's dictionary with another one, as far as it is known.
 
     Args:
-        checkpoint: of any age.
+        checkpoint: from any version of fairseq.
         dictionary: with ``<mask>``.
-        name: what messages call the checkpoint.
+        name: of the checkpoint, for messages.
 
     Returns:
         What was compared, for a log.
 
     Raises:
-        ValueError: they differ; the message says in what.
+        ValueError: the dictionaries differ; the message says how.
     """
     rows = [len(tensor) for key, tensor in checkpoint["model"].items() if key.endswith(EMBEDDING)]
     if not rows:
@@ -117,7 +117,7 @@ def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, name: s
         return "dictionary: equal by its stored hash"
     file = _file_beside_data(checkpoint)
     beside = None if file is None else load_dictionary(file)
-    if beside is None or len(beside) != rows[0]:  # of another size: made anew since
+    if beside is None or len(beside) != rows[0]:  # of another size: it was rebuilt since
         return UNKNOWN_DICTIONARY
     if dictionary_sha256(beside) != ours:
         raise ValueError(
@@ -128,7 +128,7 @@ def check_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, name: s
 
 
 def compare_dictionary(checkpoint: Dict[str, Any], dictionary: Dictionary, name: str) -> None:
-    """``check_dictionary``, and a warning where nothing but the size could be compared."""
+    """Run ``check_dictionary``, and warn if only the size could be compared."""
     if check_dictionary(checkpoint, dictionary, name) == UNKNOWN_DICTIONARY:
         logger.warning(f"{name} stores no hash of its dictionary: only the size was compared")
 
@@ -139,16 +139,16 @@ def dictionary_sha256(dictionary: Dictionary) -> str:
 
 
 def load_dictionary(file: str) -> Dictionary:
-    """The dictionary in a file, with ``<mask>``.
+    """Load a dictionary from a file, and add ``<mask>``.
 
     Raises:
-        ValueError: there is no such file, or it is no dictionary.
+        ValueError: the file is missing, or is not a dictionary.
     """
     if not os.path.isfile(file):
         raise ValueError(f"no dictionary at {file}")
     try:
         dictionary = Dictionary.load(file)
-    except Exception as error:  # fairseq raises this very class for a wrong encoding
+    except Exception as error:  # fairseq raises Exception itself for a wrong encoding
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file} is no dictionary: {reason}") from None
     dictionary.add_symbol("<mask>")
@@ -156,7 +156,7 @@ def load_dictionary(file: str) -> Dictionary:
 
 
 def data_folder(data: str) -> str:
-    """The folder of a data-bin that holds text and dictionary: ``input0`` of sentence data."""
+    """The folder of a data-bin that holds text and dictionary: ``input0`` for sentence data."""
     nested = os.path.join(data, "input0")
     return nested if os.path.isfile(os.path.join(nested, "dict.txt")) else data
 
@@ -185,18 +185,18 @@ def _file_beside_data(checkpoint: Dict[str, Any]) -> Optional[str]:
 def load_model_and_task(
     path: str, checkpoint: Dict[str, Any], **overrides: Any
 ) -> Tuple[Any, Any, Any]:
-    """Build the model and the task of a checkpoint, and load it, as fairseq does.
+    """Build the model and the task of a checkpoint, and load the checkpoint, as fairseq does.
 
     Args:
         path: the file.
-        checkpoint: what ``read_checkpoint`` read there.
+        checkpoint: the file's content, from ``read_checkpoint``.
         overrides: fairseq's options to change, such as ``data``.
 
     Returns:
         The model, fairseq's options and the task.
 
     Raises:
-        ValueError: they cannot be built, or the parameters do not fit.
+        ValueError: model or task cannot be built, or the parameters do not fit.
     """
     with known_names(checkpoint, path) as names:
         try:
@@ -210,13 +210,13 @@ def load_model_and_task(
 
 
 def refuse_other_models(checkpoint: Dict[str, Any], path: str) -> None:
-    """Refuse what is no RoBERTa by its names, before anything is built from it.
+    """Refuse checkpoints that do not name a RoBERTa, before anything is built from them.
 
-    A part may have several names, and fairseq's functions do not agree in which one they take. So
-    each of them is looked at.
+    A part may have several names, and fairseq's functions do not all use the same one. So this
+    function checks each name.
 
     Raises:
-        ValueError: a name is of another model or another task than RoBERTa's.
+        ValueError: a name belongs to a model or a task that is not RoBERTa's.
     """
     for name in _names(checkpoint, "model", "arch"):
         registered = ARCH_MODEL_REGISTRY.get(name, RobertaModel)
@@ -231,27 +231,27 @@ def refuse_other_models(checkpoint: Dict[str, Any], path: str) -> None:
 
 
 def _names(checkpoint: Dict[str, Any], part: str, flag: str) -> Iterator[str]:
-    """The names that a checkpoint of any age has for a part; as text, whatever they are."""
+    """All names of a part in a checkpoint from any version of fairseq, converted to text."""
     options = _plain(_plain(checkpoint.get("cfg")).get(part))
     names = [options[key] for key in ("_name", flag) if options.get(key) is not None]
-    if checkpoint.get("args") is not None:  # fairseq makes up a task that is missing there
+    if checkpoint.get("args") is not None:  # fairseq fills in a missing task there
         names.append(_plain(checkpoint["args"]).get(flag))
     return map(str, names)
 
 
 @contextmanager
 def known_names(checkpoint: Dict[str, Any], path: str) -> Iterator[Dict[str, str]]:
-    """Let fairseq find what an evaluation needs of a checkpoint, while the context is open.
+    """Register the names that fairseq needs to evaluate a checkpoint, while the context is open.
 
-    An architecture is a name for sizes, which checkpoints hold, too: a RoBERTa whose
-    architecture is registered nowhere is built from its sizes.
+    An architecture is only a name for sizes, and checkpoints hold the sizes, too. So a RoBERTa
+    whose architecture is not registered is built from its sizes.
 
     Yields:
-        Options to change: stand-ins for what only a training needs.
+        Options to change: stand-ins for parts that only a training needs.
 
     Raises:
-        ValueError: the model is not known, and no RoBERTa by its parameters and sizes; or model
-            or task are not RoBERTa's.
+        ValueError: the model is unknown, and its parameters and sizes are not a RoBERTa's; or
+            model or task is not RoBERTa's.
     """
     refuse_other_models(checkpoint, path)
     shard = f"{path[:-3]}-shard0.pt"  # of fairseq's FSDP
@@ -285,19 +285,19 @@ def known_names(checkpoint: Dict[str, Any], path: str) -> Iterator[Dict[str, str
 
 @contextmanager
 def _quiet_hydra() -> Iterator[None]:
-    """fairseq calls hydra's old interface to read old checkpoints: a screen of warnings."""
+    """Hide the warnings of hydra's old interface, which fairseq uses to read old checkpoints."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def has_memory(checkpoint: Dict[str, Any]) -> bool:
-    """Whether a checkpoint is of a model with memory."""
+    """Whether a checkpoint's model has a memory."""
     return any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"])
 
 
 def is_roberta(checkpoint: Dict[str, Any]) -> bool:
-    """Whether a model is fairseq's RoBERTa, by what it is called or what it holds."""
+    """Whether a model is fairseq's RoBERTa, judged by its name or its parameters and options."""
     registered = ARCH_MODEL_REGISTRY.get(architecture_of(checkpoint))
     if registered is not None:
         return issubclass(registered, RobertaModel)

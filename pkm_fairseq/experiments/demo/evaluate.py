@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 
 
 class Words:
-    """The tokenizer of a text whose pieces are words between spaces."""
+    """A tokenizer that splits text at spaces."""
 
     def encode(self, text: str, out_type: type = str) -> List[str]:
         """The words of a text."""
@@ -47,12 +47,12 @@ Tokenizer = Union[SentencePieceProcessor, Words]
 
 
 class Result(NamedTuple):
-    """What a model does on held-out text.
+    """A model's results on held-out text.
 
     Attributes:
         ppl: perplexity of the masked tokens.
         memory: usage of each memory layer, as ``MemoryUsage.summary`` plus ``layer``.
-        mass: by layer, the accumulated weight of each slot as a share, descending.
+        mass: by layer, each slot's share of the accumulated weight, descending.
     """
 
     ppl: float
@@ -64,7 +64,7 @@ def load(checkpoint: Path, data: Path) -> Loaded:
     """Load a model for evaluation, with the task it was trained on.
 
     Args:
-        checkpoint: of masked language modelling, by this plugin's task or fairseq's own.
+        checkpoint: of masked language modelling, with this plugin's task or fairseq's own.
         data: a folder that fairseq-preprocess made.
 
     Raises:
@@ -81,7 +81,7 @@ def load(checkpoint: Path, data: Path) -> Loaded:
 
 
 def masked_batches(task: MaskedLMTask, split: str = "test") -> List[Dict[str, Any]]:
-    """Batches of a split, masked as its task's seed says: the same every time.
+    """Batches of a split, masked with the task's seed: the masks are always the same.
 
     Raises:
         ValueError: the split is so small that no token is masked.
@@ -99,7 +99,7 @@ def masked_batches(task: MaskedLMTask, split: str = "test") -> List[Dict[str, An
 
 
 def scored(target: Tensor, task: MaskedLMTask) -> Tensor:
-    """Which positions count: masked tokens, but for <s>, which is known by its place."""
+    """Which positions count: masked tokens except <s>, because its position gives it away."""
     dictionary = task.source_dictionary
     return target.ne(dictionary.pad()) & target.ne(dictionary.bos())
 
@@ -108,8 +108,8 @@ def scored(target: Tensor, task: MaskedLMTask) -> Tensor:
 def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> Result:
     """Perplexity on the masked tokens of held-out text, and memory usage over its tokens.
 
-    Usage is counted over the first tokens, as many as make 100 draws per slot, or over all if the
-    text has fewer.
+    Usage is counted over the first tokens, up to 100 draws per slot, or over all tokens if the text
+    has fewer draws.
 
     Raises:
         ValueError: a sequence is too long for the model.
@@ -131,15 +131,15 @@ def evaluate(model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask) -> R
 def ablations(
     model: Any, batches: List[Dict[str, Any]], task: MaskedLMTask
 ) -> Dict[str, Dict[str, float]]:
-    """Perplexity with memories switched off in part: what they are worth to the model.
+    """Perplexity with ablated memories, to measure how much they contribute to the model.
 
     Args:
         model: in eval mode.
-        batches: as ``masked_batches`` makes them.
+        batches: from ``masked_batches``.
         task: of the batches.
 
     Returns:
-        As ``pkm_fairseq.memory.ablation.measure_ablations``. Empty without a memory.
+        As from ``pkm_fairseq.memory.ablation.measure_ablations``. Empty without a memory.
     """
     host = with_memories(model)
     if host is None:
@@ -184,7 +184,7 @@ def unigram_perplexity(data: Path, batches: List[Dict[str, Any]], task: MaskedLM
 
 
 def parameter_count(model: Any) -> int:
-    """Number of parameters, those that are shared counted once."""
+    """Number of parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -196,9 +196,9 @@ def fill_mask(
 
     Args:
         loaded: model and task.
-        tokenizer: the sentencepiece model of its training text.
-        sentence: holds ``<mask>`` once, for one piece.
-        top: how many.
+        tokenizer: the sentencepiece model of the training text.
+        sentence: contains ``<mask>`` once, for one piece.
+        top: the number of pieces.
 
     Raises:
         ValueError: the sentence has no or several masks, or is too long.
@@ -208,7 +208,7 @@ def fill_mask(
     logits, _ = loaded.model(tokens, masked_tokens=masked)  # (1, V)
     probabilities = logits.softmax(dim=-1)[0]
     dictionary = loaded.task.source_dictionary
-    probabilities[: dictionary.nspecial] = 0  # <s>, <pad>, </s>, <unk>: no answers
+    probabilities[: dictionary.nspecial] = 0  # <s>, <pad>, </s>, <unk> are no answers
     if not 1 <= top <= len(probabilities):
         raise ValueError(f"top is {top}, must be in 1..{len(probabilities)}")
     best = probabilities.topk(top)
@@ -219,7 +219,7 @@ def fill_mask(
 
 
 def encode_masked(loaded: Loaded, tokenizer: Tokenizer, sentence: str) -> Tensor:
-    """The token ids, (1, T), of a sentence with one ``<mask>``; fails as ``fill_mask``."""
+    """The token ids, (1, T), of a sentence with one ``<mask>``; errors as in ``fill_mask``."""
     before, mask, after = sentence.partition("<mask>")
     if not mask or "<mask>" in after:
         raise ValueError(f"sentence {sentence!r} must hold <mask> exactly once")
@@ -241,7 +241,7 @@ def encode_masked(loaded: Loaded, tokenizer: Tokenizer, sentence: str) -> Tensor
 
 
 def _continue(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    """Pieces of text in the middle of a sentence: no word starts where there is no space."""
+    """Pieces of text in the middle of a sentence; without a leading space no new word starts."""
     pieces = tokenizer.encode(text, out_type=str)
     if pieces and not text[:1].isspace():
         pieces[0] = pieces[0].removeprefix("\u2581")
@@ -251,13 +251,13 @@ def _continue(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 def held_out_sentences(
     text: Path, tokenizer: SentencePieceProcessor, longest: int, n: int = 3
 ) -> List[Tuple[str, str]]:
-    """Sentences from all over a held-out text with a whole word masked, and that word.
+    """Sentences from all parts of a held-out text, each with one word masked, and that word.
 
     Args:
         text: lines of text.
         tokenizer: the sentencepiece model; the masked word is one of its pieces.
-        longest: pieces.
-        n: how many at most.
+        longest: the most pieces of a sentence.
+        n: the most sentences.
     """
     lines = text.read_text(encoding="utf-8").splitlines()
     found: List[Tuple[str, str]] = []
@@ -272,7 +272,7 @@ def held_out_sentences(
 
 def _mask_a_word(pieces: List[str], tokenizer: SentencePieceProcessor) -> Optional[Tuple[str, str]]:
     """A sentence with its longest word of one piece masked, and that word; None if it has none."""
-    words = [  # whole words: what follows does not go on with letters
+    words = [  # whole words: the next piece does not start with a letter
         i
         for i in range(1, len(pieces) - 1)
         if re.fullmatch("\u2581[a-z]{4,}", pieces[i]) and not pieces[i + 1][0].isalpha()

@@ -1,4 +1,4 @@
-"""The demo's part on facts: what plain and ResM + INIT give back of people that never were."""
+"""The demo's part on facts: how many facts about synthetic people plain and ResM + INIT recall."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,12 @@ CODE = ("memory", "models", "tasks", "criterions", "optim", "experiments/facts",
 
 
 def run_facts(preset: Preset, out: Path) -> None:
-    """Train and measure what is not finished.
+    """Train the arms on facts and measure their recall; skip finished steps.
 
     Args:
         preset: the settings.
-        out: the demo's folder; ``out/facts`` gets ``data``, one folder for each arm, and what they
-            recall.
+        out: the demo's folder; ``out/facts`` gets ``data``, one folder for each arm, and the recall
+            of the arms.
 
     Raises:
         ValueError: a training failed.
@@ -48,7 +48,7 @@ def run_facts(preset: Preset, out: Path) -> None:
 
 
 def read_facts(preset: Preset, out: Path) -> Dict[str, Any]:
-    """What ``run_facts`` found; empty if it is not finished."""
+    """The results of ``run_facts``; empty if it has not finished."""
     if not is_finished(out / "facts", _key(preset)):
         return {}
     found: Dict[str, Any] = json.loads((out / "facts" / RESULT).read_text())
@@ -56,7 +56,7 @@ def read_facts(preset: Preset, out: Path) -> Dict[str, Any]:
 
 
 def summary(facts: Dict[str, Any]) -> str:
-    """Two lines for the terminal."""
+    """The recall of both arms, as text for the terminal."""
     recalls = (
         f"{TITLES[arm['arm']]} {100 * arm['by_name']['recall']:.1f} % by name, "
         f"{100 * arm['with_others']['recall']:.1f} % with the other attributes given"
@@ -90,8 +90,8 @@ def _flags(arm: str, preset: Preset, folder: Path) -> List[str]:
 
 
 def _train(waiting: List[str], preset: Preset, folder: Path, key: str) -> None:
-    """Train arms; one that was interrupted is trained anew."""
-    for arm in waiting:  # all of them before the first starts: ResM waits for plain's half
+    """Train arms; an interrupted arm starts again from the beginning."""
+    for arm in waiting:  # all before the first arm starts, because ResM waits for plain's half
         for file in (*(folder / arm).glob("checkpoint*.pt"), folder / arm / LOG):
             file.unlink(missing_ok=True)
 
@@ -138,7 +138,7 @@ def _measure(preset: Preset, folder: Path) -> Dict[str, Any]:
     return {
         "people": preset.facts.people,
         "updates": preset.facts.updates,
-        "guessed": guessed,  # of people who are in no training text
+        "guessed": guessed,  # recall of people who are in no training text
         "arms": arms,
         "example": _example(loaded, folder / "data" / "train.pieces"),
     }

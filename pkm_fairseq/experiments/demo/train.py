@@ -29,11 +29,11 @@ class ArmTraining:
 
 
 def train_arms(preset: Preset, data: Path, folder: Path) -> None:
-    """Train what is not trained yet; an interrupted arm continues at its last checkpoint.
+    """Train the unfinished arms; an interrupted arm continues from its last checkpoint.
 
     Args:
         preset: the settings.
-        data: the folder whose ``bin`` fairseq-preprocess made.
+        data: a folder with ``bin``, made by fairseq-preprocess.
         folder: gets one folder for each arm.
 
     Raises:
@@ -58,7 +58,7 @@ def train_arms(preset: Preset, data: Path, folder: Path) -> None:
 
 
 def _train(waiting: List[ArmTraining], preset: Preset, data: Path, folder: Path) -> None:
-    """Train as workers and plain's checkpoint allow."""
+    """Start each training when a worker is free and the checkpoint it needs exists."""
     half = folder / "plain" / HALF
 
     def start(children: Children, run: ArmTraining, worker: int) -> Child:
@@ -85,7 +85,7 @@ def _train(waiting: List[ArmTraining], preset: Preset, data: Path, folder: Path)
 
 
 def _reached(log: Path) -> Tuple[int, str]:
-    """How far an arm is, and how good."""
+    """The updates of an arm so far, and its perplexity and speed as text."""
     logged = read_log(log, "train_inner")
     if not logged:
         return 0, "nothing logged yet"
@@ -97,13 +97,13 @@ def _flags(run: ArmTraining, preset: Preset, data: Path, folder: Path) -> List[s
     flags = [str(data), "--user-dir", str(PACKAGE), *arm_flags(run.arm, preset)]
     flags += ["--max-update", str(run.updates)]
     if run.arm == "resm_init" and not (folder / run.arm / LAST).exists():
-        # INIT that also takes over where plain was in the data: --init-from would start epoch 1
+        # INIT that also keeps plain's position in the data; --init-from would start at epoch 1
         flags += ["--restore-file", str(folder / "plain" / HALF), *INIT_FLAGS]
     return flags
 
 
 def _is_trained(run: ArmTraining, folder: Path) -> bool:
-    """Whether a run is done; keeps plain's checkpoint after N updates."""
+    """Whether a run is finished; also keeps plain's checkpoint after N updates."""
     last, half = folder / run.arm / LAST, folder / run.arm / HALF
     if not last.exists() or updates_of(last) < run.updates:
         return False

@@ -1,1 +1,1 @@
-"""Facts about people that never were: how many a model can store, and how it reads them back."""
+"""Facts about synthetic people: how many of them a model stores and recalls."""

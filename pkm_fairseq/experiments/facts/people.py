@@ -1,7 +1,7 @@
 """Synthetic people: a name and four attributes, drawn at random, so that nothing can be guessed.
 
 A sentence is one person: ``first58 last211 city37 job12 food88 pet5``. Each attribute is drawn
-uniformly from 100 values: a fact is worth log2(100) = 6.64 bits, and knowing a person 26.6 bits.
+uniformly from 100 values: one fact is log2(100) = 6.64 bits, and one person 26.6 bits.
 """
 
 import math
@@ -23,16 +23,16 @@ MOST_PEOPLE = N_NAMES**2 - N_CONTROL  # to learn
 
 
 def draw_people(n: int, seed: int) -> List[str]:
-    """Sentences about people with names of their own.
+    """Draw people with unique names, one sentence each.
 
-    The people of a smaller number are the first ones of a larger number.
+    A smaller ``n`` gives the first people of a larger ``n``.
 
     Args:
-        n: how many.
+        n: number of people.
         seed: of the draw.
 
     Raises:
-        ValueError: there are not so many names.
+        ValueError: there are not enough names for ``n`` people, or ``n`` is below 1.
     """
     if not 1 <= n <= N_NAMES**2:
         raise ValueError(f"{n} people, must be in 1..{N_NAMES**2:,}: each has a name of its own")
@@ -47,18 +47,18 @@ def draw_people(n: int, seed: int) -> List[str]:
 
 
 def prepare_people(n: int, folder: Path, seed: int = 1) -> None:
-    """Write fairseq's data of people, ``folder/bin``.
+    """Write data for fairseq about people, ``folder/bin``.
 
-    Its splits: ``train``, ``valid`` (up to 1,000 people of train: what is logged of it is
-    recall), and ``test`` (1,000 people who are in no training text: what can be guessed).
+    The splits: ``train``; ``valid`` (up to 1,000 people of train, so that its log shows recall);
+    and ``test`` (1,000 people who are in no training text, to measure what can be guessed).
 
     Args:
-        n: people to learn.
-        folder: exists.
+        n: number of people to learn.
+        folder: an existing folder.
         seed: of names and values.
 
     Raises:
-        ValueError: there are not so many names.
+        ValueError: there are not enough names.
     """
     people = draw_people(n + N_CONTROL, seed)
     splits = {"train": people[:n], "valid": people[:n][:N_VALID], "test": people[n:]}

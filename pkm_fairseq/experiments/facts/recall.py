@@ -1,4 +1,4 @@
-"""How much of the people of ``people.py`` a model gives back."""
+"""Measure how many facts about the people of ``people.py`` a model recalls."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from ...memory.observe.usage import DRAWS
 from .people import ATTRIBUTES, NAMES
 
 BATCH_SIZE = 512
-FIRST = 1 + len(NAMES)  # position of the first attribute, behind <s> and the name
+FIRST = 1 + len(NAMES)  # position of the first attribute, after <s> and the name
 LENGTH = FIRST + len(ATTRIBUTES) + 1  # with </s>
 
 
@@ -23,7 +23,7 @@ def read_people(data: Path, split: str, dictionary: Dictionary) -> Tensor:
     """Token ids of the people of a split, (N, 8), each between ``<s>`` and ``</s>``.
 
     Raises:
-        ValueError: the split is missing, or holds something else than people.
+        ValueError: the split is missing, or does not hold people.
     """
     lines = data_utils.load_indexed_dataset(str(data / split), dictionary)
     if lines is None:
@@ -42,19 +42,20 @@ def read_people(data: Path, split: str, dictionary: Dictionary) -> Tensor:
 
 
 def measure(model: Any, mask: int, people: Tensor, ablate: bool = False) -> Dict[str, Any]:
-    """Recall and bits of the attributes of people, and the usage of memories meanwhile.
+    """Measure recall and bits of people's attributes, and the usage of memories.
 
     Args:
         model: in eval mode.
         mask: index of the mask token.
         people: token ids, (N, 8).
-        ablate: also with all values read as zero.
+        ablate: whether to measure also with all values read as zero.
 
     Returns:
-        ``by_name`` (all four attributes masked) and ``with_others`` (one masked): ``recall``, the
-        share whose most probable word of the whole dictionary is the right one; ``bits``, the mean
-        surprise at the right one. ``zeroed``, the same with values of zero, if asked for; and
-        ``memory``, usage by layer over the tokens of ``with_others``.
+        ``by_name`` (all four attributes masked) and ``with_others`` (one masked). Each has
+        ``recall``, the share of attributes for which the most probable word of the whole dictionary
+        is right, and ``bits``, the mean surprisal of the right word. With ``ablate`` also
+        ``zeroed``, the same for values of zero. With memories also ``memory``, usage by layer over
+        the tokens of ``with_others``.
     """
     host = with_memories(model)
     found: Dict[str, Any] = {"people": len(people), "by_name": _ask(model, mask, people, None)}
@@ -75,14 +76,14 @@ def measure(model: Any, mask: int, people: Tensor, ablate: bool = False) -> Dict
 
 
 def _ask_each(model: Any, mask: int, people: Tensor) -> Dict[str, float]:
-    """The mean over attributes, each asked for with the other three given."""
+    """The mean over attributes; each is masked alone, with the other three given."""
     answers = [_ask(model, mask, people, at) for at in range(len(ATTRIBUTES))]
     return {name: sum(answer[name] for answer in answers) / len(answers) for name in answers[0]}
 
 
 @torch.no_grad()
 def _ask(model: Any, mask: int, people: Tensor, attribute: Optional[int]) -> Dict[str, float]:
-    """Mask an attribute, None for all, and see what the model says."""
+    """Mask one attribute, or all for None, and measure the model's answers."""
     asked = torch.zeros(LENGTH, dtype=torch.bool)
     asked[FIRST : LENGTH - 1] = attribute is None
     if attribute is not None:

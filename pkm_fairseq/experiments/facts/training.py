@@ -18,17 +18,17 @@ KNN = 32
 
 
 def epoch_of(people: int) -> int:
-    """Updates of an epoch."""
+    """Updates per epoch."""
     return math.ceil(people / BATCH_SIZE)
 
 
 def schedule(updates: int, lr: float, starts_at_half: bool) -> Dict[str, str]:
-    """The learning rate: it rises for a twentieth of the updates, and falls in a line to 0.
+    """Flags of the learning rate: warm-up for 1/20 of the updates, then linear decay to 0.
 
     Args:
         updates: of the whole schedule.
-        lr: its highest rate.
-        starts_at_half: for a model with INIT, which goes on where its start is at its half.
+        lr: the highest rate.
+        starts_at_half: whether to begin in the middle of the schedule, for a model with INIT.
     """
     warm_up = updates // 20
     own = updates // 2 if starts_at_half else updates
@@ -41,6 +41,6 @@ def schedule(updates: int, lr: float, starts_at_half: bool) -> Dict[str, str]:
 
 
 def memory_flags(arch: str, n_keys: int, value_lr: float) -> List[str]:
-    """The options of a memory, in place of ``PLAIN``."""
+    """The options of a model with memory, in place of ``PLAIN``."""
     sizes = ["--memory-n-keys", str(n_keys), "--memory-knn", str(min(KNN, n_keys))]
     return ["--arch", arch, *MEMORY, *sizes, "--memory-value-lr", str(value_lr)]

@@ -1,15 +1,17 @@
-"""The memory's operations: one signature each, one implementation per backend.
+"""The memory's operations: one signature per operation, one implementation per backend.
 
-``torch`` runs on any device and needs nothing else; ``numba`` is compiled for the CPU; ``triton``
-for CUDA. The fastest one that can run is taken, and logged once per device and dtype. The
-environment variable PKM_BACKEND forces one, which then must be able to run.
+``torch`` runs on any device and needs no other package; ``numba`` compiles for the CPU, ``triton``
+for CUDA. The fastest backend that can run is used, and logged once per device and dtype. The
+environment variable PKM_BACKEND forces a backend; if that backend cannot run, it is an error.
 
-The shapes: N tokens, H heads, K = knn, S = n_keys, D = k_dim / 2, V = v_dim, T = H * K reads per
-token, C candidate pairs, E entries of a gradient. On plain data nothing here is differentiable: the
-two autograd functions that use these operations are in ``search`` and ``values``. Where tensors are
-not plain data (``is_plain``: traced, exported, compiled, fake or wrapped ones), no number is looked
-at, and what reads tables and scores is differentiable: in graphs of ``torch.compile`` the
-registered operations (``registered``), elsewhere torch's own.
+Shapes: N tokens, H heads, K = knn, S = n_keys, D = k_dim / 2, V = v_dim, T = H * K reads per token,
+C candidate pairs, E entries of a gradient.
+
+On plain data no operation is differentiable; the autograd functions that use these operations are
+in ``search`` and ``values``. If tensors are not plain data (see ``is_plain``: traced, exported,
+compiled, fake or wrapped), no code looks at the numbers, and scores and reads are differentiable:
+graphs of ``torch.compile`` hold the registered operations (``registered``), all other cases use
+torch's own operations.
 """
 
 from contextlib import nullcontext
@@ -71,7 +73,7 @@ __all__ = [
 
 
 def without_autocast(device: torch.device) -> ContextManager[Any]:
-    """Operations choose their precision themselves, also where a model is run under autocast."""
+    """A context without autocast, because operations choose their precision themselves."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -96,12 +98,12 @@ def topk_pairs(
     Args:
         half_scores: (H, 2, N, S), float32 or float64.
         knn: number of pairs, at most S.
-        rank1: (C,), int64, ranks in the first half of the pairs that can be among the best.
-        rank2: (C,), int64, their ranks in the second half.
+        rank1: (C,), int64: for each pair that can be among the best, its rank in the first half.
+        rank2: (C,), int64: its rank in the second half.
 
     Returns:
         Scores, descending, and the sub-keys of the first and of the second half, int64; each
-        (N, H, K). Where a half score is NaN, so is the first score of that token and head.
+        (N, H, K). If a half score is NaN, the first score of its token and head is NaN.
     """
     if needs_torch(half_scores, rank1, rank2):
         return torch_backend.topk_pairs(half_scores, knn, rank1, rank2)
@@ -113,17 +115,17 @@ def topk_pairs(
 def score_gradients(
     query: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grad_scores: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """The gradient of the scores of chosen pairs, for queries and sub-keys.
+    """The gradients of queries and sub-keys, from the gradient of the chosen pairs' scores.
 
     Args:
         query: (N, H, 2, D), float32 or float64.
         keys: (H, 2, S, D), the same dtype.
         index1: (N, H, K), int64, the sub-keys of the first half.
-        index2: (N, H, K), int64, those of the second half.
+        index2: (N, H, K), int64, the sub-keys of the second half.
         grad_scores: (N, H, K), the same dtype as query.
 
     Returns:
-        Gradients shaped as query and as keys.
+        Gradients with the shapes of query and keys.
     """
     given = query, keys, index1, index2, grad_scores
     if needs_torch(*given):
@@ -209,9 +211,9 @@ def adam_rows(
     Args:
         values: (n_slots, V), contiguous.
         exp_avg: (n_slots, V), contiguous, in at least float32; or in bfloat16 with ``rounding``.
-        exp_avg_sq: (n_slots, V), as exp_avg.
+        exp_avg_sq: (n_slots, V), like exp_avg.
         entries: the gradient, on the device of the table.
-        step_size: the learning rate times Adam's correction of the bias.
+        step_size: the learning rate times Adam's bias correction.
         betas: decay rates of the two moments.
         eps: added to the root.
         rounding: of tables in bfloat16; None rounds values to nearest, ties to even.
@@ -235,15 +237,15 @@ def adam_rows(
     _check_numbers(values, exp_avg, exp_avg_sq, *entries)
     tables = (values.detach(), exp_avg, exp_avg_sq)
     run(values, "adam_rows", *tables, entries, step_size, betas, eps, rounding)
-    torch.autograd.graph.increment_version(values)  # kernels write past torch
+    torch.autograd.graph.increment_version(values)  # torch does not see writes of kernels
 
 
 @_without_autocast
 def squared_norm(values: Tensor, entries: Entries) -> Tensor:
-    """The squared Euclidean norm of the gradient that the entries are.
+    """The squared Euclidean norm of the gradient that the entries form.
 
     Args:
-        values: the table, (n_slots, V), of which only shape, dtype and device count.
+        values: the table, (n_slots, V); only its shape, dtype and device are used.
         entries: the gradient, on the device of the table.
 
     Returns:
@@ -281,7 +283,7 @@ def _check_moments(
 ) -> None:
     allowed = [compute_dtype(values)]
     if rounding is not None and allowed == [torch.float32]:
-        allowed.append(torch.bfloat16)  # to nearest a second moment would stop falling
+        allowed.append(torch.bfloat16)  # to nearest, a second moment would stop falling
     if exp_avg not in allowed or exp_avg != exp_avg_sq:
         raise ValueError(
             f"moments have dtypes {exp_avg} and {exp_avg_sq}, must both be "
@@ -290,7 +292,7 @@ def _check_moments(
 
 
 def check_reads(slots: Tensor, weights: Tensor, n_slots: int) -> None:
-    """Complain of slots and weights that ``gather_sum`` cannot take.
+    """Refuse slots and weights that ``gather_sum`` does not accept.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.
@@ -336,7 +338,7 @@ def _check_entries(values: Tensor, entries: Entries) -> None:
 
 
 def _check_numbers(*tensors: Tensor) -> None:
-    """Complain of tensors whose numbers cannot be looked at, as the gradient of a table needs."""
+    """Refuse tensors without readable numbers, because the gradient of a table needs numbers."""
     if is_traced() or any(is_wrapped(x) or x.is_meta for x in tensors):
         kinds = ", ".join(sorted({type(x).__name__ for x in tensors}))
         raise RuntimeError(
@@ -346,7 +348,7 @@ def _check_numbers(*tensors: Tensor) -> None:
 
 
 def _check_index(names: str, name: str, index: Tensor, size: int) -> None:
-    """Complain of a wrong dtype, and where looking is free, on the CPU, of a wrong number."""
+    """Refuse a wrong dtype and, on the CPU, where the check is cheap, a number out of range."""
     if index.dtype != torch.int64:
         raise ValueError(f"{names} have dtype {index.dtype}, must be torch.int64")
     if index.device.type == "cpu" and is_plain(index) and index.numel():

@@ -1,4 +1,4 @@
-"""Which backend runs: what is plain data, the choice, forced or not, and the line in the log."""
+"""Choose the backend that runs, and log the choice; tell plain data from traced or wrapped data."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ FASTEST = {"cpu": "numba", "cuda": "triton"}  # elsewhere torch
 PLAIN = (Tensor, nn.Parameter)
 TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 SAYS_WHY = TorchVersion(torch.__version__) >= "2.8"  # breaks of graphs have messages
-PROCESS = os.getpid()  # that imported this
+PROCESS = os.getpid()  # the process that imported this module
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_given_up: Dict[str, str] = {}  # backends that turned out not to run here, and why
-_said: Set[str] = set()  # lines of the log
+_given_up: Dict[str, str] = {}  # backends that cannot run here, and why
+_said: Set[str] = set()  # lines already logged
 
 
 class CannotRunError(Exception):
@@ -32,11 +32,12 @@ class CannotRunError(Exception):
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether tensors are plain data, which kernels may read and write behind torch's back.
+    """Whether tensors are plain data, which kernels may read and write directly.
 
-    They are not while torch traces, exports, compiles or transforms, while a mode watches torch's
-    operations (``FakeTensorMode``, ``make_fx``, ``FlopCounterMode``), and if they are wrapped
-    (``FakeTensor``, ``DTensor``, ``vmap``). Without tensors: whether new ones would be.
+    Tensors are not plain while torch traces, exports, compiles or transforms, while a mode watches
+    torch's operations (``FakeTensorMode``, ``make_fx``, ``FlopCounterMode``), or if they are
+    wrapped (``FakeTensor``, ``DTensor``, ``vmap``). Without arguments: whether new tensors would
+    be plain.
     """
     if is_traced() or torch._C._len_torch_dispatch_stack():
         return False
@@ -44,7 +45,7 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether operations are recorded or transformed, so that no number may be looked at."""
+    """Whether operations are recorded or transformed, so that code must not look at numbers."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
     if torch._C._are_functorch_transforms_active():
@@ -53,20 +54,20 @@ def is_traced() -> bool:
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether a tensor is more than its memory."""
+    """Whether a tensor is not just memory: of a subclass, or batched by ``vmap``."""
     return type(x) not in PLAIN or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_compiled() -> bool:
-    """Whether ``torch.compile`` traces, whose graph may break; that of an export must not."""
-    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has it not
+    """Whether ``torch.compile`` is tracing. Its graph may break; an export's graph must not."""
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 lacks it
     return torch.compiler.is_dynamo_compiling() and not is_exporting()
 
 
 def is_in_graph(*tensors: Tensor) -> bool:
-    """Whether operations on these tensors go into a graph of ``torch.compile`` as registered.
+    """Whether graphs of ``torch.compile`` hold registered operations for these tensors.
 
-    Those on subclasses of tensors, and those that are transformed, do not.
+    They do not for subclasses of tensors, or under transforms.
     """
     if not is_compiled() or torch._C._are_functorch_transforms_active():
         return False
@@ -74,11 +75,11 @@ def is_in_graph(*tensors: Tensor) -> bool:
 
 
 def outside_graphs(function: Function, reason: Optional[str] = None) -> Function:
-    """A function that ``torch.compile`` calls and does not look into.
+    """The function, in a form that ``torch.compile`` calls but does not trace.
 
     Args:
         function: the function.
-        reason: what ``fullgraph=True``, which then cannot be, is to complain of.
+        reason: the error message under ``fullgraph=True``, which cannot work then.
     """
     if reason is not None and SAYS_WHY:
         torch._dynamo.graph_break(msg=reason)
@@ -86,7 +87,7 @@ def outside_graphs(function: Function, reason: Optional[str] = None) -> Function
 
 
 def needs_torch(*tensors: Tensor) -> bool:
-    """Whether operations on these tensors must be torch's own; outside of tracing it is logged."""
+    """Whether these tensors need torch's own operations; outside of tracing, log the reason."""
     if is_plain(*tensors):
         return False
     if not is_traced():
@@ -97,7 +98,7 @@ def needs_torch(*tensors: Tensor) -> bool:
 
 
 def run(x: Tensor, operation: str, *args: Any) -> Any:
-    """Run an operation with the backend for x, and with torch where that turns out unable to.
+    """Run an operation with the backend for x, or with torch if that backend cannot run.
 
     Raises:
         RuntimeError: PKM_BACKEND names a backend that does not exist or cannot run.
@@ -114,7 +115,7 @@ def run(x: Tensor, operation: str, *args: Any) -> Any:
 def backend_for(x: Tensor) -> ModuleType:
     """The module that runs operations on plain tensors of this device and dtype.
 
-    Under a mode that watches torch's operations it is torch.
+    While a mode watches torch's operations, it is the torch backend.
 
     Raises:
         RuntimeError: PKM_BACKEND names a backend that does not exist or cannot run.
@@ -125,13 +126,13 @@ def backend_for(x: Tensor) -> ModuleType:
 
 
 def give_up(name: str, reason: str) -> None:
-    """Do without a backend from now on."""
+    """Do not use a backend any more."""
     _given_up[name] = reason
     _choose.cache_clear()
 
 
 def choose_anew() -> None:
-    """Forget all choices, and which backends were given up."""
+    """Forget all choices, and all backends that were given up."""
     _given_up.clear()
     _said.clear()
     _choose.cache_clear()
@@ -175,7 +176,7 @@ def _problem(name: str, device: str, dtype: torch.dtype) -> Optional[str]:
         return _given_up[name]
     try:
         backend = _load(name)
-    except Exception as error:  # numba raises RuntimeError where it finds no folder for its cache
+    except Exception as error:  # numba raises RuntimeError if it finds no folder for its cache
         return f"{name} cannot run here ({one_line(error)})"
     if device not in backend.DEVICES:
         return f"{name} does not run on {device}"
@@ -185,5 +186,5 @@ def _problem(name: str, device: str, dtype: torch.dtype) -> Optional[str]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, or what it is, in one line."""
+    """The message of an error in one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

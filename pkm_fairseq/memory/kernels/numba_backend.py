@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator, Optional, Set, Tuple
 
 try:
     import fcntl
-except ImportError:  # no Unix
+except ImportError:  # not Unix
     fcntl = None  # type: ignore[assignment]
 
 import numba
@@ -25,7 +25,7 @@ if numba.config.DISABLE_JIT:
 from . import numba_kernels as loops
 from .tables import Entries, StochasticRounding, keys_of
 
-Array = Any  # numpy's arrays; their types say nothing that numba would read
+Array = Any  # numpy's arrays; numba does not use type hints
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of tables
@@ -38,9 +38,9 @@ NUMBERS = {
     torch.int64: np.dtype(np.int64).str,
 }
 logger = logging.getLogger(__name__)
-logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output drowns all other
+logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output is too long
 _one_at_a_time = threading.Lock()  # numba's simplest thread pool aborts when entered twice
-_compiled: Set[Tuple[Any, ...]] = set()  # kernels, with the kinds of arguments they had
+_compiled: Set[Tuple[Any, ...]] = set()  # kernels and the types of their arguments
 
 
 def topk_pairs(
@@ -107,16 +107,16 @@ def squared_norm(entries: Entries, n_slots: int) -> Tensor:
 
 
 def _row_entries(entries: Entries, n_slots: int) -> Tuple[Array, ...]:
-    """Rows that were read (R,), where their entries start (R + 1,), their order, and entries."""
+    """The rows read (R,), the starts of their entries (R + 1,), the entries' order, and entries."""
     rows, starts, order = _group(entries.slots, n_slots)
     return rows, starts, order, *map(_array, (entries.bags, entries.weights, entries.grads))
 
 
 class _Memory:
-    """What numpy asks of an object that has memory; bfloat16 looks like uint16.
+    """numpy's array interface to a tensor's memory; bfloat16 looks like uint16.
 
-    ``Tensor.numpy`` would forbid torch to free the memory early or to resize it, for good: FSDP
-    does both to parameters that it has gathered.
+    ``Tensor.numpy`` would permanently keep torch from freeing or resizing the memory. FSDP does
+    both to parameters that it has gathered.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -131,7 +131,7 @@ class _Memory:
 
 
 def _array(x: Tensor) -> Array:
-    """The tensor's memory as numpy sees it."""
+    """The tensor's memory as a numpy array."""
     if x.numel() and not x.data_ptr():
         raise RuntimeError(f"the memory of a tensor of shape {tuple(x.shape)} has been freed")
     return np.asarray(_Memory(x))
@@ -155,13 +155,13 @@ def _run(kernel: Callable[..., None], *args: Any) -> None:
 
 
 def _compile(kernel: Any, args: Tuple[Any, ...]) -> None:
-    """Compile a kernel for arguments of this kind, or load it, while no other process does so.
+    """Compile or load a kernel for arguments of these types, in one process at a time.
 
-    Two processes that compile one function for different types can leave numba's cache on disk
-    naming the code of one as that of the other, which then computes nonsense without an error.
+    If two processes compile a function for different types at the same time, numba's cache on disk
+    can mix up their code. The wrong code then computes nonsense without an error.
 
     Raises:
-        CannotRunError: it can be neither compiled nor loaded; nothing has run yet.
+        CannotRunError: the kernel can be neither compiled nor loaded; nothing has run yet.
     """
     kinds = [
         (x.dtype.char, x.flags.c_contiguous) if isinstance(x, np.ndarray) else type(x) for x in args
@@ -199,7 +199,7 @@ def _cache_locked(folder: Optional[str]) -> Iterator[None]:
 
 
 def _start_threads() -> None:
-    """Start numba's threads. numba also sets how many torch has, which is put back."""
+    """Start numba's threads, and restore torch's number of threads, which numba changes."""
     threads = torch.get_num_threads()
     numba.set_num_threads(1)
     if torch.get_num_threads() != threads:
@@ -207,9 +207,9 @@ def _start_threads() -> None:
 
 
 def _after_fork() -> None:
-    """Do without threads in a forked child: those of its parent do not live on in it.
+    """Use no threads in a forked child, because it does not have its parent's threads.
 
-    numba's OpenMP would kill the child, torch's would wait for its threads for ever.
+    numba's OpenMP would kill the child; torch's would wait forever for its threads.
     """
     backends.give_up("numba", "this process was forked from one that ran numba")
     torch.set_num_threads(1)

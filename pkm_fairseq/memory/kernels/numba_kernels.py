@@ -1,8 +1,8 @@
-"""The loops of the numba backend: each a plain function over numpy arrays, compiled on first use.
+"""The loops of the numba backend: plain functions over numpy arrays, compiled on first use.
 
-Work is split into tasks so that each number is summed by one thread in one order: the same bits
-come out of every run, at any number of threads. numba has no bfloat16: the bits of such a table
-come as uint16 and are widened row by row.
+Work is split into tasks so that one thread sums each number, in one order. So every run gives the
+same bits, at any number of threads. numba has no bfloat16: kernels receive the bits of such a table
+as uint16, and widen them to float32 row by row.
 """
 
 import numba
@@ -16,14 +16,14 @@ from .tables import NEAREST
 # Sums may be reordered and fused, which vectorises them; NaN and infinity keep their meaning.
 SUMS = {"reassoc", "contract", "nsz"}
 
-GROUPS_PER_NEIGHBOUR = 2  # of scores of one half; more leave fewer scores to rank
+GROUPS_PER_NEIGHBOUR = 2  # groups of scores of one half; more leave fewer to rank
 BISECTIONS = 12
 LANES = 32  # floats that a vectorised loop takes at once
-ROW_WORK = 8  # of fetching and storing a row, in entries to add
+ROW_WORK = 8  # cost to fetch and store a row; unit: cost to add an entry
 LINE = 64  # bytes in a cache line
 NAN_BFLOAT16 = np.uint16(0x7FC0)
 
-# as torch: 0 / 0 is NaN, not an exception
+# like torch: 0 / 0 is NaN, not an exception
 kernel = numba.njit(parallel=True, cache=True, fastmath=SUMS, error_model="numpy")
 part = numba.njit(cache=True, fastmath=SUMS, error_model="numpy")
 
@@ -69,8 +69,8 @@ def topk_pairs(half, rank1, rank2, out_scores, out_index1, out_index2, tasks):
 def _bound(x, knn, best):
     """A bound that at least ``knn`` elements of x reach, and not many more.
 
-    Every group of elements has one that reaches the group's best; so ``knn`` elements reach
-    whatever the bests of ``knn`` groups reach, and only the bests need to be bisected.
+    Split the elements into groups. If the maxima of ``knn`` groups reach a bound, at least ``knn``
+    elements reach it. So only the maxima need to be bisected.
     """
     n_groups = len(best)
     if len(x) < 2 * n_groups:
@@ -104,7 +104,7 @@ def _bisect(x, knn):
 
 @part
 def _rank(x, bound, kept, kept_at, rank, top, top_at):
-    """Sort the elements of x that reach the bound, the first of equals first; keep the top."""
+    """Sort the elements of x that reach the bound, descending and stable; keep the top."""
     n = 0
     for i in range(len(x)):
         kept[n], kept_at[n] = x[i], i
@@ -116,7 +116,7 @@ def _rank(x, bound, kept, kept_at, rank, top, top_at):
         kept[i] = -np.inf
     for j in range(n):
         other = kept[j]
-        for i in range(padded):  # compared in floating point: so it vectorises
+        for i in range(padded):  # comparing in floating point vectorises
             rank[i] += x.dtype.type(other > kept[i])
     top_at[:] = -1
     for i in range(n):
@@ -151,7 +151,7 @@ def grad_query(keys, index1, index2, grad_scores, grad_query, tasks):
 
 @kernel
 def grad_keys(query, index1, index2, grad_scores, grad_keys, _tasks):
-    """``grad_keys[h, p, index_p(k)] += grad_scores[n, h, k] * query[n, h, p]``; zero before."""
+    """``grad_keys[h, p, index_p(k)] += grad_scores[n, h, k] * query[n, h, p]``; it starts at 0."""
     n, heads, knn = index1.shape
     for half in numba.prange(heads * 2):
         h, p = half // 2, half % 2
@@ -164,14 +164,14 @@ def grad_keys(query, index1, index2, grad_scores, grad_keys, _tasks):
 
 @part
 def _add(total, factor, x):
-    """``total += factor * x``, all of one width."""
+    """``total += factor * x``; both have the same width."""
     for v in range(len(total)):
         total[v] += factor * x[v]
 
 
 @numba.njit(cache=True, fastmath={"nsz"})
 def _add_rounded(total, factor, x):
-    """As ``_add``, each product rounded before it is added: so what cancels is exactly 0."""
+    """Like ``_add``, but round each product before adding, so that cancelling gives exactly 0."""
     for v in range(len(total)):
         total[v] += factor * x[v]
 
@@ -211,7 +211,7 @@ def gather_sum(values, slots, weights, out, tasks):
 
 @kernel
 def gather_dot(values, rows, starts, order, grad_read, reads, out, tasks):
-    """``out[e] = values[slot of e] . grad_read[e // reads]``, row by row: each is fetched once."""
+    """``out[e] = values[slot of e] . grad_read[e // reads]``, fetching each row once."""
     width = values.shape[1]
     bounds = _shares(starts, tasks)
     for task in numba.prange(tasks):
@@ -291,7 +291,7 @@ def row_squares(starts, order, bags, weights, grads, squares, tasks):
 
 @part
 def _row_gradient(r, starts, order, bags, weights, grads, gradient):
-    """Sum a row's entries into ``gradient``; is any element other than zero?"""
+    """Sum a row's entries into ``gradient``; return whether any element is non-zero."""
     first = order[starts[r]]
     weight, grad = weights[first], grads[bags[first]]
     for v in range(len(gradient)):
@@ -306,8 +306,8 @@ def _row_gradient(r, starts, order, bags, weights, grads, gradient):
 
 @part
 def group(slots, n_slots):
-    """Sort entries by slot: rows that occur (R,), where each starts (R + 1,), entries (E,)."""
-    place = np.zeros(n_slots + 1, np.int64)  # first counts, then where the next one goes
+    """Sort entries by slot: the rows that occur (R,), their starts (R + 1,), entries (E,)."""
+    place = np.zeros(n_slots + 1, np.int64)  # first counts, then the place of the next entry
     for slot in slots:
         place[slot + 1] += 1
     n_rows = 0
@@ -331,7 +331,7 @@ def group(slots, n_slots):
 
 @part
 def _shares(starts, tasks):
-    """Where each task's rows begin (tasks + 1,): shares of equal work, hot rows or not."""
+    """The first row of each task (tasks + 1,), so that tasks have equal work despite hot rows."""
     n_rows = len(starts) - 1
     bounds = np.empty(tasks + 1, np.int64)
     bounds[0], r = 0, 0
@@ -363,7 +363,7 @@ def _compile_row(values, slot, wide):
 
 
 def _store(values, slot, row, key, first_column):
-    """Put a row that ``_row`` widened back into the table, rounded as the key says."""
+    """Round a row that ``_row`` widened, using the key, and write it back to the table."""
 
 
 @overload(_store)
@@ -397,7 +397,7 @@ def _mix(x):
 
 @intrinsic
 def _prefetch_line(_context, values, _slot, _v):
-    """Ask for the cache line of ``values[slot, v]``."""
+    """Prefetch the cache line of ``values[slot, v]``."""
 
     def generate(context, builder, signature, args):
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -419,6 +419,6 @@ def _prefetch_line(_context, values, _slot, _v):
 
 @part
 def _prefetch(values, slot):
-    """Ask for a row of the table, which the processor could not foresee."""
+    """Prefetch a row of the table; the processor cannot predict its address."""
     for v in range(0, values.shape[1], LINE // values.itemsize):
         _prefetch_line(values, slot, v)

@@ -1,7 +1,7 @@
 """The operations in graphs of ``torch.compile``: registered with torch, with shapes and gradients.
 
-At run time each is the operation of this package, so compiled code has the fast backends, too.
-Graphs of an export hold torch's own operations: they run where this package is not installed.
+At run time each calls the operation of this package, so compiled code uses the fast backends, too.
+Graphs of an export hold torch's own operations, so they run without this package.
 """
 
 from typing import Any, Callable, Optional, Tuple
@@ -21,13 +21,13 @@ def register(
     backward: Optional[Callable[..., Any]] = None,
     keep: Optional[Callable[..., Tuple[Tensor, ...]]] = None,
 ) -> None:
-    """Register an operation under its own name; ``graph_ops`` has it then.
+    """Register an operation under its own name, and so add it to ``graph_ops``.
 
     Args:
         function: the operation, on plain data.
         fake: makes empty outputs of the right shape.
-        backward: the gradients of all inputs; ``keep`` goes with it.
-        keep: from inputs and output, the tensors that the backward pass needs.
+        backward: computes the gradients of all inputs; it needs ``keep``.
+        keep: returns, from inputs and output, the tensors that the backward pass needs.
     """
     name = f"pkm_fairseq::{function.__name__}"
     operation = torch.library.custom_op(name, function, mutates_args=())
@@ -42,11 +42,11 @@ def register(
 
 
 def table_gradient(values: Tensor, slots: Tensor, weights: Tensor, grad_read: Tensor) -> Tensor:
-    """The gradient of ``gather_sum`` for the table, dense; arguments as there."""
+    """The dense gradient of ``gather_sum`` for the table; its first arguments are the same."""
     n, reads = slots.shape
     bags = torch.arange(n, device=slots.device).repeat_interleave(reads)
     entries = Entries(slots.flatten(), weights.flatten(), bags, grad_read.contiguous())
-    if values.dtype == grad_read.dtype:  # what torch does for F.embedding_bag
+    if values.dtype == grad_read.dtype:  # as torch does for F.embedding_bag
         unused, n_slots = slots.new_empty(0), len(values)
         given = entries.grads, entries.slots, bags, unused, unused, n_slots, False, 0
         return torch.ops.aten._embedding_bag_dense_backward(*given, entries.weights)  # type: ignore[no-any-return]

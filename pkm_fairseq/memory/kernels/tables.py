@@ -1,4 +1,4 @@
-"""What operations work on: tables, entries of their gradient, and the precision of both."""
+"""Tables and the entries of their gradients, and the precision of both."""
 
 import ctypes
 import sys
@@ -20,7 +20,7 @@ class Entries(NamedTuple):
         slots: (E,), int64.
         weights: (E,), in the dtype of grads.
         bags: (E,), int64, the row of grads that belongs to the entry.
-        grads: (B, V), the gradients of what was read, in at least float32.
+        grads: (B, V), the gradients of the reads, in at least float32.
     """
 
     slots: Tensor
@@ -30,16 +30,16 @@ class Entries(NamedTuple):
 
 
 class StochasticRounding(NamedTuple):
-    """How tables in bfloat16 are rounded: up or down by chance, so that the mean is the number.
+    """Stochastic rounding of tables in bfloat16: up or down at random, exact in expectation.
 
-    Rounding to nearest loses every update below half of the last place; the mean of stochastic
-    rounding keeps it (Gupta et al. 2015, arXiv 1502.02551). The chance is a hash of seed, step,
-    table, slot and column: the same in every run, on every device and for every worker.
+    Rounding to nearest loses every update below half a unit in the last place; stochastic rounding
+    keeps it in the mean (Gupta et al. 2015, arXiv 1502.02551). The random bits are a hash of seed,
+    step, table, slot and column: the same in every run, on every device and for every worker.
 
     Attributes:
-        seed: another one for each value table.
+        seed: different for each value table.
         step: the number of the update.
-        first_column: of a table whose columns are split over workers, the first of this worker.
+        first_column: this worker's first column, if workers split the table by columns.
     """
 
     seed: int
@@ -47,7 +47,7 @@ class StochasticRounding(NamedTuple):
     first_column: int = 0
 
     def key(self, table: int) -> int:
-        """32 bits for one of the tables of an update: 0 values, 1 and 2 its moments."""
+        """A key of 32 bits for a table of an update: 0 for values, 1 and 2 for moments."""
         return mix(mix(mix(self.seed) + self.step) + table)
 
 
@@ -63,24 +63,24 @@ def mix(x: int) -> int:
 
 
 def keys_of(rounding: Optional[StochasticRounding]) -> Tuple[int, int, int, int]:
-    """What kernels are given of a rounding: the keys of values and moments, the first column."""
+    """The arguments of kernels for rounding: keys of values and moments, and the first column."""
     if rounding is None:
         return NEAREST, NEAREST, NEAREST, 0
     return rounding.key(0), rounding.key(1), rounding.key(2), rounding.first_column
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is computed in float32; float32 and float64 in themselves."""
+    """The dtype of computations: float32 for half precision; float32 and float64 stay."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    """Is this floating dtype half precision?"""
+    """Whether a floating dtype is half precision."""
     return compute_dtype(dtype) != dtype
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
+    """Convert half precision to float32; float32 and float64 stay."""
     return x.to(compute_dtype(x.dtype))
 
 
@@ -90,10 +90,10 @@ def allocate(
     dtype: Optional[torch.dtype] = None,
     device: Optional[torch.device] = None,
 ) -> Tensor:
-    """Memory for a table, (n_slots, v_dim), not initialised.
+    """Allocate an uninitialised table, (n_slots, v_dim).
 
     Raises:
-        MemoryError: it does not fit; the message says how large it is.
+        MemoryError: the table does not fit; the message says how large it is.
     """
     try:
         table = torch.empty(n_slots, v_dim, dtype=dtype, device=device)
@@ -108,10 +108,10 @@ def allocate(
 
 
 def _advise_huge_pages(table: Tensor) -> None:
-    """Ask Linux to back a table that nothing was written to yet with huge pages.
+    """Ask Linux for huge pages for a table, before the first write to it.
 
-    Random rows then cost fewer look-ups of addresses. It is advice: where the system does not
-    follow it, reads are slower and nothing else changes.
+    Reads of random rows then need fewer address translations. Linux may ignore this advice; reads
+    are slower then, and nothing else changes.
     """
     start = -(-table.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     end = (table.data_ptr() + table.nbytes) // HUGE_PAGE * HUGE_PAGE

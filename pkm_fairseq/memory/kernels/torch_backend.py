@@ -1,8 +1,8 @@
 """The memory's operations in plain torch, on any device.
 
-Gathered rows are held a chunk at a time, and no gradient of the size of the table is ever made.
-Products may be fused into sums: where gradients cancel exactly, a rounding error can remain and
-move a row. On CUDA the gradient of scores is summed in an order that differs from run to run.
+Rows are gathered in chunks, and no gradient of the table's size is ever created. Products may be
+fused into sums: gradients that cancel exactly can leave a rounding error, which changes a row. On
+CUDA the order of the sums in the gradient of scores differs from run to run.
 """
 
 from typing import Iterator, Optional, Tuple
@@ -16,7 +16,7 @@ from .tables import NEAREST, Entries, StochasticRounding, at_least_float32, keys
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
 
-CHUNK = 8 << 20  # elements of gathered rows that are held at once
+CHUNK = 8 << 20  # elements of gathered rows in a chunk
 MASK = 0xFFFFFFFF
 
 
@@ -54,9 +54,9 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def gather_sum_at_once(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """As ``gather_sum``, differentiable, and the same operations for any number of tokens.
+    """Like ``gather_sum``, but differentiable, with the same operations for any number of tokens.
 
-    A table in half precision costs the memory of all rows that are read.
+    For a table in half precision, it holds all rows that are read in memory at once.
     """
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
@@ -72,9 +72,9 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
 
 
 def gather_dot_at_once(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
-    """As ``gather_dot``, differentiable, and the same operations for any number of tokens.
+    """Like ``gather_dot``, but differentiable, with the same operations for any number of tokens.
 
-    It costs the memory of all rows that are read.
+    It holds all rows that are read in memory at once.
     """
     rows = values[slots].to(grad_read.dtype)  # (N, T, V)
     return torch.bmm(rows, grad_read.unsqueeze(2)).squeeze(2)
@@ -105,14 +105,14 @@ def adam_rows(
 
 
 def rounded(x: Tensor, dtype: torch.dtype, rows: Tensor, key: int, first_column: int) -> Tensor:
-    """Rows of a table, (R, V), in the dtype that they are stored in.
+    """Round rows of a table, (R, V), to the table's dtype.
 
     Args:
         x: the rows, in at least float32.
         dtype: of the table.
-        rows: (R,), which rows they are.
-        key: of ``StochasticRounding``, which only bfloat16 obeys, or ``NEAREST``.
-        first_column: of the table of all workers.
+        rows: (R,), the indices of the rows.
+        key: of ``StochasticRounding``, used only for bfloat16, or ``NEAREST``.
+        first_column: the index of x's first column in the whole table.
     """
     if key == NEAREST or dtype != torch.bfloat16:
         return x.to(dtype)
@@ -124,7 +124,7 @@ def rounded(x: Tensor, dtype: torch.dtype, rows: Tensor, key: int, first_column:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """``tables.mix`` of numbers in int64; their products wrap around, which keeps the low bits."""
+    """``tables.mix`` of numbers in int64; products that overflow keep the right low bits."""
     x = x & MASK
     x = (x ^ x >> 16) * 0x85EBCA6B & MASK
     x = (x ^ x >> 13) * 0xC2B2AE35 & MASK
@@ -140,7 +140,7 @@ def squared_norm(entries: Entries, n_slots: int) -> Tensor:
 
 
 def row_gradients(entries: Entries) -> Iterator[Tuple[Tensor, Tensor]]:
-    """The rows that were read and their gradients, (R,) and (R, V), a chunk of rows at a time."""
+    """The rows that were read and their gradients, (R,) and (R, V), in chunks of rows."""
     slots, order = entries.slots.sort(stable=True)
     rows, counts = torch.unique_consecutive(slots, return_counts=True)
     ends = counts.cumsum(0)
@@ -163,5 +163,5 @@ def row_gradients(entries: Entries) -> Iterator[Tuple[Tensor, Tensor]]:
 
 
 def _rows(width: int) -> int:
-    """Rows of this width in a chunk."""
+    """The number of rows of this width in a chunk."""
     return max(1, CHUNK // max(1, width))

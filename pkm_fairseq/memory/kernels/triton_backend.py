@@ -1,6 +1,6 @@
 """The memory's operations on CUDA, compiled by triton; the programs are in ``triton_kernels``.
 
-Nothing here makes the host wait for the device. With TRITON_INTERPRET=1 triton interprets the same
+The host never waits for the device here. With TRITON_INTERPRET=1 triton interprets the same
 programs on the CPU, slowly: for tests on machines without a GPU.
 """
 
@@ -18,10 +18,10 @@ from .tables import Entries, StochasticRounding, keys_of
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
 
-ROWS = 8  # that a program holds at once
-BLOCK = 256  # columns of them
+ROWS = 8  # rows that a program holds at once
+BLOCK = 256  # columns that a program holds at once
 TILE = 4096  # elements that a program of whole rows holds at once, unless one row is longer
-SORTED = 1024  # elements that a program sorts; with 4,096 it took over 8 minutes to compile
+SORTED = 1024  # most elements that a program sorts; 4,096 took over 8 minutes to compile
 
 
 def topk_pairs(
@@ -29,8 +29,8 @@ def topk_pairs(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """See ``pkm_fairseq.memory.kernels.topk_pairs``.
 
-    float64 goes through torch: the program sorts a score and its index as one integer of 64 bits.
-    So does what one program does not sort: more than 1,024 sub-keys per half, or candidates.
+    float64 uses torch, because the program sorts a score and its index as one integer of 64 bits.
+    More than 1,024 sub-keys per half, or more than 1,024 candidates, use torch, too.
     """
     heads, _, n, n_keys = half_scores.shape
     if half_scores.dtype != torch.float32 or max(n_keys, len(rank1)) > SORTED:
@@ -48,8 +48,8 @@ def score_gradients(
 ) -> Tuple[Tensor, Tensor]:
     """See ``pkm_fairseq.memory.kernels.score_gradients``.
 
-    The gradient of the sub-keys is a matrix product with the gradient of all half scores, as dense
-    as they were: a GPU multiplies faster than it sorts.
+    The gradient of the sub-keys is a matrix product with the dense gradient of all half scores: a
+    GPU multiplies faster than it sorts.
     """
     n, heads, _, width = query.shape
     n_keys, knn = keys.shape[2], index1.shape[2]
@@ -114,31 +114,31 @@ def squared_norm(entries: Entries, n_slots: int) -> Tensor:
 
 
 def _sorted(entries: Entries) -> Entries:
-    """The entries by slot, those of one slot in their old order; grads stay as they are."""
+    """Sort entries by slot; entries of one slot keep their order, and grads do not change."""
     slots, order = entries.slots.sort(stable=True)
     return Entries(slots, entries.weights[order], entries.bags[order], entries.grads)
 
 
 def _blocks(size: int) -> int:
-    """Elements that a program needs for so many; at least 2, which sorting asks for."""
+    """The next power of two, for the size of a program's block; sorting needs at least 2."""
     return max(2, int(triton.next_power_of_2(size)))
 
 
 def _tile(width: int) -> Tuple[int, int]:
-    """Rows and columns that a program takes at once."""
+    """Rows and columns that a program holds at once."""
     return ROWS, min(_blocks(width), BLOCK)
 
 
 def _whole_rows(width: int) -> Tuple[int, int]:
-    """Rows and columns of a program that must hold a row as a whole."""
+    """Rows and columns of a program that must hold whole rows."""
     block = _blocks(width)
     return max(1, min(ROWS, TILE // block)), block
 
 
 def _run(program: Any, grid: Tuple[int, ...], *args: Any) -> None:
-    """Launch a program on the device of its first argument, products rounded before they are added.
+    """Launch a program on the device of its first argument, without fusing products into sums.
 
-    Fused, ``w * g - w * g`` could be other than zero, and a row would move that must not.
+    With fusion ``w * g - w * g`` could differ from zero, and change a row that must stay.
     """
     if 0 in grid:
         return

@@ -1,7 +1,7 @@
 """The programs of the triton backend, each compiled on first use.
 
-Every number is summed by one program in one order and there are no atomics: the same bits come out
-of every run. Memory is never accessed out of range, whatever the slots are.
+One program sums each number, in one order, without atomics. So every run gives the same bits.
+Programs never access memory out of range, whatever the slots are.
 """
 
 import triton
@@ -67,9 +67,9 @@ def _best(
 
 @triton.jit
 def _pack(x, index, real):
-    """Integers, unique, in the order of the floats x, NaN highest; what is not real is lowest."""
+    """Pack floats and indices into unique integers of the same order; NaN first, padding last."""
     image = x.to(tl.int32, bitcast=True)
-    image ^= (image >> 31) & 0x7FFFFFFF  # of negative floats, larger bits mean a smaller number
+    image ^= (image >> 31) & 0x7FFFFFFF  # for negative floats, larger bits mean a smaller number
     image = tl.where(x != x, 0x7FFFFFFF, image)
     image = tl.where(real, image, -0x80000000)
     return (image.to(tl.int64) << 32) | index.to(tl.int64)
@@ -119,7 +119,7 @@ def grad_half_scores(
 ):
     """``grad_half[h, half, n, s] = sum over k with index[n, h, k] == s of grad_scores[n, h, k]``.
 
-    Comparing every sub-key with every index leaves nothing to atomics.
+    Comparing every sub-key with every index avoids atomics.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens, heads = tl.num_programs(0), tl.num_programs(1)
@@ -169,7 +169,7 @@ def _weighted_rows(
     ROWS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    """``sum over t of weights[t] * table[slots[t]]``, NaN where a slot is out of range."""
+    """``sum over t of weights[t] * table[slots[t]]``; NaN if a slot is out of range."""
     total = tl.zeros([ROWS, BLOCK], weights.dtype.element_ty)
     for start in range(0, reads, ROWS):  # several rows in flight hide the latency of memory
         t = start + tl.arange(0, ROWS)
@@ -223,7 +223,7 @@ def adam_rows(
     n_slots,
     n_entries,
     width,
-    step_size: tl.float64,  # scalars are float32 unless told
+    step_size: tl.float64,  # scalars are float32 by default
     beta1: tl.float64,
     gain1: tl.float64,
     beta2: tl.float64,
@@ -238,8 +238,9 @@ def adam_rows(
 ):
     """Adam on a row whose gradient has a non-zero element; gains are 1 - beta.
 
-    A program per entry, sorted by slot; the first of a slot does the work for all of them. BLOCK
-    columns are the whole row: only then is it known whether it moves.
+    There is one program per entry. Entries are sorted by slot, and the program of a slot's first
+    entry does the work for all of them. BLOCK must cover a whole row, because only the whole
+    gradient of a row shows whether it has a non-zero element.
     """
     slot, is_first = _first_of_slot(slots)
     if is_first & (slot >= 0) & (slot < n_slots):
@@ -304,7 +305,7 @@ def _row_gradient(
     ROWS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    """Sum the entries of a slot, which lie together from this program's entry on."""
+    """Sum the entries of a slot; they are contiguous and begin with this program's entry."""
     slots, weights, bags, grads, n_entries = entries
     total = tl.zeros([ROWS, BLOCK], grads.dtype.element_ty)
     start = tl.program_id(0)
@@ -325,27 +326,27 @@ def _row_gradient(
 
 @triton.jit
 def _sqrt(x):
-    """Rounded to nearest, which float32 must be asked for."""
+    """The root rounded to nearest; for float32, plain ``sqrt`` may round otherwise."""
     root = tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
     return root
 
 
 @triton.jit
 def _divide(x, y):
-    """Rounded to nearest, which float32 must be asked for."""
+    """The quotient rounded to nearest; for float32, plain ``/`` may round otherwise."""
     quotient = x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
     return quotient
 
 
 @triton.jit
 def _round(x, number: tl.constexpr, slot, columns, key):
-    """A row in the dtype of its table; a key of -1 rounds bfloat16 to nearest, ties to even."""
+    """Round a row to its table's dtype; a key of -1 rounds bfloat16 to nearest, ties to even."""
     if number == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         seed = _mix(slot.to(tl.uint32) ^ key.to(tl.uint32))
         noise = (_mix(seed + columns.to(tl.uint32)) >> 16).to(tl.int32)
         noise = tl.where(key < 0, 0x7FFF + ((bits >> 16) & 1), noise)
-        bits = (bits + noise) >> 16 << 16  # by hand: the interpreter cuts bfloat16 off
+        bits = (bits + noise) >> 16 << 16  # by hand: the interpreter truncates to bfloat16
         x = tl.where(x != x, float("nan"), bits.to(tl.float32, bitcast=True))
     return x.to(number)
 

@@ -1,4 +1,4 @@
-"""The arms of the study, their options, and which runs there are in which order."""
+"""The arms of the study, their options, and all runs in their order."""
 
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
@@ -14,13 +14,13 @@ from pkm_fairseq.experiments.facts.training import (
 WIDTHS = {"plain": (64, 128), "wide": (64, 480), "plain2": (128, 256), "plain4": (256, 512)}
 MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")
 
-EDGES = {1e-3: 5e-4, 5e-3: 1e-2}  # where the best rate is the first or last, the next one
+EDGES = {1e-3: 5e-4, 5e-3: 1e-2}  # next rate to try if the best is the first or last
 VALUE_EDGES = {3e-3: 1e-3, 3e-2: 1e-1}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the study is."""
+    """The sizes of the study."""
 
     people: int
     fewer: int
@@ -36,7 +36,7 @@ class Size:
 SIZES = {
     "full": Size(10_000, 5_000, 20_000, 4_000, 256, (32, 64, 128), (1, 2, 3),
                  (1e-3, 2e-3, 5e-3), (3e-3, 1e-2, 3e-2)),
-    "toy": Size(200, 100, 400, 20, 32, (16,), (1,), (2e-3,), (1e-2,)),  # runs through, no more
+    "toy": Size(200, 100, 400, 20, 32, (16,), (1,), (2e-3,), (1e-2,)),  # only a trial run
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Run:
     """One training.
 
     Attributes:
-        updates: in all; an arm with INIT takes half of them from its start.
+        updates: total; for an arm with INIT, half of them are its start's.
         n_keys: 0 without a memory.
     """
 
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """The name of the run's folder."""
         memory = f"_{self.n_keys}keys_values{self.value_lr:g}" if self.n_keys else ""
         return (
             f"{self.arm}_{self.people}people_{self.updates}updates_lr{self.lr:g}{memory}"
@@ -68,18 +68,18 @@ class Run:
 
     @property
     def start(self) -> Optional["Run"]:
-        """The plain run whose half an arm with INIT starts from."""
+        """The plain run that an arm with INIT starts from, at half of its updates; else None."""
         if not self.arm.endswith("_init"):
             return None
         return Run("plain", self.people, self.updates, self.seed, self.lr)
 
     @property
     def own_updates(self) -> int:
-        """Those of its own."""
+        """Updates of this training, without those of its start."""
         return self.updates // 2 if self.start else self.updates
 
     def flags(self) -> List[str]:
-        """Options of fairseq-train, but for paths."""
+        """Options of fairseq-train, except paths."""
         width, ffn = WIDTHS.get(self.arm, WIDTHS["plain"])
         rates = schedule(self.updates, self.lr, self.start is not None)
         flags = [*COMMON, "--encoder-embed-dim", str(width), "--encoder-ffn-embed-dim", str(ffn)]
@@ -97,7 +97,7 @@ Wave = Callable[[Size, Results], List[Run]]
 
 
 def best(results: Results, size: Size, arm: str) -> Run:
-    """The run of an arm with the best rate, of the first seed at the first number of people."""
+    """An arm's run with the best rate, for the first seed and the study's number of people."""
     n_keys = size.n_keys if arm in MEMORIES else 0
     tried = [
         run
@@ -115,7 +115,7 @@ def dense(size: Size, arm: str, lr: float, **changed: int) -> Run:
 
 
 def memory(size: Size, results: Results, arm: str, value_lr: float, **changed: int) -> Run:
-    """A run with a memory, the rate of all else that of the best plain run."""
+    """A run with a memory; everything except values has the rate of the best plain run."""
     settings = {"people": size.people, "updates": size.updates, "seed": size.seeds[0], **changed}
     settings = {"n_keys": size.n_keys, **settings}
     return Run(arm, lr=best(results, size, "plain").lr, value_lr=value_lr, **settings)
@@ -130,7 +130,7 @@ def chosen(size: Size, results: Results, arm: str, **changed: int) -> Run:
 
 
 def _rates(arm: str) -> Iterator[Wave]:
-    """Three rates, and one more if the best is at an edge."""
+    """Try all rates, and one more if the best is the first or last."""
     if arm in MEMORIES:
         yield lambda size, results: [memory(size, results, arm, rate) for rate in size.value_rates]
         yield lambda size, results: [

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The tables and charts of the study, and what its criteria say.
+"""The tables and charts of the study, and the verdicts of its criteria.
 
-Reads OUT/runs/*/result.json, writes OUT/results.json, prints Markdown. Given a results.json, as
-that of this folder, it only prints. Criteria whose runs are not finished are left open.
+Reads OUT/runs/*/result.json, writes OUT/results.json, prints Markdown. Given a results.json, such
+as the one in this folder, it only prints. Criteria with unfinished runs stay open.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HEADS, K_DIM, VOCABULARY = 4, 64, 1004
 
 
 def read(out: Path) -> Found:
-    """What was measured of each finished run, as results.json keeps it."""
+    """The measurements of each finished run, in the form of results.json."""
     if out.is_file():
         return {Run(**entry["run"]): entry for entry in json.loads(out.read_text())}
     found: Found = {}
@@ -55,8 +55,8 @@ def recall(found: Found, run: Run) -> float:
 
 
 def multiply_adds(run: Run) -> int:
-    """Multiply-adds of the encoder for each token: projections, FFN, memory; not the scores of
-    attention, which are alike, nor the output, which only masked tokens need."""
+    """Multiply-adds of the encoder per token: projections, FFN and memory. Left out are the scores
+    of attention, which are alike, and the output layer, which only masked tokens need."""
     width, ffn = WIDTHS.get(run.arm, WIDTHS["plain"])
     layer = 4 * width**2 + 2 * width * ffn
     if not run.n_keys:
@@ -75,7 +75,7 @@ def stored_bits(entry: Dict[str, Any]) -> float:
 
 
 def grouped(found: Found) -> Dict[Tuple[Any, ...], List[Run]]:
-    """Runs that differ in their seed only, in the order of the tables."""
+    """Group runs that differ only in their seed, in the order of the tables."""
     groups: Dict[Tuple[Any, ...], List[Run]] = defaultdict(list)
     order = [*WIDTHS, "pkm", "pkm_init", "resm", "resm_init"]
     for run in sorted(found, key=lambda r: (r.people, r.updates, order.index(r.arm), r.n_keys)):
@@ -85,7 +85,7 @@ def grouped(found: Found) -> Dict[Tuple[Any, ...], List[Run]]:
 
 
 def cell(values: List[float], text: str = "{:.1f}") -> str:
-    """Median, and the range if there are several."""
+    """The median, and the range if there are several values."""
     shown = text.format(median(values))
     if len(values) == 1:
         return shown
@@ -121,14 +121,14 @@ def table(found: Found) -> str:
 
 
 class Criteria:
-    """What the criteria say of finished runs; None where runs are missing."""
+    """The verdicts of the criteria on finished runs; None if runs are missing."""
 
     def __init__(self, found: Found, size: Size) -> None:
         self.found, self.size = found, size
         self.recalls = {run: recall(found, run) for run in found}
 
     def of(self, arm: str, **changed: int) -> Optional[List[float]]:
-        """Recall by name of an arm with its best rate, by seed; None if one is missing."""
+        """Recall by name of an arm with its best rate, for each seed; None if one is missing."""
         try:
             runs = [
                 chosen(self.size, self.recalls, arm, **changed, seed=s) for s in self.size.seeds
@@ -140,7 +140,7 @@ class Criteria:
     def above(
         self, one: Optional[List[float]], other: Optional[List[float]], by: float = 0.1
     ) -> Optional[bool]:
-        """Whether recall is higher by more than this in every seed."""
+        """Whether recall is higher, and by at least ``by``, for every seed."""
         if one is None or other is None:
             return None
         return all(a >= b + by and a > b for a, b in zip(one, other, strict=True))
@@ -182,11 +182,11 @@ class Criteria:
         return None if None in steps else all(steps)
 
     def both(self, *answers: Optional[bool]) -> Optional[bool]:
-        """Whether all hold."""
+        """Whether all answers are yes; None if one is missing."""
         return None if None in answers else all(answers)
 
     def memory_wins(self, **changed: int) -> Optional[bool]:
-        """Criterion 1, with so many people."""
+        """Criterion 1; ``changed`` can set another number of people."""
         ours = self.of("resm_init", **changed)
         dense = [self.of(arm, **changed) for arm in ("plain", "wide")]
         return self.both(*(self.above(ours, other) for other in dense))

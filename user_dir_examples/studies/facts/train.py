@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The runs of the study; what is finished is skipped. Each ends with result.json in its folder."""
+"""Run the study; finished runs are skipped. Each run ends with result.json in its folder."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from pkm_fairseq.experiments.runs.trainings import LAST, LOG, run_all, start_tra
 from pkm_fairseq.memory.files import write_file
 
 RESULT = "result.json"
-FOLLOWED = 2000  # people whose recall is measured on the way
+FOLLOWED = 2000  # people whose recall is measured on earlier checkpoints
 
 
 def half_of(folder: Path, run: Run) -> Path:
@@ -30,7 +30,7 @@ def half_of(folder: Path, run: Run) -> Path:
 
 
 def data_of(out: Path, people: int) -> Path:
-    """Data of so many people, made if needed."""
+    """The data for this number of people, made if needed."""
     folder = out / f"people{people}"
     if begin(folder, str(people)):
         prepare_people(people, folder)
@@ -39,7 +39,7 @@ def data_of(out: Path, people: int) -> Path:
 
 
 def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
-    """What a finished run knows, and knew on the way."""
+    """The recall of a finished run, and of its earlier checkpoints."""
     loaded = load(folder / LAST, data)
     found = {"parameters": parameter_count(loaded.model)}
     dictionary, mask = loaded.task.source_dictionary, loaded.task.mask_idx
@@ -58,7 +58,7 @@ def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
 
 
 def train_all(runs: List[Run], out: Path, workers: int) -> None:
-    """Train and measure what is not finished."""
+    """Train and measure the runs that are not finished."""
     waiting = [run for run in runs if not (out / "runs" / run.name / RESULT).exists()]
     waiting = list(dict.fromkeys(waiting))
     if not waiting:
