@@ -249,3 +249,18 @@ def test_the_table_counts_stored_bits(study, results):
     cells = [cell.strip() for cell in plain.split("|")]
     assert cells[1] == "10,000" and cells[7] == "3" and cells[8] == "10.0 (10.0 to 10.0)"
     assert cells[11].startswith(f"{0.1 * BITS * 400 / 1000:.3f}")
+
+
+def test_the_page_has_the_table_and_the_picture_of_the_results(study, tmp_path):
+    arms, table = study
+    found, size = table.read(STUDY / "results.json"), arms.SIZES["full"]
+    docs = STUDY.parents[2] / "docs"
+    page = (docs / "evidence.md").read_text(encoding="utf-8")
+    assert table.table(found) in page
+    assert "\n".join(table.Criteria(found, size).lines()) in page
+    table.draw_charts(found, size, tmp_path)
+    name = "facts_over_updates.svg"
+    assert (tmp_path / name).read_text() == (docs / "evidence" / name).read_text()
+    run = next(iter(found))
+    found[run]["train"]["by_name"]["recall"] += 0.01
+    assert table.table(found) not in page
