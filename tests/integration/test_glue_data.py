@@ -71,7 +71,11 @@ MISTAKES: Dict[str, Tuple[Callable[[Path], None], List[str], str]] = {
         *(without("input1/valid.*"), ["--num-classes", "3"]),
         "no split valid in ",
     ),
-    "a number that is none": (write_nan, REGRESSION, "/label/valid.label:3: 'NaN' is no finite"),
+    "a number that is none": (
+        write_nan,
+        REGRESSION,
+        "/label/valid.label:3: 'NaN' is not a finite number",
+    ),
 }
 
 
