@@ -1,5 +1,6 @@
 """Synthetic people, what a model recalls of them, and the study's tables."""
 
+import fcntl
 import math
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from pkm_fairseq.experiments.facts.people import (
     prepare_people,
 )
 from pkm_fairseq.experiments.facts.recall import measure, read_people
+from pkm_fairseq.experiments.runs.trainings import clear
 
 STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/facts"
 N = 64
@@ -264,3 +266,15 @@ def test_the_page_has_the_table_and_the_picture_of_the_results(study, tmp_path):
     run = next(iter(found))
     found[run]["train"]["by_name"]["recall"] += 0.01
     assert table.table(found) not in page
+
+
+def test_the_folder_of_a_running_training_is_not_cleared(tmp_path):
+    file = tmp_path / "checkpoint1.pt"
+    file.write_text("precious")
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            clear(tmp_path)
+        assert file.read_text() == "precious"
+    clear(tmp_path)
+    assert not file.exists()

@@ -12,7 +12,7 @@ from ..runs.folders import PACKAGE, begin, finish, is_finished, key_of, key_of_c
 from ..runs.logs import last_line, read_log
 from ..runs.processes import Child, Children
 from ..runs.progress import RunsProgress
-from ..runs.trainings import LAST, LOG, run_all, start_training
+from ..runs.trainings import LAST, LOG, clear, run_all, start_training
 from .evaluate import Loaded, Words, fill_mask, load, parameter_count
 from .presets import TITLES, Preset
 
@@ -92,8 +92,7 @@ def _flags(arm: str, preset: Preset, folder: Path) -> List[str]:
 def _train(waiting: List[str], preset: Preset, folder: Path, key: str) -> None:
     """Train arms; an interrupted arm starts again from the beginning."""
     for arm in waiting:  # all before the first arm starts, because ResM waits for plain's half
-        for file in (*(folder / arm).glob("checkpoint*.pt"), folder / arm / LOG):
-            file.unlink(missing_ok=True)
+        clear(folder / arm)
 
     def start(children: Children, arm: str, worker: int) -> Child:
         flags = _flags(arm, preset, folder)

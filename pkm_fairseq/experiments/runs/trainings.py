@@ -1,5 +1,6 @@
 """Run several trainings of fairseq-train in parallel, each in a folder with a log and a lock."""
 
+import fcntl
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Tuple, TypeVar
@@ -69,6 +70,21 @@ def start_training(
     command += ["--save-dir", str(folder)]
     with (folder / LOG).open("ab") as log:
         return children.start(command, log, environment=environment, lock=folder / "lock")
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints and the log of an interrupted training.
+
+    Raises:
+        ValueError: a process still trains in this folder.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being trained by another process") from None
+        for file in (*folder.glob("checkpoint*.pt"), folder / LOG):
+            file.unlink(missing_ok=True)
 
 
 def updates_of(checkpoint: Path) -> int:

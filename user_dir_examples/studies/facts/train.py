@@ -17,7 +17,7 @@ from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish
 from pkm_fairseq.experiments.runs.logs import last_line, read_log
 from pkm_fairseq.experiments.runs.processes import Child, Children
 from pkm_fairseq.experiments.runs.progress import RunsProgress
-from pkm_fairseq.experiments.runs.trainings import LAST, LOG, run_all, start_training
+from pkm_fairseq.experiments.runs.trainings import LAST, LOG, clear, run_all, start_training
 from pkm_fairseq.memory.files import write_file
 
 RESULT = "result.json"
@@ -67,8 +67,7 @@ def train_all(runs: List[Run], out: Path, workers: int) -> None:
     def start(children: Children, run: Run, worker: int) -> Child:
         folder = out / "runs" / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (*folder.glob("checkpoint*.pt"), folder / LOG):  # of an interrupted run
-            file.unlink(missing_ok=True)
+        clear(folder)
         flags = [str(data_of(out, run.people)), "--user-dir", str(PACKAGE), *run.flags()]
         if run.start:
             flags += ["--init-from", str(half_of(out / "runs" / run.start.name, run.start))]
