@@ -36,7 +36,7 @@ def read(out: Path) -> Found:
         entry = json.loads(file.read_text())
         for part in (entry["train"], entry["control"], *entry["way"].values()):
             for question in ("by_name", "with_others"):
-                part[question] = {n: round(x, 4) for n, x in part[question].items()}
+                part[question] = {n: round(x, 6) for n, x in part[question].items()}
         for layer in entry["train"].get("memory", []):
             kept = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling")
             layer_curve = [[at["draws_per_slot"], round(at["top1_usage"], 4)]
