@@ -5,7 +5,6 @@ when time runs out. Exit status: 0 all passed, 1 something failed or ran out of 
 in the arguments, or no CUDA device.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -16,7 +15,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
+
+from _script import Parser, take_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = "PKM_GPU_OUTCOMES"  # the environment variable that names the file of outcomes
@@ -65,14 +66,6 @@ def parse(argv: Optional[List[str]] = None) -> Any:
     if args.out and args.out.exists() and (not args.out.is_dir() or list(args.out.iterdir())):
         parser.error(f"{args.out} must be a new or an empty folder")
     return args
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 # --- what travels -------------------------------------------------------------------------------
@@ -247,11 +240,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     return check(args)
 
 
-def interrupt(*_: Any) -> NoReturn:
-    """End by SIGTERM as by Ctrl-C: the group of the step is ended, too."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
+    take_interrupts()  # SIGTERM ends the group of a step, too
     sys.exit(main())

@@ -1,5 +1,6 @@
 """Start and end of every script; import this module before the package."""
 
+import argparse
 import contextlib
 import logging
 import os
@@ -29,6 +30,14 @@ def run(main: Callable[[], None], hint: str = "; run it again to continue") -> N
         raise SystemExit(f"{name}: {error}") from None
     except KeyboardInterrupt:
         _leave(hint=hint)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def take_interrupts() -> None:

@@ -11,14 +11,18 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
-from _script import take_interrupts
+from _script import Parser, take_interrupts
 
 
 def parse(argv: Optional[List[str]]) -> Any:
     """Read the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="benchmark_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--what",
         type=words,
@@ -51,14 +55,6 @@ def parse(argv: Optional[List[str]]) -> Any:
             f"--{name}", type=Path, metavar="FILE", help="write results to this file"
         )
     return parser.parse_args(argv)
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2."""
-        self.exit(2, f"benchmark_memory: error: {message}\n")
 
 
 def words(text: str) -> Tuple[str, ...]:

@@ -188,9 +188,8 @@ class _JointMoments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> Tuple[Tensor, None]:
         tokens, mean, count = ctx.saved_tensors
         grads = torch.stack([grad_mean, grad_var])
-        dist.all_reduce(
-            grads, group=ctx.group
-        )  # the gradient of all workers' losses in the statistics
+        # the gradient of all workers' losses in the statistics
+        dist.all_reduce(grads, group=ctx.group)
         return (grads[0] + 2 * grads[1] * (tokens - mean)) / count, None
 
 

@@ -1,6 +1,7 @@
 """Synthetic people, what a model recalls of them, and the study's tables."""
 
 import fcntl
+import json
 import math
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.runs.trainings import clear
 
 STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/facts"
+PARTS = ("arms", "table", "train")
 N = 64
 
 
@@ -117,13 +119,13 @@ def test_other_text_is_refused(people, tmp_path):
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
-    for name in ("arms", "table"):
+    for name in PARTS:
         sys.modules.pop(name, None)
     import arms
     import table
 
     yield arms, table
-    for name in ("arms", "table"):
+    for name in PARTS:
         sys.modules.pop(name, None)
 
 
@@ -131,7 +133,7 @@ def entry(recall, zeroed=0.01, way=None):
     asked = {"recall": recall, "bits": BITS * (1 - recall)}
     part = {"people": 100, "by_name": asked, "with_others": asked}
     zero = {"by_name": {"recall": zeroed}}
-    usage = [{"layer": 1, "top1_usage": 0.5}]
+    usage = [{"layer": 1, "top1_usage": 0.5, "draws_per_slot": 9.0}]
     return {
         "parameters": 1000,
         "train": {**part, "zeroed": zero, "memory": usage},
@@ -278,3 +280,29 @@ def test_the_folder_of_a_running_training_is_not_cleared(tmp_path):
         assert file.read_text() == "precious"
     clear(tmp_path)
     assert not file.exists()
+
+
+def test_a_reader_can_train_the_best_run_of_an_arm_again(study, tmp_path, monkeypatch, capsys):
+    import train
+
+    trained = []
+
+    def train_all(runs, out, workers):
+        trained.extend(runs)
+        for run in runs:
+            (out / "runs" / run.name).mkdir(parents=True)
+            result = {"run": vars(run), **entry(0.25)}
+            (out / "runs" / run.name / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(train, "train_all", train_all)
+    train.check("resm_init", tmp_path)
+    assert [(run.arm, run.lr, run.value_lr, run.seed) for run in trained] == [
+        ("plain", 5e-3, 0.0, 1),
+        ("resm_init", 5e-3, 3e-2, 1),
+    ]
+    _, table = study
+    before = 100 * table.recall(table.read(STUDY / "results.json"), trained[1])
+    said = f"recall by name 25.00 %, in results.json {before:.2f} %"
+    assert said in capsys.readouterr().out and before > 40
+    with pytest.raises(SystemExit, match=r"--check is 'none', must be an arm .*: plain, resm_init"):
+        train.check("none", tmp_path)

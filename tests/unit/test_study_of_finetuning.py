@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,3 +36,11 @@ def test_the_criteria_are_judged_seed_by_seed():
             table["every_seed"](other, one, table[name]) for name in ("forgets_less", "dominates")
         ]
         assert judged == [forgets_less, dominates], other
+
+
+def test_the_picture_is_that_of_the_results(tmp_path, monkeypatch):
+    picture = tmp_path / "finetuning.svg"
+    argv = ["table.py", str(STUDY / "results.json"), "--svg", str(picture)]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(STUDY / "table.py"), run_name="__main__")
+    assert picture.read_text() == (ROOT / "docs/evidence/finetuning.svg").read_text()

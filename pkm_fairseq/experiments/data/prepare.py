@@ -4,7 +4,7 @@ import io
 import shutil
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterable, List, Optional, Sequence
 
 import sentencepiece
 
@@ -31,9 +31,9 @@ def prepare_corpus(documents: Sequence[List[str]], folder: Path, vocabulary: int
     (folder / "spm.model").write_bytes(train_sentencepiece(splits["train"], vocabulary))
     tokenizer = load_sentencepiece(folder / "spm.model")
     for split, lines in splits.items():
-        _write_lines(folder / f"{split}.txt", lines)
+        write_lines(folder / f"{split}.txt", lines)
         encoded = tokenizer.encode(lines, out_type=str)
-        _write_lines(folder / f"{split}.pieces", [" ".join(pieces) for pieces in encoded])
+        write_lines(folder / f"{split}.pieces", [" ".join(pieces) for pieces in encoded])
     binarise({split: folder / f"{split}.pieces" for split in SPLITS}, folder / "bin")
 
 
@@ -98,5 +98,6 @@ def binarise(pieces: Dict[str, Path], out: Path, dictionary: Optional[Path] = No
         raise ValueError(f"fairseq-preprocess failed: {lines[-1]}")
 
 
-def _write_lines(file: Path, lines: List[str]) -> None:
+def write_lines(file: Path, lines: Iterable[str]) -> None:
+    """Write a text of lines."""
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

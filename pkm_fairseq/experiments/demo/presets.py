@@ -12,8 +12,8 @@ class Facts:
     """Settings of the part on facts; all our choice, found by measurement.
 
     Attributes:
-        people: number of people to learn: a multiple of 512, or less than 512.
-        updates: of plain; ResM + INIT starts after half of them.
+        people: to learn.
+        updates: of plain; half of them must be whole epochs. ResM + INIT starts after that half.
         n_keys: the memory has ``n_keys ** 2`` slots.
         lr: learning rate of everything except values.
         value_lr: learning rate of values.

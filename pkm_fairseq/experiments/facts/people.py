@@ -10,7 +10,7 @@ from typing import List
 
 import numpy as np
 
-from ..data.prepare import binarise
+from ..data.prepare import binarise, write_lines
 
 N_NAMES = 300  # first names, and as many last names
 N_VALUES = 100
@@ -63,9 +63,9 @@ def prepare_people(n: int, folder: Path, seed: int = 1) -> None:
     people = draw_people(n + N_CONTROL, seed)
     splits = {"train": people[:n], "valid": people[:n][:N_VALID], "test": people[n:]}
     for split, lines in splits.items():
-        (folder / f"{split}.pieces").write_text("".join(f"{line}\n" for line in lines))
+        write_lines(folder / f"{split}.pieces", lines)
     words = [f"{name}{number}" for name in NAMES for number in range(N_NAMES)]
     words += [f"{name}{number}" for name in ATTRIBUTES for number in range(N_VALUES)]
     dictionary = folder / "words.txt"
-    dictionary.write_text("".join(f"{word} 1\n" for word in words))
+    write_lines(dictionary, (f"{word} 1" for word in words))
     binarise({split: folder / f"{split}.pieces" for split in splits}, folder / "bin", dictionary)

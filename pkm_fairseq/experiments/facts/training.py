@@ -12,9 +12,9 @@ COMMON = shlex.split(f"""--task pkm_masked_lm --sample-break-mode eos --tokens-p
     --num-workers 0 --cpu --log-format json --log-interval 100 --validate-interval 1000000
     --no-save-optimizer-state""")
 PLAIN = shlex.split("--arch roberta --criterion masked_lm --optimizer adam")
-MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 1
-    --memory-heads 4 --memory-k-dim 64""")
-KNN = 32
+HEADS, KNN, K_DIM = 4, 32, 64
+MEMORY = shlex.split(f"""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 1
+    --memory-heads {HEADS} --memory-k-dim {K_DIM}""")
 
 
 def epoch_of(people: int) -> int:

@@ -20,11 +20,10 @@ from matplotlib.ticker import PercentFormatter
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
-from pkm_fairseq.experiments.facts.training import KNN
+from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
-HEADS, K_DIM, VOCABULARY = 4, 64, 1004
 
 
 def read(out: Path) -> Found:
@@ -95,8 +94,9 @@ def cell(values: List[float], text: str = "{:.1f}") -> str:
 def table(found: Found) -> str:
     """A row for each arm and setting."""
     names = "people|updates|arm|slots|lr|value lr|seeds|recall by name, %|with others, %"
-    names += "|values zeroed, %|bits stored per parameter|multiply-adds per token|top-1 usage, %"
-    lines = ["| " + " | ".join(names.split("|")) + " |", "|--:|--:|---|" + "--:|" * 10]
+    names += "|values zeroed, %|bits stored per parameter|multiply-adds per token"
+    names += "|top-1 usage, %|draws per slot"
+    lines = ["| " + " | ".join(names.split("|")) + " |", "|--:|--:|---|" + "--:|" * 11]
     for settings, runs in grouped(found).items():
         people, updates, arm, n_keys, lr, value_lr = settings
         entries = [found[run] for run in runs]
@@ -113,6 +113,7 @@ def table(found: Found) -> str:
         cells += [cell([stored_bits(entry) / entry["parameters"] for entry in entries], "{:.3f}")]
         cells += [f"{multiply_adds(runs[0]):,}"]
         cells += [share(lambda part: part["memory"][0]["top1_usage"]) if n_keys else ""]
+        cells += [f"{parts[0]['memory'][0]['draws_per_slot']:.1f}" if n_keys else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from arms import SIZES, WAVES, Results, Run
+from arms import SIZES, WAVES, Results, Run, best
 
 from pkm_fairseq.experiments.demo.evaluate import load, parameter_count
 from pkm_fairseq.experiments.facts.people import prepare_people
@@ -21,6 +21,7 @@ from pkm_fairseq.experiments.runs.trainings import LAST, LOG, clear, run_all, st
 from pkm_fairseq.memory.files import write_file
 
 RESULT = "result.json"
+PUBLISHED = Path(__file__).with_name("results.json")
 FOLLOWED = 2000  # people whose recall is measured on earlier checkpoints
 
 
@@ -99,8 +100,24 @@ def train_all(runs: List[Run], out: Path, workers: int) -> None:
 
 def read_results(out: Path) -> Results:
     """Recall by name of all finished runs."""
-    found = [json.loads(file.read_text()) for file in out.glob(f"runs/*/{RESULT}")]
-    return {Run(**result["run"]): result["train"]["by_name"]["recall"] for result in found}
+    return recalls_of([json.loads(file.read_text()) for file in out.glob(f"runs/*/{RESULT}")])
+
+
+def recalls_of(results: List[Dict[str, Any]]) -> Results:
+    """Recall by name of results, by run."""
+    return {Run(**result["run"]): result["train"]["by_name"]["recall"] for result in results}
+
+
+def check(arm: str, out: Path) -> None:
+    """Train the best run of an arm again, and what it starts from."""
+    known = recalls_of(json.loads(PUBLISHED.read_text()))
+    if not any(run.arm == arm for run in known):
+        arms = ", ".join(sorted({run.arm for run in known}))
+        raise SystemExit(f"--check is {arm!r}, must be an arm of results.json: {arms}")
+    run = best(known, SIZES["full"], arm)
+    train_all([run.start, run] if run.start else [run], out, workers=1)
+    found, before = read_results(out)[run], known[run]
+    print(f"{run.name}: recall by name {100 * found:.2f} %, in results.json {100 * before:.2f} %")
 
 
 def main() -> None:
@@ -109,9 +126,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--check",
+        metavar="ARM",
+        help="train only this arm, as the best run of results.json did, and compare the recall",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = args.out.resolve()
+    if args.check:
+        return check(args.check, out)
     for wave in WAVES:
         runs = wave(SIZES[args.size], read_results(out))
         starts = [run.start for run in runs if run.start]
