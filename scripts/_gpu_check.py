@@ -196,6 +196,7 @@ class Check:
         command = [python, "-m", "pytest", "-p", "_gpu_check", *how, *tests]
         path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
         env = {**os.environ, "PYTHONPATH": path, OUTCOMES: str(self.out / "outcomes.jsonl")}
+        env.pop("PYTEST_XDIST_WORKER", None)  # of a test that calls this: there it is no worker
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
         )
