@@ -177,21 +177,21 @@ def _other_people(size: Size, results: Results) -> List[Run]:
     ]
 
 
-WAVES: List[Wave] = [
+WAVES: List[Wave] = [  # what decides a criterion comes first
     *_rates("plain"),
     *_rates("resm_init"),
     *_rates("wide"),
     _all_seeds("plain", "wide", "resm_init"),
-    lambda size, results: _longer(size, results)[:2],
-    lambda size, results: _smaller(size, results)[: len(size.smaller)],
     *_rates("pkm_init"),
+    lambda size, results: [run for run in _longer(size, results) if run.arm == "plain"],
+    _smaller,
+    _all_seeds("pkm_init"),
     *_rates("resm"),
-    lambda size, results: _other_people(size, results)[:6],
+    _all_seeds("resm"),
+    _longer,
+    _other_people,
     *_rates("pkm"),
     *_rates("plain2"),
     *_rates("plain4"),
-    _smaller,
-    _all_seeds("pkm_init", "resm", "pkm", "plain2", "plain4"),
-    _longer,
-    _other_people,
+    _all_seeds("pkm", "plain2", "plain4"),
 ]
