@@ -46,7 +46,7 @@ def draw_people(n: int, seed: int) -> List[str]:
     ]
 
 
-def prepare_people(n: int, folder: Path, seed: int = 1) -> None:
+def prepare_people(n: int, folder: Path, seed: int = 1, skip: int = 0) -> None:
     """Write data for fairseq about people, ``folder/bin``.
 
     The splits: ``train``; ``valid`` (up to 1,000 people of train, so that its log shows recall);
@@ -56,11 +56,13 @@ def prepare_people(n: int, folder: Path, seed: int = 1) -> None:
         n: number of people to learn.
         folder: an existing folder.
         seed: of names and values.
+        skip: number of people to leave out. After ``prepare_people(10_000, ...)`` a ``skip`` of
+            11,000 gives people who are neither in its training text nor in its control.
 
     Raises:
         ValueError: there are not enough names.
     """
-    people = draw_people(n + N_CONTROL, seed)
+    people = draw_people(skip + n + N_CONTROL, seed)[skip:]
     splits = {"train": people[:n], "valid": people[:n][:N_VALID], "test": people[n:]}
     for split, lines in splits.items():
         write_lines(folder / f"{split}.pieces", lines)

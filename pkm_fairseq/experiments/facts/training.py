@@ -17,9 +17,9 @@ MEMORY = shlex.split(f"""--criterion pkm_masked_lm --optimizer pkm_adam --memory
     --memory-heads {HEADS} --memory-k-dim {K_DIM}""")
 
 
-def epoch_of(people: int) -> int:
+def epoch_of(people: int, batch_size: int = BATCH_SIZE) -> int:
     """Updates per epoch."""
-    return math.ceil(people / BATCH_SIZE)
+    return math.ceil(people / batch_size)
 
 
 def schedule(updates: int, lr: float, starts_at_half: bool) -> Dict[str, str]:

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""The table and chart of the study, and the verdicts of its criteria.
+
+Reads OUT/runs/*/result.json, writes OUT/results.json, prints Markdown. Given a results.json, such
+as the one in this folder, it only prints. Criteria with unfinished runs stay open.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any, Callable, Dict, List, Optional
+
+from arms import ARMS, SIZES, Results, Run, Size, best, kept, recall, tried
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from pkm_fairseq.analysis.plots import COLOURS
+from pkm_fairseq.analysis.svg import draw
+from pkm_fairseq.memory.files import write_file
+
+DRAWN = ("full", "values", "slots_24000", "slots_24000_once", "low_rank", "freeze", "plain_full")
+
+
+def read(out: Path) -> Results:
+    """What each finished run found, in the form of results.json."""
+    if out.is_file():
+        found = json.loads(out.read_text())
+    else:
+        found = [json.loads(file.read_text()) for file in sorted(out.glob("runs/*/result.json"))]
+        write_file(out / "results.json", json.dumps(found, indent=1) + "\n")
+    return {Run(**result["run"]): result for result in found}
+
+
+def cell(values: List[Any], text: str = "{:.1f}") -> str:
+    """The median, and the range if there are several values."""
+    shown = text.format(median(values))
+    if len(values) == 1:
+        return shown
+    return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
+
+
+def shown(arm: str) -> str:
+    """An arm for people."""
+    return re.sub(r"\d+", lambda number: f"{int(number[0]):,}", arm.replace("_", " "))
+
+
+def table(results: Results, size: Size) -> str:
+    """A row for each arm and rate; the best rate of an arm has all seeds."""
+    names = "arm|lr|value lr|seeds|kept, %|old, %|new, %|old by name, %|new by name, %"
+    names += "|rows moved|megabytes"
+    lines = ["| " + " | ".join(names.split("|")) + " |", "|---|" + "--:|" * 10]
+    lines.append(_start_row(results, size))
+    for arm in ARMS:
+        for lr, value_lr in ARMS[arm].rates:
+            runs = [Run(arm, lr, value_lr, seed) for seed in size.seeds]
+            found = [results[run] for run in runs if run in results]
+            if found:
+                rates = [f"{lr:g}" if lr else "", f"{value_lr:g}" if value_lr else ""]
+                lines.append(_row(shown(arm), rates, found))
+    return "\n".join(lines)
+
+
+def _start_row(results: Results, size: Size) -> str:
+    """What the starts with a memory know."""
+    starts = [
+        results[run]["way"][0]
+        for run in (Run("values", *ARMS["values"].rates[0], seed=seed) for seed in size.seeds)
+        if run in results
+    ] or [next(iter(results.values()))["way"][0]]
+    cells = ["start", "", "", str(len(starts)), "", *_recalls(starts), "", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def _recalls(points: List[Dict[str, Any]]) -> List[str]:
+    return [
+        cell([100 * point[people][question]["recall"] for point in points])
+        for question in ("with_others", "by_name")
+        for people in ("old", "new")
+    ]
+
+
+def _row(arm: str, rates: List[str], found: List[Dict[str, Any]]) -> str:
+    shares = [kept(result) for result in found]
+    reached = [100 * share for share in shares if share is not None]
+    text = cell(reached) if len(reached) == len(found) else "" if not reached else (
+        f"{cell(reached)}; {len(found) - len(reached)} of {len(found)} do not learn"
+    )  # fmt: skip
+    cells = [arm, *rates, str(len(found)), text, *_recalls([r["way"][-1] for r in found])]
+    rows = [result["change"]["rows"] for result in found]
+    cells += [cell(rows, "{:,.0f}") if any(rows) else ""]
+    cells += [cell([result["change"]["bytes"] / 1e6 for result in found], "{:.2f}")]
+    return f"| {' | '.join(cells)} |"
+
+
+# --- the criteria of README.md -----------------------------------------------------------------
+
+
+class Criteria:
+    """The verdicts of the criteria on finished runs; None if runs are missing."""
+
+    def __init__(self, results: Results, size: Size) -> None:
+        self.results, self.size = results, size
+
+    def of(self, arm: str, what: Callable[[Dict[str, Any]], Any]) -> Optional[List[Any]]:
+        """Something of an arm with its best rate, for each seed; None if a run is missing."""
+        if any(run not in self.results for run in tried(self.size, arm)):
+            return None
+        run = best(self.results, self.size, arm)
+        runs = [Run(arm, run.lr, run.value_lr, seed) for seed in self.size.seeds]
+        if any(run not in self.results for run in runs):
+            return None
+        return [what(self.results[run]) for run in runs]
+
+    def keeps_more(self, arm: str, other: str, by: float) -> Optional[bool]:
+        """Whether an arm keeps more than another one by this share, in every seed."""
+        ours, theirs = self.of(arm, kept), self.of(other, kept)
+        if ours is None or theirs is None:
+            return None
+        pairs = zip(ours, theirs, strict=True)
+        return all(a is not None and a >= (b or 0.0) + by for a, b in pairs)
+
+    def some_slots(self) -> Optional[bool]:
+        """Criterion 3."""
+        answers = [
+            self.keeps_more(arm, "values", 0.01) for arm in ARMS if ARMS[arm].slots is not None
+        ]
+        return True if any(answers) else None if None in answers else False
+
+    def few_slots(self) -> Optional[bool]:
+        """Criterion 4."""
+        few = [a for a, arm in ARMS.items() if arm.slots and arm.slots <= 1024 and not arm.once]
+        learned = [self.of(arm, lambda result: recall(result["way"][-1], "new")) for arm in few]
+        if None in learned:
+            return None
+        return all(share < 0.1 for shares in learned for share in shares or ())
+
+    def dense_has_no_room(self) -> Optional[bool]:
+        """Criterion 6."""
+        answers = [
+            self.of(arm, lambda r: (kept(r) or 0.0) < recall(r["way"][0], "old") / 2)
+            for arm in ("plain_full", "plain_low_rank")
+        ]
+        return None if None in answers else all(all(answer or ()) for answer in answers)
+
+    def lines(self) -> List[str]:
+        """A line for each criterion."""
+        points = [point for result in self.results.values() for point in result["way"]]
+        highest = max(recall(point, "control") for point in points)
+        answers = {
+            "1, values forget less than full finetuning": self.keeps_more("values", "full", 0.1),
+            "2, values forget less than a low-rank adapter": self.keeps_more(
+                "values", "low_rank", 0.1
+            ),
+            "3, slots by TF-IDF forget less than values": self.some_slots(),
+            "4, few slots learn nothing": self.few_slots(),
+            "5, key dropout helps": self.keeps_more("key_dropout", "full", 0.02),
+            "5, freeze helps": self.keeps_more("freeze", "full", 0.02),
+            "6, a dense model of this size has no room": self.dense_has_no_room(),
+            f"7, no leak (control at most {100 * highest:.1f} %)": highest <= 0.02,
+        }
+        words = {None: "open, runs are missing", True: "supported", False: "not supported"}
+        return [f"- {name}: {words[answer]}" for name, answer in answers.items()]
+
+
+# --- chart -------------------------------------------------------------------------------------
+
+
+def draw_frontier(results: Results, size: Size, axes: Axes) -> None:
+    """Recall of old people over recall of new ones, during the finetuning with the best rate."""
+    for arm, colour in zip(DRAWN, COLOURS, strict=False):
+        if not any(run in results for run in tried(size, arm)):
+            continue
+        chosen = best(results, size, arm)
+        for seed in size.seeds:
+            run = Run(arm, chosen.lr, chosen.value_lr, seed)
+            if run in results:
+                way = results[run]["way"]
+                axes.plot([recall(point, "new") for point in way],
+                          [recall(point, "old") for point in way], color=colour, marker="o",
+                          markersize=3, linewidth=1.5,
+                          label=shown(arm) if seed == size.seeds[0] else None)  # fmt: skip
+    axes.set(xlabel="recall of new people", ylabel="recall of old people", ylim=(0, 1.03))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(loc="lower left")
+
+
+def main() -> None:
+    """Read, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder that run.sh fills, or results.json")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the frontier there")
+    args = parser.parse_args()
+    results, size = read(args.out), SIZES[args.size]
+    if not results:
+        raise SystemExit(f"{args.out} holds no finished run")
+    print(table(results, size))
+    print()
+    print("\n".join(Criteria(results, size).lines()))
+    if args.svg:
+        write_file(args.svg, draw(lambda axes: draw_frontier(results, size, axes)))
+
+
+if __name__ == "__main__":
+    main()

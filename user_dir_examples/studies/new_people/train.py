@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Run the study; finished runs are skipped. Each run ends with result.json in its folder."""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import low_rank  # registers the models with adapters
+import torch
+from arms import ARMS, BATCH_SIZE, HERE, SHARES, SIZES, Results, Run, Size, runs_to_do
+from torch import Tensor
+
+from pkm_fairseq.experiments.demo.evaluate import load
+from pkm_fairseq.experiments.facts.people import N_CONTROL, prepare_people
+from pkm_fairseq.experiments.facts.recall import measure, read_people
+from pkm_fairseq.experiments.facts.training import epoch_of
+from pkm_fairseq.experiments.runs.folders import begin, finish
+from pkm_fairseq.experiments.runs.logs import last_line, read_log
+from pkm_fairseq.experiments.runs.processes import Child, Children
+from pkm_fairseq.experiments.runs.progress import RunsProgress
+from pkm_fairseq.experiments.runs.trainings import LAST, LOG, clear, run_all, start_training
+from pkm_fairseq.memory.delta import APART, VALUES
+from pkm_fairseq.memory.files import write_file
+from pkm_fairseq.models.checkpoints import read_checkpoint
+
+RESULT = "result.json"
+FOLLOWED = 2000  # old people whose recall is measured
+USAGE = HERE.parents[2] / "scripts" / "memory_usage.py"
+
+
+class Study:
+    """The files of the study.
+
+    Args:
+        facts: the folder of the study of facts.
+        out: the folder to fill.
+        size: of the study.
+    """
+
+    def __init__(self, facts: Path, out: Path, size: Size) -> None:
+        self.facts, self.out, self.size = facts, out, size
+        self.old = facts / f"people{size.old}" / "bin"
+        self.new = self._new_people()
+
+    def _new_people(self) -> Path:
+        folder = self.out / f"people{self.size.new}"
+        if begin(folder, str(self.size)):
+            prepare_people(self.size.new, folder, skip=self.size.old + N_CONTROL)
+            finish(folder, str(self.size))
+        return folder / "bin"
+
+    def start(self, run: Run) -> Tuple[Path, int]:
+        """The model that a run finetunes, and its number of sub-keys (0 without a memory).
+
+        It was trained with the same seed. Of several, it is the one with fewest updates, most
+        slots, and then the highest recall by name.
+        """
+        arm = ARMS[run.arm].start
+        found: List[Tuple[Tuple[float, ...], Path, int]] = []
+        for file in self.facts.glob(f"runs/*/{RESULT}"):
+            result = json.loads(file.read_text())
+            of = result["run"]
+            if (of["arm"], of["people"], of["seed"]) == (arm, self.size.old, run.seed):
+                recall = result["train"]["by_name"]["recall"]
+                found.append(((-of["updates"], of["n_keys"], recall), file, of["n_keys"]))
+        if not found:
+            wanted = f"{arm} with {self.size.old:,} people and seed {run.seed}"
+            raise SystemExit(f"{self.facts} has no finished run of {wanted}: run that study first")
+        _, file, n_keys = max(found)
+        return file.with_name(LAST), n_keys
+
+    def counts(self, start: Path, seed: int) -> Dict[str, Path]:
+        """How often old and new people read each slot of a start; counted if needed."""
+        files = {}
+        for name, data in (("old", self.old), ("new", self.new)):
+            files[name] = file = self.out / f"counts.{name}.seed{seed}.pt"
+            if not file.exists():
+                command = [
+                    sys.executable,
+                    str(USAGE),
+                    "--checkpoint",
+                    str(start),
+                    "--split",
+                    "train",
+                ]
+                command += ["--data", str(data), "--tokens", "1000000", "--save-counts", str(file)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return files
+
+    def folder(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.out / "runs" / run.name
+
+    def train(self, children: Children, run: Run) -> Child:
+        """Start a run."""
+        folder = self.folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        start, n_keys = self.start(run)
+        counts = self.counts(start, run.seed) if ARMS[run.arm].slots else {}
+        flags = [str(self.new), "--user-dir", str(Path(low_rank.__file__).parent)]
+        flags += ["--finetune-from-model", str(start), *run.flags(self.size, n_keys, counts)]
+        return start_training(children, folder, flags, {"OMP_NUM_THREADS": "1"})
+
+    def measure(self, run: Run) -> Dict[str, Any]:
+        """The recall of old and new people at the start and on the way, and what has changed."""
+        folder, (start, _) = self.folder(run), self.start(run)
+        epoch = epoch_of(self.size.new, BATCH_SIZE)
+        way = [{"updates": 0, **self._recall(start)}]
+        for share in reversed(SHARES):
+            updates = self.size.updates // share
+            checkpoint = folder / f"checkpoint{updates // epoch}.pt"
+            if share == 1:
+                checkpoint = folder / LAST
+            way.append({"updates": updates, **self._recall(checkpoint)})
+        before, after = (read_checkpoint(str(f), "study:")["model"] for f in (start, folder / LAST))
+        found = {"way": way, "change": change(before, after)}
+        rows = [entry for entry in read_log(folder / LOG, "train_inner")]
+        for name in ("read", "chosen"):
+            logged = [
+                entry[f"value_rows_{name}"] for entry in rows if f"value_rows_{name}" in entry
+            ]
+            if logged:
+                found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
+        return found
+
+    def _recall(self, checkpoint: Path) -> Dict[str, Any]:
+        loaded = load(checkpoint, self.new)
+        found = {}
+        for name, data, split in (
+            ("old", self.old, "train"), ("new", self.new, "train"), ("control", self.new, "test"),
+        ):  # fmt: skip
+            people = read_people(data, split, loaded.task.source_dictionary)[:FOLLOWED]
+            asked = measure(loaded.model, loaded.task.mask_idx, people)
+            found[name] = {
+                question: {key: round(value, 6) for key, value in asked[question].items()}
+                for question in ("by_name", "with_others")
+            }
+        return found
+
+    def results(self) -> Results:
+        """What finished runs found."""
+        found = [json.loads(file.read_text()) for file in self.out.glob(f"runs/*/{RESULT}")]
+        return {Run(**result["run"]): result for result in found}
+
+
+def change(before: Dict[str, Tensor], after: Dict[str, Tensor]) -> Dict[str, int]:
+    """What must be stored to make a finetuned model from its start.
+
+    Returns:
+        ``rows`` of values that differ, and ``bytes``: these rows with a slot of 8 bytes each, and
+        all other tensors that differ or are new.
+    """
+    rows = size = 0
+    for name, now in after.items():
+        was = before.get(name.replace(low_rank.ORIGINAL, "weight"))
+        if APART.search(name) or (was is not None and torch.equal(was, now)):
+            continue
+        if was is not None and VALUES.search(name):
+            moved = int((was != now).any(dim=1).sum())
+            rows += moved
+            size += moved * (8 + now[0].numel() * now.element_size())
+        else:
+            size += now.numel() * now.element_size()
+    return {"rows": rows, "bytes": size}
+
+
+def train_all(study: Study, runs: List[Run], workers: int) -> None:
+    """Train and measure runs."""
+
+    def start(children: Children, run: Run, worker: int) -> Child:
+        return study.train(children, run)
+
+    def show(run: Run) -> None:
+        logged = read_log(study.folder(run) / LOG, "train_inner")
+        if logged:
+            updates = int(logged[-1]["num_updates"])
+            progress.show(run.name, updates, study.size.updates, f"loss {logged[-1]['loss']:.2f}")
+
+    def end(run: Run, status: int) -> None:
+        folder = study.folder(run)
+        if status or not (folder / LAST).exists():
+            raise SystemExit(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
+        result = {"run": vars(run), **study.measure(run)}
+        for file in folder.glob("checkpoint*.pt"):
+            file.unlink()
+        write_file(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        shares = (100 * result["way"][-1][who]["with_others"]["recall"] for who in ("new", "old"))
+        progress.end(run.name, "new {:.1f} %, old {:.1f} %".format(*shares))
+
+    with RunsProgress(len(runs), interval=120) as progress:
+        run_all(runs, workers, start, show, end)
+
+
+def main() -> None:
+    """Train with the first seed, then with the others."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("facts", type=Path, help="the folder of the study of facts")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
+    study = Study(args.facts.resolve(), args.out.resolve(), SIZES[args.size])
+    while runs := runs_to_do(study.size, study.results()):
+        train_all(study, runs, args.workers)
+
+
+if __name__ == "__main__":
+    main()
