@@ -73,3 +73,31 @@ def test_prepare_people_makes_the_data_of_the_study(toy: Path, tmp_path: Path) -
     refused = run(*script, "100000")
     assert refused.status == 1 and "--people is 100000, must be in 1..89,000" in refused.output
     assert (tmp_path / "people/bin/train.bin").exists()
+
+
+def test_the_study_of_new_people_runs_through_and_is_not_repeated(
+    toy: Path, tmp_path: Path
+) -> None:
+    script = STUDY.parents[1] / "new_people" / "run.sh"
+    run_well(script, toy, tmp_path, "toy")
+    stored = (tmp_path / "results.json").read_bytes()
+    results = {result["run"]["arm"]: result for result in json.loads(stored)}
+    assert len(results) == 8
+    before = json.loads((toy / "runs" / MEMORY / "result.json").read_text())["train"]
+    for arm, result in results.items():
+        points = [point["updates"] for point in result["way"]]
+        assert points == [0, 1, 2, 4, 8, 16]
+        if not arm.startswith("plain"):
+            start = result["way"][0]["old"]["with_others"]["recall"]
+            assert start == pytest.approx(before["with_others"]["recall"], abs=1e-6)
+        change = result["change"]
+        if arm == "values" or arm.startswith("slots"):  # nothing else may move
+            assert change["bytes"] == change["rows"] * (8 + 4 * 64) > 0
+        elif arm.endswith("low_rank"):  # two layers: attention's four weights, two of the FFN
+            assert change == {"rows": 0, "bytes": 4 * 2 * 16 * (4 * (64 + 64) + 2 * (64 + 128))}
+    assert results["slots_256"]["rows_chosen"] <= 256 < results["slots_256"]["rows_read"]
+    again = run_well(script, toy, tmp_path, "toy")
+    assert "open, runs are missing" in again.output  # of the arms that only the full size has
+    assert (tmp_path / "results.json").read_bytes() == stored
+    refused = run(script, tmp_path, tmp_path / "other", "toy")
+    assert refused.status != 0 and "has no finished run of" in refused.output.splitlines()[-1]

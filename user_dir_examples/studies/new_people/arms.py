@@ -46,19 +46,19 @@ def _dense(start: str, rates: Tuple[float, ...], *flags: str) -> Arm:
 
 
 FROZEN = ("--memory-freeze", "all")
-BOTH = ((1e-4, 1e-2), (3e-4, 1e-2), (1e-3, 1e-2), (1e-4, 3e-2), (3e-4, 3e-2))
+BOTH = ((1e-4, 3e-2), (3e-4, 3e-2), (1e-3, 3e-2), (1e-4, 1e-1), (3e-4, 1e-1))
 
 ARMS = {
-    "values": _values((1e-2, 3e-2, 1e-1)),
+    "values": _values((3e-2, 1e-1, 3e-1)),
     "full": Arm("resm_init", BOTH),
     "low_rank": _dense("resm_init", (1e-3, 3e-3, 1e-2), *FROZEN),
-    **{f"slots_{n}": _values((3e-2, 1e-1), n) for n in (24000, 8192)},
-    **{f"slots_{n}_once": _values((3e-2, 1e-1), n, once=True) for n in (24000, 8192, 1024)},
+    **{f"slots_{n}": _values((1e-1, 3e-1), n) for n in (24000, 8192)},
+    **{f"slots_{n}_once": _values((1e-1, 3e-1), n, once=True) for n in (24000, 8192, 1024)},
     "freeze": _dense("resm_init", (3e-4, 1e-3), *FROZEN),
     "key_dropout": Arm("resm_init", (BOTH[1], BOTH[3]), ("--memory-key-dropout", "0.3")),
     "plain_full": _dense("plain", (1e-3, 3e-3)),
     "plain_low_rank": _dense("plain", (3e-3, 1e-2)),
-    **{f"slots_{n}": _values((1e-1,), n) for n in (1024, 256, 16)},
+    **{f"slots_{n}": _values((3e-1,), n) for n in (1024, 256, 16)},
 }
 
 

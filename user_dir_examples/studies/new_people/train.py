@@ -111,7 +111,7 @@ class Study:
         folder, (start, _) = self.folder(run), self.start(run)
         epoch = epoch_of(self.size.new, BATCH_SIZE)
         way = [{"updates": 0, **self._recall(start)}]
-        for share in reversed(SHARES):
+        for share in SHARES:
             updates = self.size.updates // share
             checkpoint = folder / f"checkpoint{updates // epoch}.pt"
             if share == 1:
