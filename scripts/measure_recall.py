@@ -22,7 +22,9 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="its bin/")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FOLDER", help="bin/ of prepare_people.py"
+    )
     parser.add_argument(
         "--split",
         default="train",

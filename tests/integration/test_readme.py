@@ -76,7 +76,7 @@ def test_every_flag_that_is_named_exists_and_every_memory_flag_is_named() -> Non
     named = set(FLAG.findall(README + SETTINGS))
     assert of_ours | {"--init-from"} <= named
     assert len(of_ours) == 38
-    others = {"--help", "--model-overrides", "--random-source", "--build-arg", "--rm"}
+    others = {"--help", "--model-overrides", "--random-source", "--build-arg", "--rm", "--no-deps"}
     assert named - known <= others.union(*flags_of_scripts().values())
 
 
