@@ -56,13 +56,13 @@ def print_measured(table: Table, args: argparse.Namespace) -> None:
     print("|--:|--:|---|--:|--:|--:|")
     for workers in args.workers:
         ways = [(way, tokens) for tokens in args.tokens for way in ("factors", "shards")]
-        for way, tokens in (*ways, ("dense", 0)):
+        for way, tokens in (*ways, ("dense", args.tokens[0])):
             found = measure(table, tokens, workers, way)
             formula = received_bytes(table, tokens, workers)[way]
             numbers = (formula, found["received"], found["sent"])
             cells = " | ".join(f"{number / 1e6:,.2f}" for number in numbers)
             print(
-                f"| {workers} | {f'{tokens:,}' if tokens else 'any'} | {way} | {cells} |",
+                f"| {workers} | {'any' if way == 'dense' else f'{tokens:,}'} | {way} | {cells} |",
                 flush=True,
             )
 

@@ -18,8 +18,8 @@ SCHEDULES = ("constant", "follow")
 class MemoryTrainer(Trainer):
     """A Trainer that updates value tables lazily, and counts memory usage.
 
-    It updates all other parameters like ``adamw_torch``. Data-parallel workers exchange the factors
-    of table gradients.
+    It updates all other parameters like ``adamw_torch``. Data-parallel workers exchange gradients
+    of tables as with ``MemoryAdam``.
 
     Args:
         model: with memories.
@@ -27,6 +27,7 @@ class MemoryTrainer(Trainer):
         value_lr: learning rate of values (Lample et al. 2019: 1e-3).
         value_lr_schedule: "constant" (Lample et al. 2019), or "follow": the schedule of the other
             parameters scales it, too.
+        exchange_as: as for ``MemoryAdam``.
         more: as for Trainer. A ``MemoryUsageCallback`` in ``callbacks`` replaces the default one.
 
     Raises:
@@ -42,6 +43,7 @@ class MemoryTrainer(Trainer):
         *positional: Any,
         value_lr: float = 1e-3,
         value_lr_schedule: str = "constant",
+        exchange_as: str = "auto",
         **more: Any,
     ) -> None:
         if value_lr_schedule not in SCHEDULES:
@@ -51,6 +53,7 @@ class MemoryTrainer(Trainer):
         check_training(model, args)
         check_optimizer(args)
         self.value_lr, self.value_lr_schedule = value_lr, value_lr_schedule
+        self.exchange_as = exchange_as
         super().__init__(model, args, *positional, **more)
         callbacks = self.callback_handler.callbacks
         given = [x for x in callbacks if isinstance(x, MemoryUsageCallback)]
@@ -68,6 +71,7 @@ class MemoryTrainer(Trainer):
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 fused=True if self.args.optim == "adamw_torch_fused" else None,
+                exchange_as=self.exchange_as,
             )
             ignore_tables_in_ddp(trained)
         return self.optimizer

@@ -13,7 +13,8 @@ from torch.optim.adamw import adamw
 
 from . import kernels
 from .collectives import all_gather
-from .gradient import average, entries_that_may_move, is_exchanged, is_table, table_state
+from .exchange import FORMS, average_all
+from .gradient import entries_that_may_move, is_exchanged, is_table, table_state
 from .kernels import Entries, StochasticRounding, allocate, at_least_float32, compute_dtype
 from .kernels.tables import keys_of
 from .kernels.torch_backend import rounded, row_gradients
@@ -62,6 +63,8 @@ class MemoryAdam(torch.optim.Optimizer):
         moment_dtype: the dtype of the moments of tables: "float32" (float64 for a table in
             float64) or "bfloat16".
         exchange: whether to exchange gradients of tables between workers.
+        exchange_as: how: "factors" of the gradient, the "dense" gradient, or "auto", which of them
+            moves fewer bytes in the first update. It must be the same on all workers.
         process_group: the workers; None means all.
 
     Raises:
@@ -69,6 +72,7 @@ class MemoryAdam(torch.optim.Optimizer):
     """
 
     _exchange = True
+    _exchange_as = "auto"
     _process_group: Any = None
     _value_optimizer = "adam"
     _moment_dtype = "float32"
@@ -86,6 +90,7 @@ class MemoryAdam(torch.optim.Optimizer):
         value_optimizer: str = "adam",
         moment_dtype: str = "float32",
         exchange: bool = True,
+        exchange_as: str = "auto",
         process_group: Any = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -96,12 +101,14 @@ class MemoryAdam(torch.optim.Optimizer):
         choices = (
             ("value_optimizer", value_optimizer, VALUE_OPTIMIZERS),
             ("moment_dtype", moment_dtype, MOMENT_DTYPES),
+            ("exchange_as", exchange_as, FORMS),
         )
         for name, choice, allowed in choices:
             if choice not in allowed:
                 raise ValueError(f"{name} is {choice!r}, must be one of {', '.join(allowed)}")
         self._value_optimizer, self._moment_dtype = value_optimizer, moment_dtype
-        self._exchange, self._process_group = exchange, process_group
+        self._exchange, self._exchange_as = exchange, exchange_as
+        self._process_group = process_group
         self._assembled: Dict[nn.Parameter, Dict[str, Tensor]] = {}  # moments to be saved
         self._is_compared = False  # whether the tables of all workers are known to be equal
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -128,7 +135,9 @@ class MemoryAdam(torch.optim.Optimizer):
 
     def _take_over(self) -> None:
         for param in self._tables():
-            table_state(param).factored = True
+            state = table_state(param)
+            state.factored = True
+            state.exchange_as, state.exchanged_as = self._exchange_as, None
 
     def _tables(self) -> List[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"] if is_table(p)]
@@ -253,7 +262,7 @@ class MemoryAdam(torch.optim.Optimizer):
         worker. Otherwise each worker clips by its own norm and scales shared gradients differently.
 
         Raises:
-            ValueError: the workers' tables differ.
+            ValueError: the workers' tables differ, or their ``exchange_as``.
         """
         if not dist.is_available() or not dist.is_initialized():
             return
@@ -266,9 +275,8 @@ class MemoryAdam(torch.optim.Optimizer):
         lacking = [p.grad is not None and not is_exchanged(p) for p in tables]
         anywhere = torch.tensor(lacking, dtype=torch.int32, device=tables[0].device)
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)  # so that all workers agree
-        for param, is_lacking in zip(tables, anywhere.tolist(), strict=True):
-            if is_lacking:
-                average(param, group)
+        lacking = anywhere.tolist()
+        average_all([p for p, is_lacking in zip(tables, lacking, strict=True) if is_lacking], group)
 
     def _compare_tables(self, tables: List[nn.Parameter]) -> None:
         """Refuse workers that start from different tables; averaging gradients cannot fix that."""

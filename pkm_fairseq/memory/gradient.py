@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .collectives import all_gather, all_gather_rows, narrow
 from .kernels import Entries, at_least_float32, compute_dtype
 from .kernels.torch_backend import row_gradients
+from .observe.slot_counts import count_slots
 from .rows import RowChoice
 from .sharding import ColumnShards
 
@@ -35,6 +35,9 @@ class TableState:
         rows: as given; ``MemoryAdam`` uses it in each step.
         factored: whether backward passes make a ``FactoredGradient`` instead of a dense one.
             An optimizer that supports it sets this to True; in a copy of a table it is False.
+        exchange_as: how workers shall exchange the gradient, a choice of ``exchange.FORMS``. The
+            optimizer sets it.
+        exchanged_as: how they do, "factors" or "dense"; None before the first exchange.
         assembled: the whole table while it is being saved, if its columns are split.
     """
 
@@ -44,6 +47,8 @@ class TableState:
         self.shards = shards
         self.rows = rows
         self.factored = False
+        self.exchange_as = "auto"
+        self.exchanged_as: Optional[str] = None
         self.assembled: Optional[Tensor] = None
 
     def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Any, ...]]:
@@ -69,7 +74,8 @@ class _Factors:
         parts: entries that own their memory and are never changed in place.
         scale: a scalar in at least float32. It multiplies all parts.
         exchanged: whether this is the mean over data-parallel workers.
-        counts_reads: whether there is one entry for each read.
+        counts_reads: whether it is known how often each slot was read.
+        reads: these numbers, (n_slots,), int64; None if there is one entry for each read.
     """
 
     def __init__(
@@ -78,14 +84,17 @@ class _Factors:
         scale: Tensor,
         exchanged: bool = False,
         counts_reads: bool = True,
+        reads: Optional[Tensor] = None,
     ) -> None:
         self.parts = parts
         self.scale = scale
         self.exchanged = exchanged
         self.counts_reads = counts_reads
+        self.reads = reads
 
     def copy(self) -> "_Factors":
-        return _Factors(list(self.parts), self.scale.clone(), self.exchanged, self.counts_reads)
+        others = self.exchanged, self.counts_reads, self.reads
+        return _Factors(list(self.parts), self.scale.clone(), *others)
 
     def apply_scale(self) -> None:
         """Multiply the parts by the scale, and reset the scale to 1."""
@@ -97,6 +106,7 @@ class _Factors:
     ) -> None:
         """Replace the parts, for all tensors that share them."""
         self.parts, self.exchanged, self.counts_reads = parts, exchanged, counts_reads
+        self.reads = None
         self.scale = torch.ones_like(self.scale)
 
 
@@ -165,6 +175,27 @@ class FactoredGradient(Tensor):
         return cls(_Factors([part], _one(values)), values)
 
     @classmethod
+    def of_workers(
+        cls,
+        values: Tensor,
+        total: Entries,
+        n_workers: int,
+        counts_reads: bool = True,
+        reads: Optional[Tensor] = None,
+    ) -> "FactoredGradient":
+        """The mean over data-parallel workers, from the sum.
+
+        Args:
+            values: the table, (n_slots, V).
+            total: the entries of all workers; the gradient keeps them.
+            n_workers: the number of workers.
+            counts_reads: whether it is known how often each slot was read.
+            reads: these numbers, (n_slots,), int64; None if there is one entry for each read.
+        """
+        scale = _one(values) * (1 / n_workers)
+        return cls(_Factors([total], scale, True, counts_reads, reads), values)
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -183,7 +214,7 @@ class FactoredGradient(Tensor):
     def entries(self) -> Entries:
         """The gradient in the form that kernels take. Callers must not change it."""
         parts = self.parts()
-        return _join(parts) if parts else _no_entries(self)
+        return join_entries(parts) if parts else no_entries(self)
 
     def dense(self) -> Tensor:
         """The gradient as an ordinary tensor, (n_slots, V)."""
@@ -291,16 +322,16 @@ def _add(x: Any, y: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or not _have_one_shape(x, y):
         return NotImplemented
     like = x if isinstance(x, FactoredGradient) else y
-    parts, counts_reads = [*_parts_of(x), *_parts_of(y)], _counts_reads(x) and _counts_reads(y)
-    return FactoredGradient(_Factors(parts, _one(like), counts_reads=counts_reads), like)
+    parts, counted = [*_parts_of(x), *_parts_of(y)], _has_reads(x) and _has_reads(y)
+    return FactoredGradient(_Factors(parts, _one(like), counts_reads=counted), like)
 
 
 def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or not _have_one_shape(x, y):
         return NotImplemented
     if isinstance(x, FactoredGradient):
-        parts, counts_reads = [*x.parts(), *_parts_of(y)], _counts_reads(x) and _counts_reads(y)
-        x._factors.assign(parts, counts_reads=counts_reads)
+        parts, counted = [*x.parts(), *_parts_of(y)], _has_reads(x) and _has_reads(y)
+        x._factors.assign(parts, counts_reads=counted)
         return x
     for rows, of_rows in y.rows():
         x[rows] += of_rows.to(x.dtype)
@@ -315,8 +346,9 @@ def _parts_of(x: Tensor) -> List[Entries]:
     return x.parts() if isinstance(x, FactoredGradient) else [entries_of_dense(x)]
 
 
-def _counts_reads(x: Tensor) -> bool:
-    return isinstance(x, FactoredGradient) and x._factors.counts_reads
+def _has_reads(x: Tensor) -> bool:
+    """Whether a gradient has one entry for each read."""
+    return counts_reads(x) and x._factors.reads is None  # type: ignore[attr-defined]
 
 
 def _multiply(x: Any, y: Any, *, out: Optional[Tensor] = None) -> Any:
@@ -350,7 +382,7 @@ def _is_number(x: Any) -> bool:
 def _copy(x: Tensor, y: Tensor, *_: Any) -> Tensor:
     """Copy from or to an ordinary tensor, as torch's DistributedDataParallel does."""
     if isinstance(x, FactoredGradient):
-        x._factors.assign(_parts_of(y), exchanged=True, counts_reads=_counts_reads(y))
+        x._factors.assign(_parts_of(y), exchanged=True, counts_reads=_has_reads(y))
         return x
     assert isinstance(y, FactoredGradient)
     return x.copy_(y.dense())
@@ -444,13 +476,27 @@ def entries_that_may_move(values: Tensor) -> Optional[Entries]:
     if entries is None or rows is None:
         return entries
     assert values.grad is not None
-    if not _counts_reads(values.grad):
+    reads = _reads_of(values.grad, entries)
+    if reads is None:
         raise ValueError(
             "rows of a value table are chosen by their reads, but its gradient is dense, or was "
             "clipped element by element, and has lost count of them: use ignore_tables_in_ddp, "
             "and clip norms"
         )
-    return rows.keep(entries, len(values))
+    return rows.keep(entries, reads)
+
+
+def counts_reads(gradient: Tensor) -> bool:
+    """Whether it is known how often each slot was read for a gradient."""
+    return isinstance(gradient, FactoredGradient) and gradient._factors.counts_reads
+
+
+def _reads_of(gradient: Tensor, entries: Entries) -> Optional[Tensor]:
+    """How often each slot was read, (n_slots,), int64; None if it is unknown."""
+    if not isinstance(gradient, FactoredGradient) or not gradient._factors.counts_reads:
+        return None
+    reads = gradient._factors.reads
+    return count_slots(entries.slots, len(gradient)) if reads is None else reads
 
 
 def gradient_is_finite(values: Tensor) -> bool:
@@ -477,34 +523,8 @@ def is_exchanged(values: Tensor) -> bool:
     return isinstance(values.grad, FactoredGradient) and values.grad._factors.exchanged
 
 
-@torch.no_grad()
-def average(values: Tensor, group: Any = None) -> None:
-    """Average the gradient of a table over data-parallel workers.
-
-    Workers exchange factors, not tables. Every worker must call it, for the tables in the same
-    order. Each worker receives from every other worker 8 bytes per value read and 4 V + 4 bytes
-    per token, in float32.
-
-    Args:
-        values: the table.
-        group: the process group of the workers; None means all workers.
-    """
-    shards = table_state(values).shards
-    if shards is not None:  # the factors are a sum over the workers that share the table
-        if values.grad is not None:
-            values.grad.mul_(1 / shards.n_shards)
-        group = shards.replicas
-        if group is None:
-            return
-    own = entries_of(values)
-    counts_reads = values.grad is None or _counts_reads(values.grad)
-    parts = _exchange(_no_entries(values) if own is None else own, len(values), group)
-    factors = _Factors([_join(parts)], _one(values) * (1 / len(parts)), True, counts_reads)
-    read = any(len(part.slots) for part in parts)
-    values.grad = FactoredGradient(factors, values) if read else None
-
-
-def _join(parts: List[Entries]) -> Entries:
+def join_entries(parts: List[Entries]) -> Entries:
+    """The entries of all parts, of which there is at least one."""
     if len(parts) == 1:
         return parts[0]
     offsets = torch.tensor([len(part.grads) for part in parts]).cumsum(0).tolist()
@@ -517,27 +537,9 @@ def _join(parts: List[Entries]) -> Entries:
     )
 
 
-def _no_entries(values: Tensor) -> Entries:
+def no_entries(values: Tensor) -> Entries:
+    """The gradient of a table that nobody has read."""
     none = torch.empty(0, dtype=torch.int64, device=values.device)
     dtype = compute_dtype(values.dtype)
     grads = torch.empty(0, values.shape[1], dtype=dtype, device=values.device)
     return Entries(none, grads.new_empty(0), none, grads)
-
-
-def _exchange(own: Entries, n_slots: int, group: Any) -> List[Entries]:
-    """Every worker's entries, by worker; their numbers may differ.
-
-    Slots are sent as int32. Bags ascend, so only the number of entries per bag is sent.
-    """
-    reads = torch.bincount(own.bags, minlength=len(own.grads))
-    sizes = torch.tensor([len(own.slots), len(own.grads)], device=own.slots.device)
-    gathered = [size.tolist() for size in all_gather(sizes, group)]
-    n_entries, n_bags = (list(column) for column in zip(*gathered, strict=True))
-    slots = all_gather_rows(narrow(own.slots, n_slots), n_entries, group)
-    weights = all_gather_rows(own.weights, n_entries, group)
-    counts = all_gather_rows(reads.to(torch.int32), n_bags, group)
-    grads = all_gather_rows(own.grads, n_bags, group)
-    return [
-        Entries(s.long(), w, torch.arange(len(c), device=c.device).repeat_interleave(c), g)
-        for s, w, c, g in zip(slots, weights, counts, grads, strict=True)
-    ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels import Entries
-from .observe.slot_counts import SlotCounts, count_slots
+from .observe.slot_counts import SlotCounts
 
 SCORES = {
     "tf-idf": "share of the reads x log of the slot's rarity in background text",
@@ -123,14 +123,13 @@ class RowChoice:
         share = reads.double() / reads.sum().clamp(min=1)
         return share if self._rarity is None else share * self._rarity.to(share.device)
 
-    def keep(self, entries: Entries, n_slots: int) -> Entries:
+    def keep(self, entries: Entries, reads: Tensor) -> Entries:
         """The entries of a gradient whose rows are chosen.
 
         Args:
-            entries: one for each read, of all micro-batches and workers.
-            n_slots: rows of the table.
+            entries: the gradient.
+            reads: (n_slots,), int64: how often each slot is read, by all micro-batches and workers.
         """
-        reads = count_slots(entries.slots, n_slots)
         if self._fixed is None:
             may_move = torch.zeros_like(reads, dtype=torch.bool)
             may_move[self.choose(reads)] = True

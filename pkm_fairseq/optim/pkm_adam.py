@@ -22,8 +22,8 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from ..memory.adam import MOMENT_DTYPES, VALUE_OPTIMIZERS, MemoryAdam
+from ..memory.exchange import FORMS, average_all
 from ..memory.gradient import (
-    average,
     gradient_is_finite,
     is_table,
     squared_norm,
@@ -80,6 +80,12 @@ class PkmAdamConfig(FairseqDataclass):
         OUR_CHOICE,
         choices=MOMENT_DTYPES,
     )
+    memory_exchange: str = option(
+        "auto",
+        "how data-parallel workers exchange the gradient of the memories' values",
+        OUR_CHOICE,
+        choices=FORMS,
+    )
     memory_value_clip_norm: float = option(
         0.0,
         "clip the joint gradient of all memories' values to this norm (--clip-norm clips the "
@@ -98,7 +104,7 @@ class PkmAdam(FairseqAdam):
     accumulated gradient has a non-zero element. Tables have their own learning rate, no weight
     decay, and one step count per table. --clip-norm does not include them (our choice: in a norm
     over the table, the few rows that were read would scale all other gradients). Their gradient is
-    stored as factors and never has the size of a table.
+    stored as factors; it has the size of a table only where workers exchange it so.
 
     Attributes:
         wrappers: wrappers for mixed precision, by the fairseq wrapper that they replace.
@@ -130,6 +136,7 @@ class PkmAdam(FairseqAdam):
             **self.optimizer_config,
             value_optimizer=cfg.memory_value_optimizer,
             moment_dtype=cfg.memory_moment_dtype,
+            exchange_as=cfg.memory_exchange,
         )
         self._pin_values()
         self._optimizer.register_step_post_hook(lambda *_: self._log_rows())
@@ -190,7 +197,7 @@ class PkmAdam(FairseqAdam):
                 metrics.log_scalar(f"value_rows_{name}", n_rows, weight=0, round=0)
 
     def all_reduce_grads(self, module: nn.Module) -> None:
-        """Average gradients over data-parallel workers; value gradients as factors."""
+        """Average gradients over data-parallel workers; those of values apart."""
         own = {id(p) for p in module.parameters()}
         trained = [p for p in self._values if id(p) in own and p.requires_grad]
         for values in trained:  # else legacy_ddp would create and send a dense gradient of zeros
@@ -201,8 +208,7 @@ class PkmAdam(FairseqAdam):
             for values in trained:
                 values.requires_grad_(True)
         if distributed_utils.get_data_parallel_world_size() > 1:
-            for values in trained:
-                average(values, distributed_utils.get_data_parallel_group())
+            average_all(trained, distributed_utils.get_data_parallel_group())
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
         """Clip all gradients except those of values; clip values separately if the option is set.

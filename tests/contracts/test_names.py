@@ -56,6 +56,7 @@ FLAGS = {
     "--memory-share-values",
     "--memory-usage-interval",
     "--memory-moment-dtype",
+    "--memory-exchange",
     "--memory-usage-draws",
     "--memory-usage-tokens",
     "--memory-value-clip-norm",
@@ -181,6 +182,7 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-finetune-scope": "data",
         "--memory-value-optimizer": "sgd",
         "--memory-moment-dtype": "bfloat16",
+        "--memory-exchange": "dense",
     }
     command = [*COMMAND, "--arch", arch]
     others = {"--glue-metrics", "--glue-positive-label"}  # of the other criterion

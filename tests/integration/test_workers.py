@@ -2,12 +2,14 @@
 
 Covered are all combinations of a plain model, PKM and ResM; dense adam and factored pkm_adam
 (plain: adam alone; one table for two layers: pkm_adam alone); legacy_ddp and pytorch_ddp; with and
-without accumulation on top. And finetuning of rows that the reads of all workers choose.
+without accumulation on top. pkm_adam exchanges factors and, without accumulation, dense gradients,
+too. And finetuning of rows that the reads of all workers choose.
 
 Not to the bit: two workers add their gradients in another order than one that accumulates.
 """
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +20,18 @@ from typing import Any, Dict, List
 import pytest
 import torch
 
-from .runs import BIN, MASKED_LM, MEMORY, MODEL, TRAIN, load, run, run_well, start
+from .runs import (
+    BIN,
+    MASKED_LM,
+    MEMORY,
+    MODEL,
+    TRAIN,
+    load,
+    run,
+    run_well,
+    start,
+    train_on_two_workers,
+)
 from .test_factored import EPS, assert_close_checkpoints
 
 ROUNDING = ["--dropout", "0", "--attention-dropout", "0", *EPS, "--max-update", "4"]
@@ -30,8 +43,10 @@ MODELS = {
 }
 MODELS["shared"] += ["--memory-layers", "0,1"]
 ARMS = [*product(["pkm", "resm"], ["adam", "pkm_adam"]), ("plain", "adam"), ("shared", "pkm_adam")]
+DENSE = [model for model, optimizer in ARMS if optimizer == "pkm_adam"]
 BACKENDS = ["legacy_ddp", "pytorch_ddp"]
 FREQUENCIES = [1, 2]
+FORMS = ["factors", "dense"]
 LAYER_NORM = ["--memory-query-norm", "layer", "--batch-size", "4"]
 # Batches in order, so that those of two workers are the halves of one worker's. Their number in an
 # epoch is odd: one worker is idle in the last update.
@@ -59,8 +74,12 @@ def arms(data: Path, out: Path) -> "tuple[List[List[Any]], List[List[Any]]]":
         options += ["--optimizer", optimizer]
         alone.append([*options, "--update-freq", 2 * freq, "--save-dir", out / f"{name}-one"])
         for backend in BACKENDS:
-            ours = ["--update-freq", freq, "--save-dir", out / f"{name}-{backend}"]
-            together.append([*options, *ours, *workers_of(backend)])
+            ours = [*options, "--update-freq", freq, *workers_of(backend)]
+            factors = exchange("factors") if optimizer == "pkm_adam" else []
+            together.append([*ours, *factors, "--save-dir", out / f"{name}-{backend}"])
+            if model in DENSE and optimizer == "pkm_adam" and freq == 1:
+                save = ["--save-dir", out / f"{name}-{backend}-dense"]
+                together.append([*ours, *exchange("dense"), *save])
     options = [data, *TRAIN, *MASKED_LM, *MODEL, *ROUNDING, *JOINT]
     alone.append([*options, "--batch-size", 2 * HALF, "--save-dir", out / "joint-one"])
     for backend in BACKENDS:
@@ -68,9 +87,14 @@ def arms(data: Path, out: Path) -> "tuple[List[List[Any]], List[List[Any]]]":
         together.append([*options, *ours, *workers_of(backend)])
     options = [data, *TRAIN, *MASKED_LM, *MODEL, *MODELS["resm"], *ROUNDING, *LAYER_NORM, *FINETUNE]
     alone.append([*options, "--update-freq", 2, "--save-dir", out / "finetune-one"])
-    ours = ["--save-dir", out / "finetune-legacy_ddp"]
-    together.append([*options, *ours, *workers_of("legacy_ddp")])
+    for form in FORMS:
+        ours = [*exchange(form), "--save-dir", out / f"finetune-{form}"]
+        together.append([*options, *ours, *workers_of("legacy_ddp")])
     return alone, together
+
+
+def exchange(form: str) -> List[str]:
+    return ["--memory-exchange", form]
 
 
 def start_all(trainings: List[List[Any]], file: Path, rank: int, port: int) -> subprocess.Popen:
@@ -117,6 +141,36 @@ def test_two_workers_train_as_one_that_accumulates(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", DENSE)
+def test_two_workers_with_dense_gradients_train_as_one(
+    trained: Path, model: str, backend: str
+) -> None:
+    name = f"{model}-pkm_adam-1"
+    assert_close_checkpoints(trained / f"{name}-one", trained / f"{name}-{backend}-dense")
+
+
+def test_the_exchange_is_chosen_by_its_bytes_and_belongs_to_a_run(
+    data_bin: Path, tmp_path: Path
+) -> None:
+    whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
+    options = [*MODELS["resm"], *ROUNDING, *LAYER_NORM, "--update-freq", "2"]
+    chosen = train_on_two_workers(data_bin, whole, *options)
+    assert (
+        "2 workers exchange the gradients of 1 value table(s) dense (by their" in chosen[0].output
+    )
+    assert "exchange the gradients" not in chosen[1].output
+    told = train_on_two_workers(data_bin, parts, *options, *exchange("dense"), "--max-update", "2")
+    assert "value table(s) dense (as told)" in told[0].output
+    shutil.copytree(parts, other)
+    train_on_two_workers(data_bin, parts, *options)
+    assert_equal_models(whole, parts)
+    told = train_on_two_workers(data_bin, other, *options, *exchange("factors"))
+    assert "value table(s) as factors (as told)" in told[0].output
+    assert_close_checkpoints(whole, other)
+    assert "memory_exchange" not in load(whole / "checkpoint_last.pt")["cfg"]["model"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_workers_normalise_queries_as_one_with_both_batches(
     data_bin: Path, trained: Path, backend: str
 ) -> None:
@@ -125,8 +179,9 @@ def test_two_workers_normalise_queries_as_one_with_both_batches(
     assert_close_checkpoints(trained / "joint-one", trained / f"joint-{backend}")
 
 
-def test_two_workers_choose_rows_as_one_that_accumulates(trained: Path) -> None:
-    one, two = trained / "finetune-one", trained / "finetune-legacy_ddp"
+@pytest.mark.parametrize("form", FORMS)
+def test_two_workers_choose_rows_as_one_that_accumulates(trained: Path, form: str) -> None:
+    one, two = trained / "finetune-one", trained / f"finetune-{form}"
     assert_close_checkpoints(one, two)
     (moments,) = (
         x["exp_avg"]
@@ -138,7 +193,8 @@ def test_two_workers_choose_rows_as_one_that_accumulates(trained: Path) -> None:
 def test_all_workers_have_the_same_model_from_the_start_to_the_end(trained: Path) -> None:
     states = [(trained / f"rank{rank}.json.states").read_text().split("\n") for rank in (0, 1)]
     starts = [line for line in states[0] if line.startswith("0 ")]
-    assert len(starts) == len(ARMS) * len(FREQUENCIES) * len(BACKENDS) + len(BACKENDS) + 1
+    factors, dense = len(ARMS) * len(FREQUENCIES), len(DENSE)
+    assert len(starts) == (factors + dense + 1) * len(BACKENDS) + len(FORMS)
     assert len(set(states[0])) > 5 * len(ARMS)  # training changes it
     assert states[0] == states[1]
 

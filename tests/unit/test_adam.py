@@ -627,13 +627,13 @@ def test_moments_of_another_dtype_are_loaded_and_refused():
 # --- several workers --------------------------------------------------------------------------
 
 
-def data_parallel(rank, wrap):
+def data_parallel(rank, wrap, exchange_as):
     """Three steps; every worker has other tokens, and the last one fewer."""
     model = net()
     if wrap == "ignored":
         ignore_tables_in_ddp(model)
     wrapped = model if wrap == "none" else DistributedDataParallel(model)
-    optimizer = adam(model)
+    optimizer = adam(model, exchange_as=exchange_as)
     for step in range(3):
         optimizer.zero_grad()
         generator = torch.Generator().manual_seed(10 * step + rank)
@@ -662,10 +662,13 @@ def together():
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "ignored", "none"])
-def test_workers_end_with_the_values_of_one_that_has_all_tokens(tmp_path, wrap):
+@pytest.mark.parametrize(
+    ("wrap", "exchange_as"),
+    [("ddp", "auto"), *[(w, f) for w in ("ignored", "none") for f in ("factors", "dense")]],
+)
+def test_workers_end_with_the_values_of_one_that_has_all_tokens(tmp_path, wrap, exchange_as):
     one = together()
-    for found in on_workers(2, tmp_path, data_parallel, wrap):
+    for found in on_workers(2, tmp_path, data_parallel, wrap, exchange_as):
         for name, x in one.items():
             torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5)
 

@@ -431,15 +431,16 @@ def test_a_state_of_gradient_descent_has_no_moments_for_adam():
 
 
 def on_one_of_several(rank, background):
-    return [train_one_of_several(rank, background, n_shards) for n_shards in (1, 2)]
+    ways = (1, "factors"), (1, "dense"), (2, "auto")
+    return [train_one_of_several(rank, background, *way) for way in ways]
 
 
-def train_one_of_several(rank, background, n_shards):
+def train_one_of_several(rank, background, n_shards, exchange_as):
     """Values after three updates; the last one gives the second worker a dummy batch."""
     shards = None if n_shards == 1 else ColumnShards(n_shards)
     model = net(shards)
     finetune_values(model, model.layers(), choosing(background))
-    optimizer = adam(model)
+    optimizer = adam(model, exchange_as=exchange_as)
     for step in range(3):
         optimizer.zero_grad()
         is_dummy = step == 2 and rank == 1

@@ -14,7 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from pkm_fairseq.memory import MemoryConfig, ProductKeyMemory, ValueTable, kernels
 from pkm_fairseq.memory.adam import MemoryAdam, memory_param_groups
-from pkm_fairseq.memory.gradient import FactoredGradient, average, entries_of, gradient_is_finite
+from pkm_fairseq.memory.exchange import average
+from pkm_fairseq.memory.gradient import (
+    FactoredGradient,
+    entries_of,
+    gradient_is_finite,
+    table_state,
+)
 
 from ..workers import on_workers
 
@@ -35,6 +41,7 @@ def a_table(dtype=torch.float64):
     """A table whose gradient is factored."""
     table = ValueTable(N_SLOTS, WIDTH).to(dtype)
     table.factored = True
+    table_state(table.weight).exchange_as = "factors"
     return table
 
 
@@ -297,7 +304,7 @@ def check_bytes(rank):
     average(table.weight)
     dist.all_gather = all_gather
     longest = 5
-    assert sum(sent) == longest * (8 * n_reads + 4 * WIDTH + 4) + 16  # 16: how many there are
+    assert sum(sent) == longest * (8 * n_reads + 4 * WIDTH + 4) + 24  # 24: how many, and which form
 
 
 def test_workers_exchange_their_factors(tmp_path):

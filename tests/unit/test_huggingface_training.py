@@ -18,6 +18,7 @@ from pkm_fairseq.memory import (
     finetune_values,
     memory_param_groups,
 )
+from pkm_fairseq.memory.gradient import is_table, table_state
 from pkm_fairseq.memory.observe.log import read_usage_log
 from tests.hf_models import (
     N_SYMBOLS,
@@ -432,6 +433,16 @@ def test_a_schedule_that_treats_all_groups_alike_is_refused(tmp_path: Path) -> N
             eval_dataset=examples()[:4],
             eval_strategy="steps",
         )
+
+
+def test_a_trainer_says_how_workers_exchange_gradients_of_tables(tmp_path: Path) -> None:
+    model = with_memories("bert")
+    trainer = MemoryTrainer(model, arguments(tmp_path), exchange_as="dense")
+    trainer.create_optimizer()
+    tables = [p for p in model.parameters() if is_table(p)]
+    assert {table_state(table).exchange_as for table in tables} == {"dense"}
+    with pytest.raises(ValueError, match="exchange_as is 'sum', must be one of auto, factors, den"):
+        MemoryTrainer(model, arguments(tmp_path), exchange_as="sum").create_optimizer()
 
 
 def test_a_model_without_memories_is_refused(tmp_path: Path) -> None:

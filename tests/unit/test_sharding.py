@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pkm_fairseq.memory import ColumnShards, MemoryConfig, ProductKeyMemory, ValueTable
 from pkm_fairseq.memory.adam import MemoryAdam
-from pkm_fairseq.memory.gradient import FactoredGradient, average, gradient_is_finite, squared_norm
+from pkm_fairseq.memory.exchange import average
+from pkm_fairseq.memory.gradient import FactoredGradient, gradient_is_finite, squared_norm
 
 from ..workers import on_workers
 
@@ -124,9 +125,9 @@ def test_experts_that_are_split_read_and_learn_as_whole_ones(tmp_path: Path) -> 
         torch.testing.assert_close(split[0]["saved"][name], net.get_parameter(name).detach())
 
 
-def train_split(rank: int, n_shards: int, clip: float) -> Dict[str, Any]:
+def train_split(rank: int, n_shards: int, clip: float, exchange_as: str) -> Dict[str, Any]:
     """Three updates of a memory whose gradients are averaged; then saved."""
-    net, adam = small_memory(ColumnShards(n_shards))
+    net, adam = small_memory(ColumnShards(n_shards), exchange_as)
     values = net.values.weight
     for step in range(3):
         adam.zero_grad()
@@ -146,13 +147,16 @@ def train_split(rank: int, n_shards: int, clip: float) -> Dict[str, Any]:
     return {"columns": columns, "saved": saved, "norm": norm}
 
 
-def small_memory(shards: Any = None) -> "tuple[ProductKeyMemory, MemoryAdam]":
+def small_memory(
+    shards: Any = None, exchange_as: str = "auto"
+) -> "tuple[ProductKeyMemory, MemoryAdam]":
     torch.manual_seed(0)
     config = MemoryConfig(n_keys=6, heads=2, knn=3, k_dim=8, query_norm="layer")
     net = ProductKeyMemory(V_DIM, config, shards=shards).double()
     values = net.values.weight
     rest = [p for p in net.parameters() if p is not values]
-    return net, MemoryAdam([{"params": rest, "lr": 0.01}, {"params": [values]}], exchange=False)
+    groups = [{"params": rest, "lr": 0.01}, {"params": [values]}]
+    return net, MemoryAdam(groups, exchange=False, exchange_as=exchange_as)
 
 
 def loss_of(net: ProductKeyMemory, rank: int, step: int) -> Tensor:
@@ -161,11 +165,13 @@ def loss_of(net: ProductKeyMemory, rank: int, step: int) -> Tensor:
     return net(x).pow(2).sum()
 
 
-@pytest.mark.parametrize("world,n_shards", [(2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    "world,n_shards,exchange_as", [(2, 2, "auto"), (4, 2, "factors"), (4, 2, "dense")]
+)
 def test_split_tables_are_trained_saved_and_loaded_as_whole_ones(
-    tmp_path: Path, world: int, n_shards: int
+    tmp_path: Path, world: int, n_shards: int, exchange_as: str
 ) -> None:
-    found = on_workers(world, tmp_path, train_split, n_shards, 0.5)
+    found = on_workers(world, tmp_path, train_split, n_shards, 0.5, exchange_as)
     net, adam = small_memory()
     for step in range(3):
         adam.zero_grad()

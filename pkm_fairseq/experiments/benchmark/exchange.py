@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ...memory import ColumnShards, ValueTable
-from ...memory.gradient import average
+from ...memory.exchange import average
+from ...memory.gradient import table_state
 
 LOOPBACK = Path("/proc/self/net/dev")
+SIZES = 24  # bytes: how many reads and tokens there are, and which form is meant
 
 
 class Table(NamedTuple):
@@ -44,8 +46,8 @@ def received_bytes(table: Table, tokens: int, workers: int) -> Dict[str, float]:
     look_up = (4 + 4 + 4) * table.reads  # slots, weights, gradients of weights
     columns = 2 * 4 * table.v_dim / workers  # of the read, and of its gradient
     return {
-        "factors": others * (factor_bytes(table, tokens) + 16),  # 16: how many there are
-        "dense": 2 * others / workers * dense,
+        "factors": others * (factor_bytes(table, tokens) + SIZES),
+        "dense": 2 * others / workers * dense + others * SIZES,
         "shards": others * (tokens * (look_up + columns) + 8),  # 8: how many tokens there are
     }
 
@@ -112,10 +114,8 @@ def _work(rank: int, folder: str, table: Table, tokens: int, workers: int, way: 
     before, sent = _loopback(), _count_bytes()
     dist.barrier()
     values(slots, weights).sum().backward()
-    if way == "dense":
-        dist.all_reduce(torch.zeros_like(values.weight))
-    else:
-        average(values.weight)
+    table_state(values.weight).exchange_as = "dense" if way == "dense" else "factors"
+    average(values.weight)
     dist.barrier()
     if rank == 0:
         found = {"sent": sum(sent), "received": (_loopback() - before) / workers}
