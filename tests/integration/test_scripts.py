@@ -170,6 +170,25 @@ def test_measure_exchange_plans_as_in_the_docs() -> None:
     assert last.startswith("| 1,024 | 8 | 1,024 | ")
 
 
+def test_simulate_cluster_prints_the_totals_of_its_parts(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    options = ["--workers", "4", "16", "--tokens", "64", "--shards", "1", "8", "--n-keys", "32"]
+    last = script("simulate_cluster.py", *options, "--per-node", "4", "--json", file)
+    found = json.loads(file.read_text())["updates"]
+    assert len(found) == 4 + 7  # four workers have no groups of eight
+    of_16 = [row for row in found if row["workers"] == 16]
+    cells = " | ".join(f"{row['total']:,.1f}" for row in of_16)
+    assert last.output.splitlines()[-1] == f"| 16 | 64 | {cells} |"
+    for row in found:
+        parts = ("base", "rest", "read", "group", "between", "update")
+        assert row["total"] == pytest.approx(sum(row[part] for part in parts))
+    slow = script("simulate_cluster.py", *options, "--per-node", "4", "--inter", "0.01")
+    assert slow.output.splitlines()[-1] != last.output.splitlines()[-1]
+    refused = run(sys.executable, SCRIPTS / "simulate_cluster.py", "--inter", "0")
+    assert refused.status == 2
+    assert refused.output == "simulate_cluster.py: error: --inter is 0.0, must be above 0\n"
+
+
 def test_a_checkout_is_equal_to_itself(data_bin: Path) -> None:
     options = ["--data", data_bin, "--updates", "2", "--arms", "resm"]
     (last,) = script("compare_checkouts.py", ROOT, ROOT, *options).output.splitlines()
