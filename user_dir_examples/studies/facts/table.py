@@ -21,6 +21,7 @@ from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
 from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN
+from pkm_fairseq.experiments.runs.study import read_results
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
@@ -31,8 +32,7 @@ def read(out: Path) -> Found:
     if out.is_file():
         return {Run(**entry["run"]): entry for entry in json.loads(out.read_text())}
     found: Found = {}
-    for file in sorted(out.glob("runs/*/result.json")):
-        entry = json.loads(file.read_text())
+    for entry in read_results(out):
         for part in (entry["train"], entry["control"], *entry["way"].values()):
             for question in ("by_name", "with_others"):
                 part[question] = {n: round(x, 6) for n, x in part[question].items()}

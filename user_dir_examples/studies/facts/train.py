@@ -14,13 +14,14 @@ from pkm_fairseq.experiments.facts.people import prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish
-from pkm_fairseq.experiments.runs.logs import last_line, read_log
-from pkm_fairseq.experiments.runs.processes import Child, Children
-from pkm_fairseq.experiments.runs.progress import RunsProgress
-from pkm_fairseq.experiments.runs.trainings import LAST, LOG, clear, run_all, start_training
-from pkm_fairseq.memory.files import write_file
+from pkm_fairseq.experiments.runs.study import (
+    folder_of,
+    is_finished,
+    read_results,
+    train_and_measure,
+)
+from pkm_fairseq.experiments.runs.trainings import LAST
 
-RESULT = "result.json"
 PUBLISHED = Path(__file__).with_name("results.json")
 FOLLOWED = 2000  # people whose recall is measured on earlier checkpoints
 
@@ -60,47 +61,30 @@ def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
 
 def train_all(runs: List[Run], out: Path, workers: int) -> None:
     """Train and measure the runs that are not finished."""
-    waiting = [run for run in runs if not (out / "runs" / run.name / RESULT).exists()]
-    waiting = list(dict.fromkeys(waiting))
-    if not waiting:
-        return
 
-    def start(children: Children, run: Run, worker: int) -> Child:
-        folder = out / "runs" / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        clear(folder)
-        flags = [str(data_of(out, run.people)), "--user-dir", str(PACKAGE), *run.flags()]
+    def flags(run: Run) -> List[str]:
+        found = [str(data_of(out, run.people)), "--user-dir", str(PACKAGE), *run.flags()]
         if run.start:
-            flags += ["--init-from", str(half_of(out / "runs" / run.start.name, run.start))]
-        return start_training(children, folder, flags, {"OMP_NUM_THREADS": "1"})
+            found += ["--init-from", str(half_of(folder_of(out, run.start), run.start))]
+        return found
 
-    def show(run: Run) -> None:
-        logged = read_log(out / "runs" / run.name / LOG, "train_inner")
-        if logged:
-            updates = int(logged[-1]["num_updates"])
-            progress.show(run.name, updates, run.own_updates, f"loss {logged[-1]['loss']:.2f}")
-
-    def end(run: Run, status: int) -> None:
-        folder = out / "runs" / run.name
-        if status or not (folder / LAST).exists():
-            raise SystemExit(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
-        result = {"run": vars(run), **measure_run(run, folder, data_of(out, run.people))}
+    def measure_and_tidy(run: Run) -> Dict[str, Any]:
+        folder = folder_of(out, run)
+        found = measure_run(run, folder, data_of(out, run.people))
         kept = {folder / LAST} | ({half_of(folder, run)} if run.arm == "plain" else set())
         for file in set(folder.glob("checkpoint*.pt")) - kept:
             file.unlink()
-        write_file(folder / RESULT, json.dumps(result, indent=1) + "\n")
-        progress.end(run.name, f"recall by name {100 * result['train']['by_name']['recall']:.1f} %")
+        return found
+
+    def describe(result: Dict[str, Any]) -> str:
+        return f"recall by name {100 * result['train']['by_name']['recall']:.1f} %"
 
     def is_ready(run: Run) -> bool:
-        return not run.start or (out / "runs" / run.start.name / RESULT).exists()
+        return not run.start or is_finished(out, run.start)
 
-    with RunsProgress(len(waiting), interval=120) as progress:
-        run_all(waiting, workers, start, show, end, is_ready)
-
-
-def read_results(out: Path) -> Results:
-    """Recall by name of all finished runs."""
-    return recalls_of([json.loads(file.read_text()) for file in out.glob(f"runs/*/{RESULT}")])
+    train_and_measure(
+        runs, out, workers, lambda run: run.own_updates, flags, measure_and_tidy, describe, is_ready
+    )
 
 
 def recalls_of(results: List[Dict[str, Any]]) -> Results:
@@ -116,7 +100,7 @@ def check(arm: str, out: Path) -> None:
         raise SystemExit(f"--check is {arm!r}, must be an arm of results.json: {arms}")
     run = best(known, SIZES["full"], arm)
     train_all([run.start, run] if run.start else [run], out, workers=1)
-    found, before = read_results(out)[run], known[run]
+    found, before = recalls_of(read_results(out))[run], known[run]
     print(f"{run.name}: recall by name {100 * found:.2f} %, in results.json {100 * before:.2f} %")
 
 
@@ -137,7 +121,7 @@ def main() -> None:
     if args.check:
         return check(args.check, out)
     for wave in WAVES:
-        runs = wave(SIZES[args.size], read_results(out))
+        runs = wave(SIZES[args.size], recalls_of(read_results(out)))
         starts = [run.start for run in runs if run.start]
         train_all([*starts, *runs], out, args.workers)
 

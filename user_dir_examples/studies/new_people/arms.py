@@ -12,7 +12,7 @@ BATCH_SIZE = 256
 WIDTHS = ["--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128"]  # of both starts
 # what differs from the training of the starts
 FINETUNING = shlex.split(f"""--batch-size {BATCH_SIZE} --lr-scheduler fixed --weight-decay 0
-    --disable-validation --log-interval 20""")
+    --disable-validation""")
 SHARES = (16, 8, 4, 2, 1)  # of all updates, one over these: when recall is measured
 LEARNED = 0.9  # recall of new people that counts as learned
 
@@ -101,6 +101,7 @@ class Run:
         arm = ARMS[self.arm]
         flags = [*COMMON, *WIDTHS, *FINETUNING, "--seed", str(self.seed), "--lr", str(self.lr)]
         flags += ["--max-update", str(size.updates)]
+        flags += ["--log-interval", str(size.updates // SHARES[0])]
         flags += [
             "--save-interval",
             str(size.updates // SHARES[0] // epoch_of(size.new, BATCH_SIZE)),

@@ -18,6 +18,7 @@ from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
+from pkm_fairseq.experiments.runs.study import read_results
 from pkm_fairseq.memory.files import write_file
 
 DRAWN = ("full", "values", "slots_24000", "slots_24000_once", "low_rank", "freeze", "plain_full")
@@ -28,7 +29,7 @@ def read(out: Path) -> Results:
     if out.is_file():
         found = json.loads(out.read_text())
     else:
-        found = [json.loads(file.read_text()) for file in sorted(out.glob("runs/*/result.json"))]
+        found = read_results(out)
         write_file(out / "results.json", json.dumps(found, indent=1) + "\n")
     return {Run(**result["run"]): result for result in found}
 

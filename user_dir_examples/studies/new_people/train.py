@@ -19,15 +19,12 @@ from pkm_fairseq.experiments.facts.people import N_CONTROL, prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import begin, finish
-from pkm_fairseq.experiments.runs.logs import last_line, read_log
-from pkm_fairseq.experiments.runs.processes import Child, Children
-from pkm_fairseq.experiments.runs.progress import RunsProgress
-from pkm_fairseq.experiments.runs.trainings import LAST, LOG, clear, run_all, start_training
+from pkm_fairseq.experiments.runs.logs import read_log
+from pkm_fairseq.experiments.runs.study import RESULT, folder_of, read_results, train_and_measure
+from pkm_fairseq.experiments.runs.trainings import LAST, LOG
 from pkm_fairseq.memory.delta import APART, VALUES
-from pkm_fairseq.memory.files import write_file
 from pkm_fairseq.models.checkpoints import read_checkpoint
 
-RESULT = "result.json"
 FOLLOWED = 2000  # old people whose recall is measured
 USAGE = HERE.parents[2] / "scripts" / "memory_usage.py"
 
@@ -64,7 +61,7 @@ class Study:
         for file in self.facts.glob(f"runs/*/{RESULT}"):
             result = json.loads(file.read_text())
             of = result["run"]
-            if (of["arm"], of["people"], of["seed"]) == (arm, self.size.old, run.seed):
+            if (of["arm"], of.get("people"), of["seed"]) == (arm, self.size.old, run.seed):
                 recall = result["train"]["by_name"]["recall"]
                 found.append(((-of["updates"], of["n_keys"], recall), file, of["n_keys"]))
         if not found:
@@ -91,24 +88,16 @@ class Study:
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return files
 
-    def folder(self, run: Run) -> Path:
-        """The folder of a run."""
-        return self.out / "runs" / run.name
-
-    def train(self, children: Children, run: Run) -> Child:
-        """Start a run."""
-        folder = self.folder(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        clear(folder)
+    def flags(self, run: Run) -> List[str]:
+        """Options of fairseq-train for a run."""
         start, n_keys = self.start(run)
         counts = self.counts(start, run.seed) if ARMS[run.arm].slots else {}
         flags = [str(self.new), "--user-dir", str(Path(low_rank.__file__).parent)]
-        flags += ["--finetune-from-model", str(start), *run.flags(self.size, n_keys, counts)]
-        return start_training(children, folder, flags, {"OMP_NUM_THREADS": "1"})
+        return [*flags, "--finetune-from-model", str(start), *run.flags(self.size, n_keys, counts)]
 
     def measure(self, run: Run) -> Dict[str, Any]:
         """The recall of old and new people at the start and on the way, and what has changed."""
-        folder, (start, _) = self.folder(run), self.start(run)
+        folder, (start, _) = folder_of(self.out, run), self.start(run)
         epoch = epoch_of(self.size.new, BATCH_SIZE)
         way = [{"updates": 0, **self._recall(start)}]
         for share in SHARES:
@@ -126,6 +115,8 @@ class Study:
             ]
             if logged:
                 found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
+        for file in folder.glob("checkpoint*.pt"):
+            file.unlink()
         return found
 
     def _recall(self, checkpoint: Path) -> Dict[str, Any]:
@@ -144,8 +135,7 @@ class Study:
 
     def results(self) -> Results:
         """What finished runs found."""
-        found = [json.loads(file.read_text()) for file in self.out.glob(f"runs/*/{RESULT}")]
-        return {Run(**result["run"]): result for result in found}
+        return {Run(**result["run"]): result for result in read_results(self.out)}
 
 
 def change(before: Dict[str, Tensor], after: Dict[str, Tensor]) -> Dict[str, int]:
@@ -172,28 +162,19 @@ def change(before: Dict[str, Tensor], after: Dict[str, Tensor]) -> Dict[str, int
 def train_all(study: Study, runs: List[Run], workers: int) -> None:
     """Train and measure runs."""
 
-    def start(children: Children, run: Run, worker: int) -> Child:
-        return study.train(children, run)
-
-    def show(run: Run) -> None:
-        logged = read_log(study.folder(run) / LOG, "train_inner")
-        if logged:
-            updates = int(logged[-1]["num_updates"])
-            progress.show(run.name, updates, study.size.updates, f"loss {logged[-1]['loss']:.2f}")
-
-    def end(run: Run, status: int) -> None:
-        folder = study.folder(run)
-        if status or not (folder / LAST).exists():
-            raise SystemExit(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
-        result = {"run": vars(run), **study.measure(run)}
-        for file in folder.glob("checkpoint*.pt"):
-            file.unlink()
-        write_file(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    def describe(result: Dict[str, Any]) -> str:
         shares = (100 * result["way"][-1][who]["with_others"]["recall"] for who in ("new", "old"))
-        progress.end(run.name, "new {:.1f} %, old {:.1f} %".format(*shares))
+        return "new {:.1f} %, old {:.1f} %".format(*shares)
 
-    with RunsProgress(len(runs), interval=120) as progress:
-        run_all(runs, workers, start, show, end)
+    train_and_measure(
+        runs,
+        study.out,
+        workers,
+        lambda run: study.size.updates,
+        study.flags,
+        study.measure,
+        describe,
+    )
 
 
 def main() -> None:

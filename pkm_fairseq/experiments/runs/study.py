@@ -1,0 +1,95 @@
+"""Train and measure the runs of a study; finished runs are skipped."""
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Protocol, Sequence, TypeVar
+
+from ...memory.files import write_file
+from .logs import last_line, read_log
+from .processes import Child, Children
+from .progress import RunsProgress
+from .trainings import LAST, LOG, clear, run_all, start_training
+
+RESULT = "result.json"
+
+
+class StudyRun(Protocol):
+    """A run: its settings, as a dataclass of plain data."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+
+
+Run = TypeVar("Run", bound=StudyRun)
+
+
+def folder_of(out: Path, run: StudyRun) -> Path:
+    """The folder of a run."""
+    return out / "runs" / run.name
+
+
+def train_and_measure(
+    runs: Sequence[Run],
+    out: Path,
+    workers: int,
+    updates: Callable[[Run], int],
+    flags: Callable[[Run], List[str]],
+    measure: Callable[[Run], Dict[str, Any]],
+    describe: Callable[[Dict[str, Any]], str],
+    is_ready: Callable[[Run], bool] = lambda run: True,
+) -> None:
+    """Train runs, with one thread each; write ``result.json`` into the folder of each.
+
+    An interrupted run is done again.
+
+    Args:
+        runs: duplicates and finished runs are skipped.
+        out: the study's folder.
+        workers: number of parallel runs.
+        updates: number of updates of a run.
+        flags: options of fairseq-train for a run, except the folder.
+        measure: what a trained run has found; it may remove checkpoints.
+        describe: a result in one line.
+        is_ready: whether a run can start.
+
+    Raises:
+        SystemExit: a training failed; the message names its log.
+        ValueError: another process trains one of the runs.
+    """
+    waiting = [run for run in dict.fromkeys(runs) if not is_finished(out, run)]
+    if not waiting:
+        return
+
+    def start(children: Children, run: Run, worker: int) -> Child:
+        folder = folder_of(out, run)
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        return start_training(children, folder, flags(run), {"OMP_NUM_THREADS": "1"})
+
+    def show(run: Run) -> None:
+        logged = read_log(folder_of(out, run) / LOG, "train_inner")
+        if logged:
+            reached, loss = int(logged[-1]["num_updates"]), logged[-1]["loss"]
+            progress.show(run.name, reached, updates(run), f"loss {loss:.2f}")
+
+    def end(run: Run, status: int) -> None:
+        folder = folder_of(out, run)
+        if status or not (folder / LAST).exists():
+            raise SystemExit(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
+        result = {"run": vars(run), **measure(run)}
+        write_file(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        progress.end(run.name, describe(result))
+
+    with RunsProgress(len(waiting), interval=120) as progress:
+        run_all(waiting, workers, start, show, end, is_ready)
+
+
+def is_finished(out: Path, run: StudyRun) -> bool:
+    """Whether a run has been measured."""
+    return (folder_of(out, run) / RESULT).exists()
+
+
+def read_results(out: Path) -> List[Dict[str, Any]]:
+    """The results of all finished runs, by the names of their folders."""
+    return [json.loads(file.read_text()) for file in sorted(out.glob(f"runs/*/{RESULT}"))]

@@ -1,0 +1,39 @@
+"""The study of books at toy size, from end to end."""
+
+import json
+import lzma
+from pathlib import Path
+
+from .runs import ROOT, run, run_well, write_sentences
+
+STUDY = ROOT / "user_dir_examples/studies/books/run.sh"
+
+
+def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
+    books, out = tmp_path / "books", tmp_path / "out"
+    books.mkdir()
+    for seed, (split, lines) in enumerate({"train": 3000, "valid": 60, "test": 60}.items()):
+        write_sentences(tmp_path / split, lines, seed=seed)
+        with lzma.open(books / f"{split}.txt.xz", "wb") as file:
+            file.write((tmp_path / split).read_bytes())
+    done = run_well(STUDY, books, out, "toy")
+    assert "- 16²: 9, a higher value rate helps: " in done.output
+    assert "open, runs are missing" not in done.output
+    stored = (out / "results.json").read_bytes()
+    results = {result["run"]["arm"]: result for result in json.loads(stored)}
+    assert set(results) == {"plain", "pkm", "pkm_init", "resm", "resm_init"}
+    assert len(json.loads(stored)) == 6  # resm_init has two rates
+    for arm, result in results.items():
+        assert result["perplexity"] < 300  # the size of the vocabulary
+        if arm == "plain":
+            continue
+        assert set(result["ablated"]) == {"zero", "permuted", "top1"}
+        updates = [at["updates"] for at in result["way"]]
+        assert min(updates) >= (10 if arm.endswith("_init") else 0) and max(updates) <= 20
+    log = (out / "runs/resm_init_16keys_values0.001_seed1/train.log").read_text()
+    assert "plain_seed1/checkpoint_" in log
+    again = run_well(STUDY, books, out, "toy")
+    assert "[1/6]" in done.output and "[1/" not in again.output  # nothing is trained again
+    assert (out / "results.json").read_bytes() == stored
+    refused = run(STUDY, tmp_path, out, "toy")
+    assert refused.status == 2 and "no file" in refused.output

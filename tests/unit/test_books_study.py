@@ -1,0 +1,164 @@
+"""The study of books: its runs, and its answers to the claims."""
+
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/books"
+PARTS = ("arms", "table", "train")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    for name in PARTS:
+        sys.modules.pop(name, None)
+    import arms
+    import table
+
+    yield arms, table
+    for name in PARTS:
+        sys.modules.pop(name, None)
+
+
+def entry(perplexity, top1=0.0, topk=1.0, zeroed=None, way=(1.0, 0.5, 1.0)):
+    usage = {"top1_usage": top1, "topk_usage": topk, "draws_per_slot": 100.0}
+    points = [
+        {"updates": 312 * at, "topk_usage": share, "top1_usage": top1, "values_moved": 0.1}
+        for at, share in enumerate(way)
+    ]
+    ablated = {"zero": zeroed or perplexity, "permuted": perplexity}
+    return {"perplexity": perplexity, "usage": usage, "ablated": ablated, "way": points}
+
+
+@pytest.fixture
+def results(study):
+    """A study that agrees with every claim."""
+    arms, _ = study
+    of = {
+        "plain": entry(30.0),
+        "pkm": entry(29.0, 0.3, 0.99),
+        "resm": entry(28.0, 0.6),
+        "pkm_init": entry(28.0, 0.7),
+        "resm_init": entry(26.0, 0.97, zeroed=29.0),
+    }
+    size = arms.SIZES["full"]
+    found = {run: of[run.arm] for run in arms.runs_in_order(size)}
+    for seed in size.seeds:
+        found[arms.run_of(size, "resm_init", seed, 64, arms.HIGH_VALUE_LR)] = entry(25.0)
+    return found
+
+
+def said(study, found, n_keys):
+    arms, table = study
+    return [
+        line.rpartition(": ")[2] for line in table.Claims(found, arms.SIZES["full"], n_keys).lines()
+    ]
+
+
+def test_every_seed_has_all_arms_and_few_slots_come_first(study):
+    arms, _ = study
+    runs = arms.runs_in_order(arms.SIZES["full"])
+    assert len(set(runs)) == len(runs) == 3 * 5 + 3 + 3 * 4
+    assert [run.arm for run in runs[:5]] == list(arms.ARMS)
+    assert {run.n_keys for run in runs[:18]} == {0, 64}
+    assert {(run.n_keys, run.seed) for run in runs[18:]} == {(128, seed) for seed in (1, 2, 3)}
+
+
+def test_an_arm_with_init_goes_on_in_plains_schedule(study):
+    arms, _ = study
+    size = arms.SIZES["full"]
+    run = arms.run_of(size, "pkm_init", 2, 64)
+    assert run.start == arms.Run("plain", 2, 6250)
+    flags = run.flags(size)
+    given = dict(pairwise(flags))
+    # plain's rate falls in a straight line from 2e-3 after 400 updates to 0 after 6,250
+    assert math.isclose(float(given["--lr"]), 2e-3 * (6250 - 3125) / (6250 - 400))
+    assert given["--warmup-updates"] == "0"
+    assert given["--max-update"] == given["--total-num-update"] == "3125"
+    assert "--save-interval-updates" in arms.run_of(size, "plain", 1, 64).flags(size)
+
+
+def test_claims_that_all_agree(study, results):
+    assert said(study, results, 64) == ["agrees"] * 9
+    assert said(study, results, 128) == ["agrees"] * 8
+
+
+@pytest.mark.parametrize(
+    ("arm", "changed", "which"),
+    [
+        ("pkm", entry(29.0, 0.6, 0.99), [0, 2]),
+        ("pkm", entry(29.0, 0.3, 0.90), [0]),
+        ("pkm_init", entry(28.0, 0.34), [1]),
+        ("resm", entry(28.0, 0.34), [2]),
+        ("resm_init", entry(26.0, 0.94, zeroed=29.0), [3]),
+        ("pkm", entry(29.8, 0.3, 0.99), [4]),
+        ("pkm_init", entry(26.1, 0.7), [5]),
+        ("pkm", entry(29.0, 0.3, 0.99, way=(1.0, 0.95, 1.0)), [6]),
+        ("resm_init", entry(26.0, 0.97, zeroed=27.0), [7]),
+    ],
+)
+def test_one_seed_makes_a_claim_unclear(study, results, arm, changed, which):
+    arms, _ = study
+    before = said(study, results, 128)
+    results[arms.run_of(arms.SIZES["full"], arm, 2, 128)] = changed
+    answers = said(study, results, 128)
+    assert [i for i, answer in enumerate(answers) if answer != before[i]] == which
+    assert all(answers[i] == "cannot be said here" for i in which)
+    assert said(study, results, 64) == ["agrees"] * 9
+
+
+@pytest.mark.parametrize(
+    ("arm", "changed", "which"),
+    [
+        ("resm", entry(28.0, 0.2), [2]),
+        ("resm_init", entry(26.0, 0.7, zeroed=29.0), [3]),
+        ("pkm", entry(30.5, 0.3, 0.99), [4]),
+        ("resm", entry(25.0, 0.6), [5]),
+        ("pkm", entry(29.0, 0.3, 0.99, way=(1.0, 0.8, 0.7)), [6]),
+        ("resm_init", entry(26.0, 0.97, zeroed=26.1), [7]),
+    ],
+)
+def test_all_seeds_can_contradict_a_claim(study, results, arm, changed, which):
+    arms, _ = study
+    before = said(study, results, 128)
+    for seed in (1, 2, 3):
+        results[arms.run_of(arms.SIZES["full"], arm, seed, 128)] = changed
+    answers = said(study, results, 128)
+    changes = [i for i, answer in enumerate(answers) if answer != before[i]]
+    assert changes == which
+    assert all(answers[i] == "does not agree" for i in which)
+
+
+def test_a_memory_that_does_not_go_stale_contradicts_the_paper(study, results):
+    arms, _ = study
+    for seed in (1, 2, 3):
+        results[arms.run_of(arms.SIZES["full"], "pkm", seed, 64)] = entry(29.0, 0.8, 0.99)
+    answers = said(study, results, 64)
+    assert answers[0] == answers[2] == "does not agree"
+    assert answers[1] == "cannot be said here"
+
+
+def test_missing_runs_leave_a_claim_open(study, results):
+    arms, _ = study
+    del results[arms.run_of(arms.SIZES["full"], "resm", 3, 64)]
+    answers = said(study, results, 64)
+    open_ones = [i for i, answer in enumerate(answers) if answer == "open, runs are missing"]
+    assert open_ones == [1, 2, 5]
+
+
+def test_results_of_several_places_are_one_table(study, results, tmp_path):
+    arms, table = study
+    entries = [{"run": vars(run), **result} for run, result in results.items()]
+    for name, part in (("a", entries[:10]), ("b", entries[8:])):
+        (tmp_path / name).write_text(json.dumps(part))
+    assert table.read([tmp_path / "a", tmp_path / "b"]) == {
+        arms.Run(**e["run"]): e for e in entries
+    }
+    rows = table.table(results).splitlines()
+    assert len(rows) == 2 + 1 + 5 + 4
+    assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")

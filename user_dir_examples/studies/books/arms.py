@@ -1,0 +1,103 @@
+"""The arms of the study, their options, and all runs in their order."""
+
+import shlex
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+ARMS = ("plain", "pkm", "resm", "pkm_init", "resm_init")
+MEMORY_ARMS = ARMS[1:]
+LR, VALUE_LR, HIGH_VALUE_LR = 2e-3, 1e-3, 8e-3
+MODEL = shlex.split("""--task pkm_masked_lm --tokens-per-sample 64 --max-positions 64
+    --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
+    --encoder-attention-heads 4 --dropout 0 --attention-dropout 0""")
+TRAINING = shlex.split("""--batch-size 64 --adam-betas (0.9,0.98) --adam-eps 1e-6
+    --weight-decay 0.01 --clip-norm 1.0 --lr-scheduler polynomial_decay --num-workers 0 --cpu
+    --no-epoch-checkpoints --log-format json --log-interval 50 --no-save-optimizer-state
+    --disable-validation --required-batch-size-multiple 1""")
+PLAIN = shlex.split("--arch roberta --criterion masked_lm --optimizer adam")
+MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 2
+    --memory-heads 4 --memory-k-dim 64""")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of the study."""
+
+    updates: int
+    n_keys: Tuple[int, ...]
+    knn: int
+    seeds: Tuple[int, ...]
+    vocabulary: int
+
+
+SIZES = {
+    "full": Size(6250, (64, 128), 32, (1, 2, 3), 8000),
+    "toy": Size(20, (16,), 8, (1,), 300),  # only a trial run
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        updates: total; for an arm with INIT, half of them are its start's.
+        n_keys: 0 without a memory.
+    """
+
+    arm: str
+    seed: int
+    updates: int
+    n_keys: int = 0
+    value_lr: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        memory = f"_{self.n_keys}keys_values{self.value_lr:g}" if self.n_keys else ""
+        return f"{self.arm}{memory}_seed{self.seed}"
+
+    @property
+    def start(self) -> Optional["Run"]:
+        """The plain run that an arm with INIT starts from, at half of its updates; else None."""
+        if not self.arm.endswith("_init"):
+            return None
+        return Run("plain", self.seed, self.updates)
+
+    @property
+    def own_updates(self) -> int:
+        """Updates of this training, without those of its start."""
+        return self.updates // 2 if self.start else self.updates
+
+    def flags(self, size: Size) -> List[str]:
+        """Options of fairseq-train, except paths."""
+        warm_up, own = self.updates * 400 // 6250, self.own_updates
+        # INIT: the rate that plain's schedule has at its half, and from there to 0
+        lr = LR * own / (self.updates - warm_up) if self.start else LR
+        flags = [*MODEL, *TRAINING, "--seed", str(self.seed), "--lr", str(lr)]
+        flags += ["--warmup-updates", str(0 if self.start else warm_up)]
+        flags += ["--max-update", str(own), "--total-num-update", str(own)]
+        if not self.n_keys:
+            half = str(self.updates // 2)
+            return [*flags, *PLAIN, "--save-interval-updates", half]
+        arch = "pkm_roberta_tiny" if self.arm.startswith("pkm") else "resm_roberta_tiny"
+        flags += ["--arch", arch, *MEMORY, "--memory-n-keys", str(self.n_keys)]
+        flags += ["--memory-knn", str(size.knn), "--memory-value-lr", str(self.value_lr)]
+        return [*flags, "--memory-usage-interval", str(self.updates // 20)]
+
+
+def run_of(size: Size, arm: str, seed: int, n_keys: int, value_lr: float = VALUE_LR) -> Run:
+    """The run of an arm; a plain one has neither slots nor a rate of values."""
+    if arm == "plain":
+        return Run(arm, seed, size.updates)
+    return Run(arm, seed, size.updates, n_keys, value_lr)
+
+
+def runs_in_order(size: Size) -> List[Run]:
+    """All runs of the study."""
+    few, *more = size.n_keys
+    runs = [run_of(size, arm, seed, few) for seed in size.seeds for arm in ARMS]
+    runs += [run_of(size, "resm_init", seed, few, HIGH_VALUE_LR) for seed in size.seeds]
+    for n_keys in more:
+        runs += [run_of(size, arm, seed, n_keys) for seed in size.seeds for arm in MEMORY_ARMS]
+    return runs
