@@ -57,7 +57,7 @@ def large_architecture(args: Any) -> None:
 
 
 def residual(architecture: Architecture) -> Architecture:
-    """An architecture with the memory beside the FFN (Kim & Jung 2020)."""
+    """An architecture with the memory added to the FFN (Kim & Jung 2020)."""
 
     def resm_architecture(args: Any) -> None:
         _complete(args, {"memory_mode": "residual"})

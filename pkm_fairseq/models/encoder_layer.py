@@ -11,7 +11,7 @@ from ..memory.observe.staleness import origin_of
 
 MEMORY_MODES = {
     "replace": "instead of the FFN; PKM, Lample et al. 2019",
-    "residual": "beside the FFN; ResM, Kim & Jung 2020",
+    "residual": "added to the FFN; ResM, Kim & Jung 2020",
 }
 
 
