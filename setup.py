@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pkm_fairseq/__init__.py").
 EXTRAS = {
     "kernels": ["numba>=0.68"],
     "fairseq": ["ve-fairseq==0.12.3", "hydra-core>=1.3.2,<1.4", "omegaconf>=2.3,<2.4"],
-    "huggingface": ["transformers>=5.24", "safetensors", "accelerate>=1.15"],
+    "huggingface": ["transformers>=5.24", "safetensors", "accelerate>=1.15", "protobuf"],
     "text": ["sentencepiece", "rich"],
     "reports": ["matplotlib", "jinja2", "rich"],
     "glue": ["scikit-learn", "scipy", "sentencepiece", "pyyaml", "rich"],

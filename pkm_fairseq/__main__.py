@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 DISTRIBUTIONS = {  # of a module whose distribution has another name, the first choice first
     "fairseq": ["ve-fairseq", "fairseq-fixed", "fairseq"],
     "faiss": ["faiss-cpu", "faiss-gpu"],
+    "google.protobuf": ["protobuf"],
     "hydra": ["hydra-core"],
     "sklearn": ["scikit-learn"],
     "yaml": ["pyyaml"],
@@ -40,7 +41,9 @@ PARTS = {
     "kernels": Part("fast kernels on the CPU", ["numba"]),
     "triton": Part("kernels on a GPU; part of torch's CUDA builds", ["triton"], is_extra=False),
     "fairseq": Part("the fairseq plugin", ["fairseq", "hydra", "omegaconf"]),
-    "huggingface": Part("Hugging Face models", ["transformers", "safetensors", "accelerate"]),
+    "huggingface": Part(
+        "Hugging Face models", ["transformers", "safetensors", "accelerate", "google.protobuf"]
+    ),
     "text": Part("tokenizer and data of the demo", ["sentencepiece", "rich"]),
     "reports": Part("tables, figures, HTML pages", ["matplotlib", "jinja2", "rich"]),
     "glue": Part("GLUE", ["sklearn", "scipy", "sentencepiece", "yaml", "rich"]),
@@ -50,7 +53,11 @@ PARTS = {
 
 def found(module: str) -> Optional[str]:
     """The distribution and version of a module; None if it cannot be imported."""
-    if importlib.util.find_spec(module) is None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a dotted name: the package around it
+        spec = None
+    if spec is None:
         return None
     names = DISTRIBUTIONS.get(module, [module])
     for name in names:
