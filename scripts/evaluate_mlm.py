@@ -41,11 +41,19 @@ def main() -> None:
         help="also measure perplexity with zeroed values, with values permuted among the slots, "
         "and with only the first choice of each head; in all memories at once, and per layer",
     )
+    parser.add_argument(
+        "--memory-values-file",
+        type=Path,
+        metavar="FILE",
+        help="values of an exported model (default: values.pt beside it)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {args.json} must be a file in a folder that exists")
-    first = load(args.checkpoints[0], args.data)
+    if args.memory_values_file and len(args.checkpoints) > 1:
+        raise ValueError(f"--memory-values-file {args.memory_values_file} is of one checkpoint")
+    first = load(args.checkpoints[0], args.data, args.memory_values_file)
     batches = masked_batches(first.task, args.split)
     unigram = unigram_perplexity(args.data, batches, first.task)
     n_masked = sum(int(scored(batch["target"], first.task).sum()) for batch in batches)

@@ -33,10 +33,16 @@ def main() -> None:
         action="store_true",
         help="pieces are words between spaces, as in the demo's facts; no spm.model is needed",
     )
+    parser.add_argument(
+        "--memory-values-file",
+        type=Path,
+        metavar="FILE",
+        help="values of an exported model (default: values.pt beside it)",
+    )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
     tokenizer = Words() if args.words else load_sentencepiece(args.data / "spm.model")
-    model = load(args.checkpoint, args.data / "bin")
+    model = load(args.checkpoint, args.data / "bin", args.memory_values_file)
     for piece, probability in fill_mask(model, tokenizer, args.sentence, args.top):
         print(f"{100 * probability:5.1f} %  {piece.strip()}")
 

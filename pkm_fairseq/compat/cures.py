@@ -22,6 +22,7 @@ from . import (
     registries,
     requirements,
     validation,
+    values_file,
     whole_words,
     workers,
 )
@@ -54,6 +55,13 @@ class Cure:
 
 
 CURES: Tuple[Cure, ...] = (
+    Cure(
+        "fairseq.checkpoint_utils.load_checkpoint_to_cpu",
+        "a model is not told the folder of its checkpoint, in which its values file lies",
+        FAIRSEQ,
+        "tests/integration/test_mapped.py::test_fairseq_validate_reads_an_exported_model",
+        replace=values_file.find_values_beside,
+    ),
     Cure(
         "fairseq.checkpoint_utils.load_checkpoint_to_cpu",
         "torch loads with weights_only and refuses argparse.Namespace, in which fairseq stores "

@@ -6,6 +6,7 @@ from .experts import Experts
 from .finetune import FinetuneConfig, finetune_values
 from .hosts import HasMemories
 from .lookup import Lookup, Observation, Observer
+from .mapped import MappedTable, ValuesFile, save_values
 from .memory import ProductKeyMemory, build_values
 from .observe.staleness import ReadTimes
 from .observe.usage import MemoryUsage
@@ -28,6 +29,7 @@ __all__ = [
     "LinearOutput",
     "LinearQuery",
     "Lookup",
+    "MappedTable",
     "MemoryAdam",
     "MemoryConfig",
     "MemoryUsage",
@@ -39,9 +41,11 @@ __all__ = [
     "RunState",
     "SwiluOutput",
     "ValueTable",
+    "ValuesFile",
     "build_values",
     "finetune_values",
     "ignore_tables_in_ddp",
     "memory_param_groups",
     "product_topk",
+    "save_values",
 ]

@@ -1,15 +1,16 @@
 """Change rows of tensors inside a file of torch.save; all other bytes stay the same."""
 
+import io
 import shutil
 import struct
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Mapping, Tuple
+from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .files import whole_file
 
@@ -54,13 +55,36 @@ def write_rows(source: Path, target: Path, part: str, rows: Rows) -> None:
         _renew_check_sums(source, Path(out.name), out, [at for at, _ in changes])
 
 
-def _places(file: Path, part: str) -> Dict[str, Tuple[Tensor, int]]:
-    """Each tensor, without data, and the offset of its storage in the file."""
+def read_without_data(file: Path) -> Any:
+    """The content of a file of torch.save; tensors have no data, but see ``offset_of``."""
+    if _meta_has_offsets():
+        return torch.load(file, map_location="meta", weights_only=True)
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds and 70 MB
+
     with FakeTensorMode():
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    tensors = {name: x for name, x in content[part].items() if isinstance(x, Tensor)}
-    starts = {name: x.untyped_storage()._checkpoint_offset for name, x in tensors.items()}
-    return {name: (x, start) for name, x in tensors.items() if (start := starts[name]) is not None}
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@cache
+def _meta_has_offsets() -> bool:
+    """Whether torch notes offsets when it loads to "meta"; older versions read the data there."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    return offset_of(torch.load(file, map_location="meta", weights_only=True)) is not None
+
+
+def offset_of(x: Tensor) -> Optional[int]:
+    """Where a tensor of ``read_without_data`` begins in the file, in bytes; None if nowhere."""
+    start: Optional[int] = x.untyped_storage()._checkpoint_offset
+    return None if start is None else start + int(x.storage_offset()) * x.element_size()
+
+
+def _places(file: Path, part: str) -> Dict[str, Tuple[Tensor, int]]:
+    """Each tensor, without data, and its offset in the file."""
+    content = read_without_data(file)[part]
+    starts = {name: offset_of(x) for name, x in content.items() if isinstance(x, Tensor)}
+    return {name: (content[name], start) for name, start in starts.items() if start is not None}
 
 
 def _changes(
@@ -70,7 +94,6 @@ def _changes(
     if not table.is_contiguous():
         raise ValueError(f"{name} is not contiguous in the file: load it and save it again first")
     width = table.shape[1] * table.element_size()
-    start += int(table.storage_offset()) * table.element_size()
     content = rows.contiguous().view(torch.uint8).numpy()
     places = zip(slots.tolist(), content, strict=True)
     return [(start + slot * width, row.tobytes()) for slot, row in places]

@@ -52,7 +52,7 @@ def hash_of(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         if not APART.search(name):
             digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}\n".encode())
-            digest.update(_bits(state[name]).numpy().tobytes())
+            digest.update(_bits(state[name]).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from .config import FREEZABLE, MemoryConfig
 from .kernels import is_compiled, is_plain, is_traced, outside_graphs
 from .lookup import Lookup, Observation, Observer, restore
+from .mapped import MappedTable
 from .query import BatchQueryNorm, build_query_norm
 from .registry import OUTPUTS, QUERIES, VALUES
 from .run import RunState, is_repeated
 from .search import draw_kept_keys, product_topk, product_topk_of
 from .sharding import ColumnShards
+from .values import ValueTable
 
 WATCHED = (
     "observers are shown look-ups outside of the graphs of torch.compile: compile without "
@@ -32,7 +34,7 @@ class ProductKeyMemory(nn.Module):
     Args:
         input_dim: width of the input and of the output.
         config: the settings.
-        values: another memory's values to share; None makes new ones.
+        values: another memory's values to share, or a ``MappedTable``; None makes new ones.
         shards: workers that split the table by columns; None means no split.
         run: the state of the run, one for all memories of a model; None makes a new one.
         keeps_dtype: whether the table and the running statistics of the query keep their dtype
@@ -180,7 +182,7 @@ class ProductKeyMemory(nn.Module):
 
     def _check_values(self) -> None:
         kind, config, values = VALUES[self.config.values], self.config, self.values
-        if not isinstance(values, kind):
+        if not isinstance(values, (kind, MappedTable) if kind is ValueTable else kind):
             raise ValueError(
                 f"shared values are a {type(values).__name__}, must be a {kind.__name__}, "
                 f"because the setting values is {config.values!r}"

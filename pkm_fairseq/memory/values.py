@@ -141,8 +141,16 @@ class ValueTable(nn.Module):
             destination[f"{prefix}weight"] = self._state.assembled
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load this worker's columns of a whole table; the parameter's own data load unchanged."""
+        """Load this worker's columns of a whole table; the parameter's own data load unchanged.
+
+        Raises:
+            ValueError: the state's values are in a file.
+        """
         given = state_dict.get(f"{prefix}weight")
+        if given is None and f"{prefix}fingerprint" in state_dict:
+            raise ValueError(
+                "the checkpoint's values are in a file, which --memory-values-file must name"
+            )
         is_own = given is None or given.data_ptr() == self.weight.data_ptr()
         if self.shards is not None and not is_own:
             state_dict[f"{prefix}weight"] = self.shards.own_columns(given, self.v_dim)
@@ -228,6 +236,23 @@ class ValueTable(nn.Module):
                 weights, slots, values, self.factored and values.is_leaf
             )
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+
+
+def read_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of rows that are not trained, differentiable with respect to weights.
+
+    Args:
+        values: (n_slots, V), contiguous; int8, or floating.
+        slots: (N, T), int64.
+        weights: (N, T), in the dtype of computations.
+
+    Returns:
+        (N, V).
+    """
+    if _needs_gradient(weights) and kernels.is_plain(values, slots, weights):
+        read: Tensor = _Read.apply(weights, slots, values, False)  # type: ignore[no-untyped-call]
+        return read
+    return kernels.gather_sum(values, slots, weights)
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

@@ -44,6 +44,8 @@ def check_plan(plan: Plan) -> None:
         _check_precision(plan)
         _check_optimizer(plan)
         _check_regularisation(plan)
+    if plan.values_file is not None:
+        _check_values_file(plan)
     if plan.n_shards != 1:
         _check_shards(plan)
     if plan.init_from is not None:
@@ -128,6 +130,16 @@ def _check_finetune(plan: Plan) -> None:
             f"{flag} does not work with --ddp-backend {plan.run.ddp_backend} on several workers: "
             "it needs trainable parameters besides values; use --ddp-backend legacy_ddp"
         )
+
+
+def _check_values_file(plan: Plan) -> None:
+    flag = f"--memory-values-file {plan.values_file}"
+    if not plan.memory_layers:
+        raise ValueError(f"{flag}: no layer has a memory")
+    if plan.memory.values != "table":
+        raise ValueError(f"{flag} does not work with --memory-values {plan.memory.values}")
+    if plan.n_shards != 1:
+        raise ValueError(f"{flag} does not work with --memory-shards {plan.n_shards}")
 
 
 def _check_shards(plan: Plan) -> None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from argparse import Namespace
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Tuple
@@ -22,6 +23,8 @@ from fairseq.tasks.multilingual_masked_lm import MultiLingualMaskedLMTask
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from fairseq.tasks.sentence_ranking import SentenceRankingTask
 
+from ..compat.values_file import place_values_file
+
 logger = logging.getLogger(__name__)
 
 # parameters that only a model with memory has
@@ -36,12 +39,15 @@ STAND_INS = {"criterion": "masked_lm", "optimizer": "adam", "lr_scheduler": "fix
 TASKS = (MaskedLMTask, MultiLingualMaskedLMTask, SentencePredictionTask, SentenceRankingTask)
 
 
-def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
+def read_checkpoint(
+    path: str, option: str = "--init-from", is_mapped: bool = False
+) -> Dict[str, Any]:
     """Read a fairseq checkpoint; no code from the file is run.
 
     Args:
         path: the file.
         option: the command-line option that named it, for messages.
+        is_mapped: whether tensors stay in the file until they are read, if its format allows it.
 
     Raises:
         ValueError: the file is missing, unreadable or holds no model.
@@ -49,7 +55,8 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
     if not os.path.isfile(path):
         raise ValueError(f"{option} {path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        is_mapped = is_mapped and zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's text advises turning safety off
@@ -57,6 +64,7 @@ def read_checkpoint(path: str, option: str = "--init-from") -> Dict[str, Any]:
         raise ValueError(f"{option} {path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{option} {path}: not a fairseq checkpoint, it holds no 'model'")
+    place_values_file(checkpoint, path)
     return checkpoint
 
 

@@ -204,6 +204,12 @@ class PkmRobertaConfig(RunNodes, MemoryFlags, RobertaOptions):  # type: ignore[m
         "1: every worker holds whole tables",
         BERGES,
     )
+    memory_values_file: Optional[str] = option(
+        None,
+        "read the values from this file of scripts/export_memory.py, without a table in memory; "
+        "for inference on the CPU",
+        OUR_CHOICE,
+    )
     init_from: Optional[str] = option(
         None,
         "start a fresh run from this checkpoint's parameters (INIT): a model pretrained without "

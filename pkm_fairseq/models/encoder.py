@@ -1,5 +1,6 @@
 """RoBERTa's encoder with memories in some of its layers."""
 
+from pathlib import Path
 from typing import Any, List, Optional
 
 from fairseq.distributed import fsdp_wrap
@@ -10,7 +11,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import nn
 
-from ..memory import ColumnShards, ProductKeyMemory, RunState, build_values
+from ..memory import ColumnShards, ProductKeyMemory, RunState, ValuesFile, build_values
 from .encoder_layer import MemoryEncoderLayer
 from .plan import Plan
 
@@ -32,6 +33,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         # set before super().__init__, which builds the layers without telling their index
         self._plan = plan
         self._shards = None if plan.n_shards == 1 else ColumnShards(plan.n_shards)
+        self._values_file = None if plan.values_file is None else ValuesFile(Path(plan.values_file))
         self.run = RunState(data_parallel_group)
         self._n_built = 0
         self._shared_values: List[
@@ -49,7 +51,7 @@ class MemoryTransformerEncoder(TransformerEncoder):
         memory = ProductKeyMemory(
             width,
             self._plan.memory,
-            self._values_to_share(width),
+            self._given_values(index, width),
             self._shards,
             self.run,
             keeps_dtype=True,  # in fairseq's half precision, see docs/design.md
@@ -60,13 +62,22 @@ class MemoryTransformerEncoder(TransformerEncoder):
         least = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
         return fsdp_wrap(layer, min_num_params=least)
 
-    def _values_to_share(self, width: int) -> Optional[nn.Module]:
+    def _given_values(self, index: int, width: int) -> Optional[nn.Module]:
+        """The values of a layer that are shared or in a file; None lets the memory make its own."""
         if not self._plan.memory.share_values:
-            return None
+            return self._values_in_file(index)
         if not self._shared_values:
-            values = build_values(width, self._plan.memory, self._shards, keeps_dtype=True)
+            values = self._values_in_file(index)
+            if values is None:
+                values = build_values(width, self._plan.memory, self._shards, keeps_dtype=True)
             self._shared_values.append(values)
         return self._shared_values[0]
+
+    def _values_in_file(self, index: int) -> Optional[nn.Module]:
+        if self._values_file is None:
+            return None
+        kept = self._plan.kept_layers  # the file counts the layers of the whole encoder
+        return self._values_file.table(str(index if kept is None else kept[index]))
 
 
 class MemoryRobertaEncoder(RobertaEncoder):

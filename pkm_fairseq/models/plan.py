@@ -26,6 +26,7 @@ class Plan:
         freeze: the frozen part of the memory; None for none.
         finetune: which parameters to train, if this is a finetuning of values.
         n_shards: number of workers that share one copy of each value table.
+        values_file: the file from which the memories read their values; None for tables in memory.
         init_from: the checkpoint from which a fresh run starts; None for none.
         n_layers: layers of the built encoder.
         kept_layers: indices of these layers in the whole encoder; None for all.
@@ -42,6 +43,7 @@ class Plan:
     freeze: Optional[str]
     finetune: FinetuneConfig
     n_shards: int
+    values_file: Optional[str]
     init_from: Optional[str]
     n_layers: int
     kept_layers: Optional[Tuple[int, ...]]
@@ -78,6 +80,7 @@ def read_plan(args: Any) -> Plan:
         freeze=safe_getattr(args, "memory_freeze"),
         finetune=finetune_config(args),
         n_shards=safe_getattr(args, "memory_shards", 1),
+        values_file=safe_getattr(args, "memory_values_file"),
         init_from=safe_getattr(args, "init_from"),
         n_layers=args.encoder_layers if kept is None else len(kept),
         kept_layers=None if kept is None else tuple(kept),

@@ -11,7 +11,7 @@ from fairseq.models.roberta import RobertaHubInterface, RobertaModel
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import TrainingError
-from ..memory import MemoryUsage, RunState, ValueTable
+from ..memory import MappedTable, MemoryUsage, RunState, ValueTable
 from ..memory.finetune import FinetuneConfig, check_origins, finetune_values
 from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
 from .architectures import base_architecture, large_architecture, residual, tiny_architecture
@@ -156,6 +156,21 @@ class PkmRobertaModel(RobertaModel):
             except ValueError as error:
                 raise TrainingError(f"pkm_roberta: {error}") from None
         return super().forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "PkmRobertaModel":
+        """Set the mode as torch does.
+
+        Raises:
+            TrainingError: of training mode, if the values are in a file.
+        """
+        memories = [layer.memory for layer in self.memory_layers().values()] if mode else []
+        if any(isinstance(memory.values, MappedTable) for memory in memories):
+            raise TrainingError(
+                "pkm_roberta: --memory-values-file is for inference: train the checkpoint that was "
+                "exported"
+            )
+        super().train(mode)
+        return self
 
     def register_classification_head(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Add a head as fairseq does; it is always trained."""

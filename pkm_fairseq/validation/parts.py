@@ -9,7 +9,14 @@ from typing import Any, Callable, Dict, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import Experts, LinearOutput, ProductKeyMemory, SwiluOutput, ValueTable
+from ..memory import (
+    Experts,
+    LinearOutput,
+    MappedTable,
+    ProductKeyMemory,
+    SwiluOutput,
+    ValueTable,
+)
 from ..memory.output import Unchanged
 from ..memory.reference import (
     gelu,
@@ -87,10 +94,11 @@ def judge_read(values: Any, slots: Tensor, weights: Judged, x: Tensor) -> Judged
     return _function(READS, values, "values")(values, slots, weights, x)
 
 
-def _table_read(values: ValueTable, slots: Tensor, weights: Judged, x: Tensor) -> Judged:
+def _table_read(values: Any, slots: Tensor, weights: Judged, x: Tensor) -> Judged:
     rows, own = _rows(values, slots)
     expected = naive_read(rows, own, weights.expected)
-    rounding = gamma(slots[0].numel() + 1) * weights.expected.abs()
+    # products, sums, and in int8 the product of weight and scale
+    rounding = gamma(slots[0].numel() + 2) * weights.expected.abs()
     return Judged(expected, naive_read(rows.abs(), own, weights.bound + rounding))
 
 
@@ -105,13 +113,19 @@ def _experts_read(values: Experts, slots: Tensor, weights: Judged, x: Tensor) ->
     return _table_read(values.up, slots, Judged(weight * hidden, bound), x)
 
 
-def _rows(table: ValueTable, slots: Tensor) -> Any:
+def _rows(table: Any, slots: Tensor) -> Any:
     """The table rows that slots need, (R, V), in float64, and the slots' indices in them."""
     needed, own = torch.unique(slots, return_inverse=True)
+    if isinstance(table, MappedTable):
+        return table.read(needed), own
     return table.weight[needed.to(table.weight.device)].cpu().double(), own
 
 
-READS: Dict[type, Callable[..., Judged]] = {ValueTable: _table_read, Experts: _experts_read}
+READS: Dict[type, Callable[..., Judged]] = {
+    ValueTable: _table_read,
+    MappedTable: _table_read,
+    Experts: _experts_read,
+}
 
 
 # --- output -----------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ FLAGS = {
     "--memory-value-lr-factor",
     "--memory-value-lr-schedule",
     "--memory-value-optimizer",
+    "--memory-values-file",
     "--init-from",
     "--glue-metrics",
     "--glue-positive-label",

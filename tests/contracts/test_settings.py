@@ -47,6 +47,7 @@ BAD = {
     ),
     "memory_background": ("b.pt", ["--memory-background b.pt", "--memory-finetune slots"]),
     "memory_shards": (2, ["memory-shards is 2", "use --optimizer pkm_adam"]),
+    "memory_values_file": ("missing.pt", ["values file missing.pt: no such file"]),
     "init_from": ("missing.pt", ["--init-from missing.pt: no such file"]),
     "memory_n_keys": (1, ["n_keys is 1", "at least 2"]),
     "memory_heads": (0, ["heads is 0", "at least 1"]),

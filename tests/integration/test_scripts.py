@@ -29,6 +29,8 @@ ELSEWHERE = {
     "prepare_glue.py": "integration/test_glue_prepare.py",
     "kill_training.py": "integration/test_faults.py",
     "convert_checkpoint.py": "unit/test_convert_checkpoint.py",
+    "export_memory.py": "integration/test_mapped.py",
+    "measure_mapped.py": "integration/test_mapped.py",
     "draw_architecture.py": "unit/test_architecture.py",
     "prepare_people.py": "integration/test_facts.py",
     "measure_recall.py": "integration/test_facts.py",

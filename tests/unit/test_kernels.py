@@ -233,7 +233,7 @@ def naive_gather_dot(values, slots, grad_read):
 
 
 @pytest.mark.parametrize("hot", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 @pytest.mark.parametrize(("tokens", "reads", "width"), BAGS)
 def test_gather_sum_and_gather_dot(backend, tokens, reads, width, dtype, hot):
     backend.can(dtype)

@@ -60,12 +60,13 @@ class Result(NamedTuple):
     mass: Dict[int, List[float]]
 
 
-def load(checkpoint: Path, data: Path) -> Loaded:
+def load(checkpoint: Path, data: Path, values_file: Optional[Path] = None) -> Loaded:
     """Load a model for evaluation, with the task it was trained on.
 
     Args:
         checkpoint: of masked language modelling, with this plugin's task or fairseq's own.
         data: a folder that fairseq-preprocess made.
+        values_file: the file of an exported model's values; None takes the one beside it.
 
     Raises:
         ValueError: the checkpoint or the dictionary is missing or unreadable, or they do not fit.
@@ -76,7 +77,8 @@ def load(checkpoint: Path, data: Path) -> Loaded:
         raise ValueError(f"{checkpoint} was trained on the task {trained_on}, must be masked_lm")
     dictionary = load_dictionary(str(data / "dict.txt"))
     compare_dictionary(stored, dictionary, str(checkpoint))
-    model, _, task = load_model_and_task(str(checkpoint), stored, data=str(data))
+    more = {} if values_file is None else {"memory_values_file": str(values_file)}
+    model, _, task = load_model_and_task(str(checkpoint), stored, data=str(data), **more)
     return Loaded(model.eval(), task)
 
 

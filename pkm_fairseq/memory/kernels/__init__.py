@@ -138,7 +138,7 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """``sum over t of weights[n, t] * values[slots[n, t]]``.
 
     Args:
-        values: (n_slots, V), contiguous.
+        values: (n_slots, V), contiguous; floating, or int8, which is read as whole numbers.
         slots: (N, T), int64.
         weights: (N, T), any floating dtype.
 
@@ -149,7 +149,7 @@ def gather_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.
     """
-    _check_table(values)
+    _check_table(values, or_int8=True)
     check_reads(slots, weights, len(values))
     weights = weights.to(compute_dtype(values.dtype))
     if needs_torch(values, slots, weights):
@@ -165,7 +165,7 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     """``values[slots[n, t]] . grad_read[n]``: the gradient of ``gather_sum`` for its weights.
 
     Args:
-        values: (n_slots, V), contiguous.
+        values: (n_slots, V), contiguous; floating, or int8, which is read as whole numbers.
         slots: (N, T), int64, in range.
         grad_read: (N, V).
 
@@ -175,7 +175,7 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, a slot is out of range.
     """
-    _check_table(values)
+    _check_table(values, or_int8=True)
     _check_slots(slots, len(values))
     if tuple(grad_read.shape) != (slots.shape[0], values.shape[1]):
         raise ValueError(
@@ -262,8 +262,9 @@ def squared_norm(values: Tensor, entries: Entries) -> Tensor:
     return run(entries.grads, "squared_norm", entries, len(values))  # type: ignore[no-any-return]
 
 
-def _check_table(table: Tensor) -> None:
-    if table.dim() != 2 or not table.is_floating_point():
+def _check_table(table: Tensor, or_int8: bool = False) -> None:
+    is_allowed = table.is_floating_point() or (or_int8 and table.dtype == torch.int8)
+    if table.dim() != 2 or not is_allowed:
         raise ValueError(
             f"a table has shape {tuple(table.shape)} and dtype {table.dtype}, "
             "must be (n_slots, v_dim) and floating"

@@ -28,7 +28,7 @@ from .tables import Entries, StochasticRounding, keys_of
 Array = Any  # numpy's arrays; numba does not use type hints
 
 DEVICES = ("cpu",)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of tables
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int8)  # of tables
 
 TASKS_PER_THREAD = 4
 NUMBERS = {
@@ -36,6 +36,7 @@ NUMBERS = {
     torch.float64: np.dtype(np.float64).str,
     torch.bfloat16: np.dtype(np.uint16).str,
     torch.int64: np.dtype(np.int64).str,
+    torch.int8: np.dtype(np.int8).str,
 }
 logger = logging.getLogger(__name__)
 logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output is too long

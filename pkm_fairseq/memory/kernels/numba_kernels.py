@@ -191,6 +191,7 @@ def gather_sum(values, slots, weights, out, tasks):
             total, slot, w = out[token], slots[token], weights[token]
             total[:] = 0
             for t in range(0, whole, 8):  # eight rows in flight hide the latency of memory
+                _fetch_narrow(values, slot[t + 8 : t + 16])
                 row0 = _row(values, slot[t], wide[0])
                 row1 = _row(values, slot[t + 1], wide[1])
                 row2 = _row(values, slot[t + 2], wide[2])
@@ -345,11 +346,19 @@ def _shares(starts, tasks):
 
 
 def _row(values, slot, wide):
-    """A row of the table, widened into ``wide`` if it is stored as bfloat16."""
+    """A row of the table, widened into ``wide`` if it is stored as bfloat16 or int8."""
 
 
 @overload(_row)
 def _compile_row(values, slot, wide):
+    if values.dtype == types.int8:
+
+        def convert(values, slot, wide):
+            for v in range(len(wide)):
+                wide[v] = values[slot, v]
+            return wide
+
+        return convert
     if values.dtype != types.uint16:
         return lambda values, slot, wide: values[slot]
 
@@ -360,6 +369,22 @@ def _compile_row(values, slot, wide):
         return wide
 
     return widen
+
+
+def _fetch_narrow(values, slots):
+    """Prefetch rows that ``_row`` will widen one after the other, and so wait for one by one."""
+
+
+@overload(_fetch_narrow)
+def _compile_fetch_narrow(values, slots):
+    if values.dtype not in (types.uint16, types.int8):
+        return lambda values, slots: None
+
+    def fetch(values, slots):
+        for slot in slots:
+            _prefetch(values, slot)
+
+    return fetch
 
 
 def _store(values, slot, row, key, first_column):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .tables import NEAREST, Entries, StochasticRounding, at_least_float32, keys_of
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
+DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
 
 CHUNK = 8 << 20  # elements of gathered rows in a chunk
 MASK = 0xFFFFFFFF
