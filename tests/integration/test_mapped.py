@@ -182,13 +182,15 @@ def test_scripts_read_an_exported_model(made: Path, data_bin: Path, tmp_path: Pa
     assert failed.output.splitlines()[-1].endswith(f"{made}/values.pt: no such file")
 
 
-def test_shared_values_and_layers_to_keep(data_bin: Path, tmp_path: Path) -> None:
-    shape = ["--encoder-layers", "3", "--memory-layers", "1,2", "--memory-share-values"]
+@pytest.mark.parametrize("shares", [["--memory-share-values"], []], ids=["shared", "apart"])
+def test_shared_values_and_layers_to_keep(data_bin: Path, shares: Any, tmp_path: Path) -> None:
+    shape = ["--encoder-layers", "3", "--memory-layers", "1,2", *shares]
     train(data_bin, tmp_path / "run", "--arch", "pkm_roberta_tiny", *MEMORY, *shape,
           "--max-update", "2")  # fmt: skip
     export(tmp_path / "run" / LAST, tmp_path / "made", "float32")
     file = ValuesFile(tmp_path / "made/values.pt")
-    assert file.layers == ["1", "2"] and file.file.stat().st_size < 2 * file.rows("1").nbytes
+    assert file.layers == ["1", "2"]
+    assert (file.file.stat().st_size < 2 * file.rows("1").nbytes) == bool(shares)
     models = {}
     for name, keep in (("whole", {}), ("kept", {"encoder_layers_to_keep": "0,2"})):
         for path in (tmp_path / "run" / LAST, tmp_path / "made/model.pt"):
