@@ -298,7 +298,7 @@ def test_a_reader_can_train_the_best_run_of_an_arm_again(study, tmp_path, monkey
     train.check("resm_init", tmp_path)
     assert [(run.arm, run.lr, run.value_lr, run.seed) for run in trained] == [
         ("plain", 5e-3, 0.0, 1),
-        ("resm_init", 5e-3, 3e-2, 1),
+        ("resm_init", 5e-3, 1e-1, 1),
     ]
     _, table = study
     before = 100 * table.recall(table.read(STUDY / "results.json"), trained[1])

@@ -142,6 +142,43 @@ def test_the_table_has_a_row_for_each_rate(study, results):
     assert cells[10:12] == ["10 (10 to 10)", "0.00 (0.00 to 0.00)"]
 
 
+def test_the_page_has_the_table_and_the_picture_of_the_results(study):
+    arms, table = study
+    found, size = table.read(STUDY / "results.json"), arms.SIZES["full"]
+    docs = STUDY.parents[2] / "docs"
+    page = (docs / "evidence.md").read_text(encoding="utf-8")
+    assert table.table(found, size) in page
+    assert "\n".join(table.Criteria(found, size).lines()) in page
+    picture = table.draw(lambda axes: table.draw_frontier(found, size, axes))
+    assert picture == (docs / "evidence" / "new_people.svg").read_text()
+    run = next(iter(found))
+    found[run]["way"][-1]["old"]["with_others"]["recall"] += 0.01
+    assert table.table(found, size) not in page
+
+
+def test_a_reader_can_train_the_best_run_of_an_arm_again(study, monkeypatch, capsys):
+    arms, table = study
+    import train
+
+    known = table.read(STUDY / "results.json")
+    run = arms.best(known, arms.SIZES["full"], "values")
+
+    class Known:
+        size = arms.SIZES["full"]
+
+        def results(self):
+            return {run: known[run]}
+
+    trained = []
+    monkeypatch.setattr(train, "train_all", lambda study, runs, workers: trained.extend(runs))
+    train.check(Known(), "values")
+    assert trained == [run] and run.value_lr == 3e-2
+    here, before = capsys.readouterr().out.splitlines()
+    assert here.rpartition(": ")[2] == before.rpartition(": ")[2] == "old 96.8 %, new 95.9 %"
+    with pytest.raises(SystemExit, match=r"--check is 'none', must be an arm .*: freeze, full"):
+        train.check(Known(), "none")
+
+
 # --- what a run changes -------------------------------------------------------------------------
 
 

@@ -185,7 +185,7 @@ def draw_frontier(results: Results, size: Size, axes: Axes) -> None:
     axes.set(xlabel="recall of new people", ylabel="recall of old people", ylim=(0, 1.03))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.legend(loc="lower left")
+    axes.legend(loc="center")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Tuple
 
 import low_rank  # registers the models with adapters
 import torch
-from arms import ARMS, BATCH_SIZE, HERE, SHARES, SIZES, Results, Run, Size, runs_to_do
+from arms import ARMS, BATCH_SIZE, HERE, SHARES, SIZES, Results, Run, Size, best, recall, runs_to_do
 from torch import Tensor
 
 from pkm_fairseq.experiments.demo.evaluate import load
@@ -25,6 +25,7 @@ from pkm_fairseq.experiments.runs.trainings import LAST, LOG
 from pkm_fairseq.memory.delta import APART, VALUES
 from pkm_fairseq.models.checkpoints import read_checkpoint
 
+PUBLISHED = HERE / "results.json"
 FOLLOWED = 2000  # old people whose recall is measured
 USAGE = HERE.parents[2] / "scripts" / "memory_usage.py"
 
@@ -177,6 +178,19 @@ def train_all(study: Study, runs: List[Run], workers: int) -> None:
     )
 
 
+def check(study: Study, arm: str) -> None:
+    """Train the best run of an arm again, with the first seed, and compare what it keeps."""
+    known = {Run(**result["run"]): result for result in json.loads(PUBLISHED.read_text())}
+    if not any(run.arm == arm for run in known):
+        arms = ", ".join(sorted({run.arm for run in known}))
+        raise SystemExit(f"--check is {arm!r}, must be an arm of results.json: {arms}")
+    run = best(known, study.size, arm)
+    train_all(study, [run], workers=1)
+    for where, result in (("here", study.results()[run]), ("in results.json", known[run])):
+        shares = (100 * recall(result["way"][-1], people) for people in ("old", "new"))
+        print("{}, {}: old {:.1f} %, new {:.1f} %".format(run.name, where, *shares))
+
+
 def main() -> None:
     """Train with the first seed, then with the others."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -184,10 +198,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--check",
+        metavar="ARM",
+        help="train only this arm, as the best run of results.json did, and compare the recall",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
     study = Study(args.facts.resolve(), args.out.resolve(), SIZES[args.size])
+    if args.check:
+        return check(study, args.check)
     while runs := runs_to_do(study.size, study.results()):
         train_all(study, runs, args.workers)
 
