@@ -111,10 +111,11 @@ MASKED_LM_WORKS = [
     + POLYNOMIAL
     + "--warmup-updates 2 --force-anneal 1 --end-learning-rate 1e-5 --power 2",
     "--memory-finetune slots --memory-finetune-slots 50% --memory-finetune-score count "
-    "--memory-finetune-scope batch --memory-value-optimizer sgd",
-    "--memory-finetune values --memory-value-optimizer adam --memory-moment-dtype bfloat16",
+    "--memory-finetune-scope batch --memory-value-optimizer sgd --memory-exchange factors",
+    "--memory-finetune values --memory-value-optimizer adam --memory-moment-dtype bfloat16 "
+    "--memory-exchange dense",
     "--memory-usage-tokens 50 --memory-value-lr-factor 2 --memory-value-lr-schedule follow "
-    "--memory-freeze all",
+    "--memory-freeze all --memory-exchange auto",
     # names that are registered, one of each kind at a time
     "--optimizer adadelta --lr-scheduler cosine --bpe byte_bpe --tokenizer space --scoring bleu "
     "--activation-fn relu --dataset-impl raw",
@@ -167,6 +168,7 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     "--pipeline-model-parallel": "--pipeline-balance is currently required",
     "--zero-sharding os": "--zero-sharding os does not work with --optimizer pkm_adam",
     "--cpu-offload": "--cpu-offload requires --ddp-backend=fully_sharded",
+    "--memory-values-file none.pt": "values file none.pt: no such file",
     "--memory-shards 2": "must be a divisor of the number of workers, which is 1",
     f"--store-ema --ema-seed-model {START}": "holds no average.*--store-ema",
     "--store-ema --ema-seed-model nowhere.pt": "no checkpoint at nowhere.pt",

@@ -54,8 +54,8 @@ def train_and_measure(
         is_ready: whether a run can start.
 
     Raises:
-        SystemExit: a training failed; the message names its log.
-        ValueError: another process trains one of the runs.
+        ValueError: a training failed (the message names its log), or another process trains one of
+            the runs.
     """
     waiting = [run for run in dict.fromkeys(runs) if not is_finished(out, run)]
     if not waiting:
@@ -76,7 +76,7 @@ def train_and_measure(
     def end(run: Run, status: int) -> None:
         folder = folder_of(out, run)
         if status or not (folder / LAST).exists():
-            raise SystemExit(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
+            raise ValueError(f"{run.name} failed, see {folder / LOG}: {last_line(folder / LOG)}")
         result = {"run": vars(run), **measure(run)}
         write_file(folder / RESULT, json.dumps(result, indent=1) + "\n")
         progress.end(run.name, describe(result))
