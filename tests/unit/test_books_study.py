@@ -2,27 +2,17 @@
 
 import json
 import math
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/books"
-PARTS = ("arms", "table", "train")
+from .studies import imported
 
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(STUDY))
-    for name in PARTS:
-        sys.modules.pop(name, None)
-    import arms
-    import table
-
-    yield arms, table
-    for name in PARTS:
-        sys.modules.pop(name, None)
+    with imported("books", monkeypatch) as modules:
+        yield modules
 
 
 def entry(perplexity, top1=0.0, topk=1.0, zeroed=None, way=(1.0, 0.5, 1.0)):

@@ -3,8 +3,6 @@
 import fcntl
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +20,9 @@ from pkm_fairseq.experiments.facts.people import (
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.runs.trainings import clear
 
-STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/facts"
-PARTS = ("arms", "table", "train")
+from .studies import STUDIES, imported
+
+STUDY = STUDIES / "facts"
 N = 64
 
 
@@ -76,6 +75,16 @@ def test_fewer_people_are_the_first_ones_and_a_seed_draws_others():
         draw_people(90_001, seed=1)
 
 
+def test_people_that_are_skipped_are_not_learned(people, tmp_path):
+    prepare_people(N, tmp_path, skip=N + 1000)
+    dictionary = dictionary_of(people)
+    before = [read_people(people, split, dictionary) for split in ("train", "test")]
+    after = [read_people(tmp_path / "bin", split, dictionary) for split in ("train", "test")]
+    assert [len(part) for part in after] == [N, 1000]
+    names = [tuple(person[1:3].tolist()) for part in (*before, *after) for person in part]
+    assert len(set(names)) == len(names) == 2 * (N + 1000)
+
+
 def test_the_control_is_in_no_training_text(people):
     dictionary = dictionary_of(people)
     train, valid, test = (
@@ -118,15 +127,8 @@ def test_other_text_is_refused(people, tmp_path):
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(STUDY))
-    for name in PARTS:
-        sys.modules.pop(name, None)
-    import arms
-    import table
-
-    yield arms, table
-    for name in PARTS:
-        sys.modules.pop(name, None)
+    with imported("facts", monkeypatch) as modules:
+        yield modules
 
 
 def entry(recall, zeroed=0.01, way=None):

@@ -1,26 +1,17 @@
 """The study of new people: its rates, its table, and the low-rank additions."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-STUDY = Path(__file__).resolve().parents[2] / "user_dir_examples/studies/new_people"
-PARTS = ("arms", "table", "train", "low_rank")
+from .studies import STUDIES, imported
+
+STUDY = STUDIES / "new_people"
 
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(STUDY))
-    for name in PARTS[:-1]:  # low_rank registers models, which fairseq allows once
-        sys.modules.pop(name, None)
-    import arms
-    import table
-
-    yield arms, table
-    for name in PARTS[:-1]:
-        sys.modules.pop(name, None)
+    with imported("new_people", monkeypatch) as modules:
+        yield modules
 
 
 def point(old, new, control=0.01):

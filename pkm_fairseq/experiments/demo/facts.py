@@ -7,11 +7,12 @@ from typing import Any, Dict, List
 from ...memory.files import write_file
 from ..facts.people import ATTRIBUTES, NAMES, prepare_people
 from ..facts.recall import measure, read_people
-from ..facts.training import COMMON, PLAIN, epoch_of, memory_flags, schedule
+from ..facts.training import COMMON, PLAIN, epoch_of, memory_flags
 from ..runs.folders import PACKAGE, begin, finish, is_finished, key_of, key_of_code
 from ..runs.logs import last_line, read_log
 from ..runs.processes import Child, Children
 from ..runs.progress import RunsProgress
+from ..runs.study import schedule
 from ..runs.trainings import LAST, LOG, clear, run_all, start_training
 from .evaluate import Loaded, Words, fill_mask, load, parameter_count
 from .presets import TITLES, Preset

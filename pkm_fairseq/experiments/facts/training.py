@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from typing import Dict, List
+from typing import List
 
 BATCH_SIZE = 512  # people
 COMMON = shlex.split(f"""--task pkm_masked_lm --sample-break-mode eos --tokens-per-sample 8
@@ -20,24 +20,6 @@ MEMORY = shlex.split(f"""--criterion pkm_masked_lm --optimizer pkm_adam --memory
 def epoch_of(people: int, batch_size: int = BATCH_SIZE) -> int:
     """Updates per epoch."""
     return math.ceil(people / batch_size)
-
-
-def schedule(updates: int, lr: float, starts_at_half: bool) -> Dict[str, str]:
-    """Flags of the learning rate: warm-up for 1/20 of the updates, then linear decay to 0.
-
-    Args:
-        updates: of the whole schedule.
-        lr: the highest rate.
-        starts_at_half: whether to begin in the middle of the schedule, for a model with INIT.
-    """
-    warm_up = updates // 20
-    own = updates // 2 if starts_at_half else updates
-    return {
-        "--lr": str(lr * own / (updates - warm_up) if starts_at_half else lr),
-        "--warmup-updates": str(0 if starts_at_half else warm_up),
-        "--max-update": str(own),
-        "--total-num-update": str(own),
-    }
 
 
 def memory_flags(arch: str, n_keys: int, value_lr: float) -> List[str]:

@@ -1,8 +1,9 @@
-"""Train and measure the runs of a study; finished runs are skipped."""
+"""The runs of a study: train and measure them, and write down what they found."""
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Protocol, Sequence, TypeVar
+from statistics import median
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, TypeVar
 
 from ...memory.files import write_file
 from .logs import last_line, read_log
@@ -88,6 +89,46 @@ def train_and_measure(
 def is_finished(out: Path, run: StudyRun) -> bool:
     """Whether a run has been measured."""
     return (folder_of(out, run) / RESULT).exists()
+
+
+def schedule(
+    updates: int, lr: float, starts_at_half: bool, warm_up: Optional[int] = None
+) -> Dict[str, str]:
+    """Flags of the learning rate: warm-up, then linear decay to 0.
+
+    Args:
+        updates: of the whole schedule.
+        lr: the highest rate.
+        starts_at_half: whether to begin in the middle of the schedule, for a model with INIT.
+        warm_up: updates of the warm-up, at most half of all (default: 1/20 of all).
+    """
+    warm_up = updates // 20 if warm_up is None else warm_up
+    own = updates // 2 if starts_at_half else updates
+    return {
+        "--lr": str(lr * own / (updates - warm_up) if starts_at_half else lr),
+        "--warmup-updates": str(0 if starts_at_half else warm_up),
+        "--max-update": str(own),
+        "--total-num-update": str(own),
+    }
+
+
+def write_results(file: Path, results: Sequence[Dict[str, Any]]) -> None:
+    """Write results as JSON, one run a line."""
+    lines = ",\n".join(json.dumps(result) for result in results)
+    write_file(file, f"[\n{lines}\n]\n")
+
+
+def median_and_range(values: Sequence[float], text: str = "{:.1f}") -> str:
+    """A cell of a table: the median, and the range if there are several values.
+
+    Args:
+        values: one for each seed.
+        text: the format of a number.
+    """
+    shown = text.format(median(values))
+    if len(values) == 1:
+        return shown
+    return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
 
 
 def read_results(out: Path) -> List[Dict[str, Any]]:

@@ -4,6 +4,8 @@ import shlex
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
+from pkm_fairseq.experiments.runs.study import schedule
+
 ARMS = ("plain", "pkm", "resm", "pkm_init", "resm_init")
 MEMORY_ARMS = ARMS[1:]
 LR, VALUE_LR, HIGH_VALUE_LR = 2e-3, 1e-3, 8e-3
@@ -71,12 +73,10 @@ class Run:
 
     def flags(self, size: Size) -> List[str]:
         """Options of fairseq-train, except paths."""
-        warm_up, own = self.updates * 400 // 6250, self.own_updates
-        # INIT: the rate that plain's schedule has at its half, and from there to 0
-        lr = LR * own / (self.updates - warm_up) if self.start else LR
-        flags = [*MODEL, *TRAINING, "--seed", str(self.seed), "--lr", str(lr)]
-        flags += ["--warmup-updates", str(0 if self.start else warm_up)]
-        flags += ["--max-update", str(own), "--total-num-update", str(own)]
+        warm_up = self.updates * 400 // 6250
+        rates = schedule(self.updates, LR, self.start is not None, warm_up)
+        flags = [*MODEL, *TRAINING, "--seed", str(self.seed)]
+        flags += [part for pair in rates.items() for part in pair]
         if not self.n_keys:
             half = str(self.updates // 2)
             return [*flags, *PLAIN, "--save-interval-updates", half]

@@ -9,7 +9,6 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Dict, List, Optional
 
 from arms import ARMS, HIGH_VALUE_LR, MEMORY_ARMS, SIZES, VALUE_LR, Run, Size, run_of
@@ -18,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
-from pkm_fairseq.experiments.runs.study import read_results
+from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
@@ -34,14 +33,6 @@ def read(places: List[Path]) -> Found:
     return found
 
 
-def cell(values: List[float], text: str = "{:.1f}") -> str:
-    """The median, and the range if there are several values."""
-    shown = text.format(median(values))
-    if len(values) == 1:
-        return shown
-    return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
-
-
 def table(found: Found) -> str:
     """A row for each arm and setting."""
     names = "arm|slots|value lr|seeds|perplexity|values zeroed|slots permuted|top-1 usage, %"
@@ -52,14 +43,14 @@ def table(found: Found) -> str:
         groups[run.arm, run.n_keys, run.value_lr].append(found[run])
     for (arm, n_keys, value_lr), results in groups.items():
         cells = [arm, f"{n_keys}²" if n_keys else "", f"{value_lr:g}" if n_keys else ""]
-        cells += [str(len(results)), cell([r["perplexity"] for r in results], "{:.2f}")]
+        cells += [str(len(results)), median_and_range([r["perplexity"] for r in results], "{:.2f}")]
         if n_keys:
-            cells += [cell([r["ablated"][kind] for r in results], "{:.2f}")
+            cells += [median_and_range([r["ablated"][kind] for r in results], "{:.2f}")
                       for kind in ("zero", "permuted")]  # fmt: skip
-            cells += [cell([100 * r["usage"][name] for r in results])
+            cells += [median_and_range([100 * r["usage"][name] for r in results])
                       for name in ("top1_usage", "topk_usage")]  # fmt: skip
             cells += [f"{results[0]['usage']['draws_per_slot']:.0f}"]
-            cells += [cell([r["way"][-1]["values_moved"] for r in results], "{:.2f}")]
+            cells += [median_and_range([r["way"][-1]["values_moved"] for r in results], "{:.2f}")]
         else:
             cells += [""] * 6
         lines.append(f"| {' | '.join(cells)} |")
@@ -214,7 +205,7 @@ def main() -> None:
     if not found:
         raise SystemExit(f"{', '.join(map(str, args.out))}: no finished run")
     if args.json:
-        write_file(args.json, json.dumps(list(found.values()), indent=1) + "\n")
+        write_results(args.json, list(found.values()))
     print(table(found))
     print()
     for n_keys in size.n_keys:

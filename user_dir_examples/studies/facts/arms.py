@@ -3,13 +3,8 @@
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
-from pkm_fairseq.experiments.facts.training import (
-    COMMON,
-    PLAIN,
-    epoch_of,
-    memory_flags,
-    schedule,
-)
+from pkm_fairseq.experiments.facts.training import COMMON, PLAIN, epoch_of, memory_flags
+from pkm_fairseq.experiments.runs.study import schedule
 
 WIDTHS = {"plain": (64, 128), "wide": (64, 480), "plain2": (128, 256), "plain4": (256, 512)}
 MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")

@@ -10,7 +10,6 @@ import json
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen
@@ -21,7 +20,7 @@ from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
 from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN
-from pkm_fairseq.experiments.runs.study import read_results
+from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
@@ -44,7 +43,7 @@ def read(out: Path) -> Found:
                 del layer[name]
             layer["top1_curve"] = layer_curve
         found[Run(**entry["run"])] = entry
-    write_file(out / "results.json", json.dumps(list(found.values()), indent=1) + "\n")
+    write_results(out / "results.json", list(found.values()))
     return found
 
 
@@ -83,14 +82,6 @@ def grouped(found: Found) -> Dict[Tuple[Any, ...], List[Run]]:
     return groups
 
 
-def cell(values: List[float], text: str = "{:.1f}") -> str:
-    """The median, and the range if there are several values."""
-    shown = text.format(median(values))
-    if len(values) == 1:
-        return shown
-    return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
-
-
 def table(found: Found) -> str:
     """A row for each arm and setting."""
     names = "people|updates|arm|slots|lr|value lr|seeds|recall by name, %|with others, %"
@@ -103,14 +94,18 @@ def table(found: Found) -> str:
         parts = [entry["train"] for entry in entries]
 
         def share(of: Callable[[Dict[str, Any]], float], parts: List[Any] = parts) -> str:
-            return cell([100 * of(part) for part in parts])
+            return median_and_range([100 * of(part) for part in parts])
 
         cells = [f"{people:,}", f"{updates:,}", arm, f"{n_keys}²" if n_keys else "", f"{lr:g}"]
         cells += [f"{value_lr:g}" if n_keys else "", str(len(runs))]
         cells += [share(lambda part: part["by_name"]["recall"])]
         cells += [share(lambda part: part["with_others"]["recall"])]
         cells += [share(lambda part: part["zeroed"]["by_name"]["recall"]) if n_keys else ""]
-        cells += [cell([stored_bits(entry) / entry["parameters"] for entry in entries], "{:.3f}")]
+        cells += [
+            median_and_range(
+                [stored_bits(entry) / entry["parameters"] for entry in entries], "{:.3f}"
+            )
+        ]
         cells += [f"{multiply_adds(runs[0]):,}"]
         cells += [share(lambda part: part["memory"][0]["top1_usage"]) if n_keys else ""]
         cells += [f"{parts[0]['memory'][0]['draws_per_slot']:.1f}" if n_keys else ""]

@@ -9,7 +9,6 @@ import argparse
 import json
 import re
 from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Dict, List, Optional
 
 from arms import ARMS, SIZES, Results, Run, Size, best, kept, recall, tried
@@ -18,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
-from pkm_fairseq.experiments.runs.study import read_results
+from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
 from pkm_fairseq.memory.files import write_file
 
 DRAWN = ("full", "values", "slots_24000", "slots_24000_once", "low_rank", "freeze", "plain_full")
@@ -30,16 +29,8 @@ def read(out: Path) -> Results:
         found = json.loads(out.read_text())
     else:
         found = read_results(out)
-        write_file(out / "results.json", json.dumps(found, indent=1) + "\n")
+        write_results(out / "results.json", found)
     return {Run(**result["run"]): result for result in found}
-
-
-def cell(values: List[Any], text: str = "{:.1f}") -> str:
-    """The median, and the range if there are several values."""
-    shown = text.format(median(values))
-    if len(values) == 1:
-        return shown
-    return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
 
 
 def shown(arm: str) -> str:
@@ -76,7 +67,7 @@ def _start_row(results: Results, size: Size) -> str:
 
 def _recalls(points: List[Dict[str, Any]]) -> List[str]:
     return [
-        cell([100 * point[people][question]["recall"] for point in points])
+        median_and_range([100 * point[people][question]["recall"] for point in points])
         for question in ("with_others", "by_name")
         for people in ("old", "new")
     ]
@@ -85,13 +76,13 @@ def _recalls(points: List[Dict[str, Any]]) -> List[str]:
 def _row(arm: str, rates: List[str], found: List[Dict[str, Any]]) -> str:
     shares = [kept(result) for result in found]
     reached = [100 * share for share in shares if share is not None]
-    text = cell(reached) if len(reached) == len(found) else "" if not reached else (
-        f"{cell(reached)}; {len(found) - len(reached)} of {len(found)} do not learn"
+    text = median_and_range(reached) if len(reached) == len(found) else "" if not reached else (
+        f"{median_and_range(reached)}; {len(found) - len(reached)} of {len(found)} do not learn"
     )  # fmt: skip
     cells = [arm, *rates, str(len(found)), text, *_recalls([r["way"][-1] for r in found])]
     rows = [result["change"]["rows"] for result in found]
-    cells += [cell(rows, "{:,.0f}") if any(rows) else ""]
-    cells += [cell([result["change"]["bytes"] / 1e6 for result in found], "{:.2f}")]
+    cells += [median_and_range(rows, "{:,.0f}") if any(rows) else ""]
+    cells += [median_and_range([result["change"]["bytes"] / 1e6 for result in found], "{:.2f}")]
     return f"| {' | '.join(cells)} |"
 
 

@@ -104,16 +104,13 @@ class Study:
         for share in SHARES:
             updates = self.size.updates // share
             checkpoint = folder / f"checkpoint{updates // epoch}.pt"
-            if share == 1:
-                checkpoint = folder / LAST
             way.append({"updates": updates, **self._recall(checkpoint)})
         before, after = (read_checkpoint(str(f), "study:")["model"] for f in (start, folder / LAST))
         found = {"way": way, "change": change(before, after)}
-        rows = [entry for entry in read_log(folder / LOG, "train_inner")]
+        log = read_log(folder / LOG, "train_inner")
         for name in ("read", "chosen"):
-            logged = [
-                entry[f"value_rows_{name}"] for entry in rows if f"value_rows_{name}" in entry
-            ]
+            rows = f"value_rows_{name}"
+            logged = [entry[rows] for entry in log if rows in entry]
             if logged:
                 found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
         for file in folder.glob("checkpoint*.pt"):
