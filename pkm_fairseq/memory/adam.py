@@ -15,9 +15,17 @@ from . import kernels
 from .collectives import all_gather
 from .exchange import FORMS, average_all
 from .gradient import entries_that_may_move, is_exchanged, is_table, table_state
-from .kernels import Entries, StochasticRounding, allocate, at_least_float32, compute_dtype
+from .kernels import (
+    Entries,
+    Float8Table,
+    StochasticRounding,
+    Table,
+    allocate,
+    at_least_float32,
+    compute_dtype,
+)
 from .kernels.tables import keys_of
-from .kernels.torch_backend import rounded, row_gradients
+from .kernels.torch_backend import row_gradients, store
 from .values import ValueTable
 
 logger = logging.getLogger(__name__)
@@ -26,6 +34,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENT_DTYPES = {
     "float32": "float64 for values in float64",
     "bfloat16": "halves their bytes; they are rounded stochastically",
+    "float8": "a quarter of their bytes: 8-bit floats with an exponent for each 64 columns; they "
+    "are rounded stochastically",
 }
 VALUE_OPTIMIZERS = {"adam": "", "sgd": "values <- values - lr x gradient; no moments"}
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's Adam
@@ -46,9 +56,9 @@ class MemoryAdam(torch.optim.Optimizer):
     If only chosen rows of a table are trained (``pkm_fairseq.memory.finetune``), all other rows
     keep their values and moments, bit for bit.
 
-    Values and moments in bfloat16 are rounded stochastically (``kernels.StochasticRounding``), so
-    that small updates add up. The random bits depend only on table, step, row and column. So
-    resumed runs and all workers round in the same way.
+    Values in bfloat16 and moments in bfloat16 or 8 bits are rounded stochastically
+    (``kernels.StochasticRounding``), so that small updates add up. The random bits depend only on
+    table, step, row and column. So resumed runs and all workers round in the same way.
 
     Args:
         params: parameters or groups, as ``memory_param_groups`` makes them.
@@ -60,8 +70,9 @@ class MemoryAdam(torch.optim.Optimizer):
         fused: as for torch's AdamW.
         value_optimizer: "adam", or "sgd" for values: ``values <- values - lr * gradient`` for all
             rows that have a gradient, without moments.
-        moment_dtype: the dtype of the moments of tables: "float32" (float64 for a table in
-            float64) or "bfloat16".
+        moment_dtype: the dtype of the moments of tables: "float32", "bfloat16" or "float8"
+            (``kernels.Float8Table``); float64 for a table in float64. ``state_dict`` holds those in
+            8 bits as bfloat16, which is exact.
         exchange: whether to exchange gradients of tables between workers.
         exchange_as: how: "factors" of the gradient, the "dense" gradient, or "auto", which of them
             moves fewer bytes in the first update. It must be the same on all workers.
@@ -225,7 +236,7 @@ class MemoryAdam(torch.optim.Optimizer):
         if not state:
             state["step"] = self._new_step(param)
             for moment in self._value_moments():
-                state[moment] = self._new_moment(param).zero_()
+                state[moment] = self._new_moment(param, moment)
         state["step"] += 1
         first_column = 0 if shards is None else shards.rank * param.shape[1]
         rounding = StochasticRounding(place, int(state["step"]), first_column)
@@ -242,15 +253,17 @@ class MemoryAdam(torch.optim.Optimizer):
         """The names of a table's moments."""
         return MOMENTS if self._value_optimizer == "adam" else ()
 
-    def _new_moment(self, param: Tensor) -> Tensor:
-        """Uninitialised memory for a moment."""
-        if not is_table(param):
-            return torch.empty_like(param, dtype=compute_dtype(param.dtype))
+    def _new_moment(self, param: Tensor, moment: str) -> Table:
+        """A moment of zeros."""
         dtype = compute_dtype(param.dtype)
+        if not is_table(param):
+            return torch.zeros_like(param, dtype=dtype)
+        n_slots, width = param.shape
+        if self._moment_dtype == "float8" and dtype == torch.float32:
+            return Float8Table(n_slots, width, signed=moment == "exp_avg", device=param.device)
         if self._moment_dtype == "bfloat16" and dtype == torch.float32:
             dtype = torch.bfloat16
-        n_slots, width = param.shape
-        return allocate(n_slots, width, dtype, param.device)
+        return allocate(n_slots, width, dtype, param.device).zero_()
 
     # --- several workers ----------------------------------------------------------------------
 
@@ -324,6 +337,8 @@ class MemoryAdam(torch.optim.Optimizer):
         for place, param in zip(places, params, strict=True):
             if self._assembled.get(param):
                 state[place] = {**state[place], **self._assembled.pop(param)}
+            elif is_table(param) and place in state:
+                state[place] = {name: _saved(x) for name, x in state[place].items()}
             if is_table(param):
                 table_state(param).assembled = None  # it was only for this checkpoint
         return {**saved, "state": state}
@@ -371,7 +386,7 @@ class MemoryAdam(torch.optim.Optimizer):
         """Whether moments have their own dtype, independent of the parameter's dtype."""
         return is_table(param)
 
-    def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Tensor]:
+    def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Table]:
         """Copies of the moments of a parameter, or of this worker's columns of a table."""
         moments = {}
         for moment in self._value_moments() if is_table(param) else MOMENTS:
@@ -389,8 +404,13 @@ class MemoryAdam(torch.optim.Optimizer):
                     f"{moment} in the state has shape {tuple(whole.shape)}, must be that of its "
                     f"parameter, {tuple(param.shape)}"
                 )
-            moments[moment] = self._new_moment(param).copy_(whole)
+            moments[moment] = self._new_moment(param, moment).copy_(whole)
         return moments
+
+
+def _saved(state: Any) -> Any:
+    """What a checkpoint stores of an item of an optimizer's state."""
+    return state.decoded() if isinstance(state, Float8Table) else state
 
 
 def memory_param_groups(
@@ -450,7 +470,7 @@ def sgd_rows(
         moves = (g != 0).any(dim=1)
         rows, g = rows[moves], g[moves]
         moved = at_least_float32(values[rows]) - lr * g
-        values[rows] = rounded(moved, values.dtype, rows, key, first_column)
+        store(values, moved, rows, key, first_column)
 
 
 def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather, all_gather_rows, narrow
-from .kernels import is_traced
+from .kernels import Table, is_traced
 
 ROWS = 8192  # rows to send or draw at once
 
@@ -194,7 +194,7 @@ class ColumnShards:
         lacking = torch.tensor(int(not it), device=device)
         return not int(self.sum_(lacking))
 
-    def assemble(self, columns: Tensor) -> Optional[Tensor]:
+    def assemble(self, columns: Table) -> Optional[Tensor]:
         """Assemble the whole table on the worker of rank 0.
 
         Every worker must call it. No other tensor of the table's size is created.

@@ -79,7 +79,7 @@ def test_clipping_of_values_changes_what_is_trained(data_bin: Path, tmp_path: Pa
         assert_close_checkpoints(tmp_path / "clipped", tmp_path / "free")
 
 
-@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16", "float8"])
 def test_values_in_bfloat16_train_and_resume(
     data_bin: Path, tmp_path: Path, moment_dtype: str
 ) -> None:
@@ -100,7 +100,9 @@ def test_values_in_bfloat16_train_and_resume(
     moments = [tensor for tensor in ours.values() if tensor.shape == (256, 32)]
     assert len(moments) == 2 and all(tensor.dtype == torch.float32 for tensor in moments)
     in_bfloat16 = [torch.equal(tensor.bfloat16().float(), tensor) for tensor in moments]
-    assert in_bfloat16 == [moment_dtype == "bfloat16"] * 2
+    assert in_bfloat16 == [moment_dtype != "float32"] * 2
+    with_4_bits = [(tensor.frexp()[0] * 16 % 1 == 0).all() for tensor in moments]  # of the mantissa
+    assert with_4_bits == [moment_dtype == "float8"] * 2
 
 
 def test_any_other_optimizer_trains_values_in_bfloat16(data_bin: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pkm_fairseq.memory import (
     memory_param_groups,
 )
 from pkm_fairseq.memory.gradient import FactoredGradient
+from pkm_fairseq.memory.kernels import Float8Table
 from tests.workers import on_workers
 
 CONFIG = MemoryConfig(n_keys=16, heads=2, knn=4, k_dim=8, query_norm="layer")
@@ -585,9 +586,12 @@ def test_small_updates_of_values_in_bfloat16_add_up():
     assert moved.mean() == pytest.approx(40 * 2.0**-8 / 20, rel=0.02)
 
 
-@pytest.mark.parametrize("value_optimizer", ["adam", "sgd"])
-def test_tables_in_bfloat16_go_on_as_if_they_had_not_stopped(value_optimizer):
-    settings = {"value_optimizer": value_optimizer, "moment_dtype": "bfloat16"}
+@pytest.mark.parametrize(
+    ("value_optimizer", "moment_dtype"),
+    [("adam", "bfloat16"), ("adam", "float8"), ("sgd", "bfloat16"), ("sgd", "float8")],
+)
+def test_tables_in_bfloat16_go_on_as_if_they_had_not_stopped(value_optimizer, moment_dtype):
+    settings = {"value_optimizer": value_optimizer, "moment_dtype": moment_dtype}
     model, twin = (net(value_dtype="bfloat16") for _ in range(2))
     optimizer, other = adam(model, **settings), adam(twin, **settings)
     train(model, optimizer)
@@ -599,6 +603,10 @@ def test_tables_in_bfloat16_go_on_as_if_they_had_not_stopped(value_optimizer):
     assert_same(model, twin, rtol=0, atol=0)
     moments = [other.state[twin.values].get(name) for name in ("exp_avg", "exp_avg_sq")]
     assert [x is None or x.dtype == torch.bfloat16 for x in moments] == [True, True]
+    in_8_bits = [isinstance(x, Float8Table) for x in moments]
+    assert in_8_bits == [(value_optimizer, moment_dtype) == ("adam", "float8")] * 2
+    saved = [x for x in state["state"].values() if "exp_avg" in x]
+    assert all(isinstance(x["exp_avg"], torch.Tensor) for x in saved)
     assert (moments[0] is None) == (value_optimizer == "sgd")
 
 
@@ -620,7 +628,18 @@ def test_moments_of_another_dtype_are_loaded_and_refused():
     other.load_state_dict(optimizer.state_dict())
     ours, theirs = optimizer.state[model.values], other.state[twin.values]
     assert torch.equal(theirs["exp_avg"], ours["exp_avg"].bfloat16())
-    with pytest.raises(ValueError, match="moment_dtype is 'int8', must be one of float32, bfloat1"):
+    narrow = adam(model, moment_dtype="float8")
+    narrow.load_state_dict(optimizer.state_dict())
+    theirs = narrow.state[model.values]
+    right = [Float8Table(*ours["exp_avg"].shape, signed) for signed in (True, False)]
+    for name, table in zip(("exp_avg", "exp_avg_sq"), right, strict=True):
+        assert torch.equal(theirs[name].codes, table.copy_(ours[name]).codes), name
+        assert 0 < (theirs[name].decoded() - ours[name]).abs().max() < 0.1 * ours[name].max()
+    other.load_state_dict(narrow.state_dict())
+    assert torch.equal(other.state[twin.values]["exp_avg"], right[0].decoded())
+    with pytest.raises(
+        ValueError, match="moment_dtype is 'int8', must be one of float32, bfloat16, f"
+    ):
         adam(net(), moment_dtype="int8")
 
 

@@ -17,6 +17,7 @@ from pkm_fairseq.memory.gradient import (
     squared_norm,
     table_state,
 )
+from pkm_fairseq.memory.kernels import Float8Table
 from tests.workers import on_workers
 
 N_SLOTS, WIDTH, READS = 40, 6, 7
@@ -116,7 +117,9 @@ def train(rank, form, dtype, settings, shards):
         table.weight.grad.mul_(0.3 / norm)  # as PkmAdam clips
         optimizer.step()
     assert table_state(table.weight).exchanged_as == form
-    return {"values": table.weight.detach().clone(), **optimizer.state[table.weight]}
+    state = optimizer.state[table.weight].items()
+    found = {k: x.decoded() if isinstance(x, Float8Table) else x for k, x in state}
+    return {"values": table.weight.detach().clone(), **found}
 
 
 @pytest.mark.parametrize(
@@ -126,11 +129,13 @@ def train(rank, form, dtype, settings, shards):
         (4, 2, torch.float64, {}),
         (2, 1, torch.float32, {"value_optimizer": "sgd"}),
         (2, 1, torch.bfloat16, {"moment_dtype": "bfloat16"}),
+        (2, 1, torch.bfloat16, {"moment_dtype": "float8"}),
     ],
 )
 def test_both_forms_train_the_same_values_and_moments(tmp_path, world, n_shards, dtype, settings):
-    # an element in bfloat16 may be rounded the other way
+    # an element in bfloat16 or 8 bits may be rounded the other way
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    tolerance = 2**-3 if settings.get("moment_dtype") == "float8" else tolerance
     for factors, dense in on_workers(world, tmp_path, trainings, dtype, settings, n_shards):
         assert factors.keys() == dense.keys()
         start = a_table(dtype=dtype).weight.detach()

@@ -5,6 +5,7 @@
 
 import importlib
 import logging
+import math
 import os
 import struct
 import sys
@@ -16,7 +17,13 @@ import pytest
 import torch
 
 from pkm_fairseq.memory import kernels
-from pkm_fairseq.memory.kernels import Entries, StochasticRounding, backends, torch_backend
+from pkm_fairseq.memory.kernels import (
+    Entries,
+    Float8Table,
+    StochasticRounding,
+    backends,
+    torch_backend,
+)
 from pkm_fairseq.memory.search import candidate_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -551,6 +558,144 @@ def test_another_rounding_of_rows_that_are_kept_apart(backend):
         kernels.adam_rows(*half, entries, STEP, BETAS, EPS, rounding._replace(first_column=at))
     for x, *parts in zip(whole, *halves, strict=True):
         assert torch.equal(x, torch.cat(parts, dim=1))
+
+
+# --- moments in 8 bits ---------------------------------------------------------------------
+
+
+def naive_float8(block, slot, first_column, table, rounding, signed):
+    """A block of numbers as a ``Float8Table`` stores them, by its definition; None: to nearest."""
+    top = 15 if signed else 31
+    exponent = max(-63, *(math.frexp(x)[1] - 1 for x in block))
+    exponent += max(map(abs, block)) > 1.875 * 2.0**exponent
+    stored = []
+    for column, x in enumerate(block):
+        y = abs(x) / 2.0**exponent
+        last_place = 2.0 ** (max(math.frexp(y)[1] - 1, 1 - top) - 3)
+        below, part = divmod(y / last_place, 1)
+        if rounding is None:
+            up = part > 0.5 or (part == 0.5 and below % 2 == 1)
+        else:
+            key = hashed((hashed((hashed(rounding.seed) + rounding.step) % 2**32) + table) % 2**32)
+            seed = hashed(slot ^ key) + rounding.first_column
+            up = part + (hashed((seed + first_column + column) % 2**32) >> 12) / 2**20 >= 1
+        y = (below + up) * last_place
+        if not signed and x > 0:
+            y = max(y, 2.0 ** (1 - top - 3))
+        stored.append(math.copysign(y * 2.0**exponent, x))
+    return stored
+
+
+def moments_in_8_bits(n_slots, width, device="cpu"):
+    return [Float8Table(n_slots, width, signed, torch.device(device)) for signed in (True, False)]
+
+
+@pytest.mark.parametrize("has_chance", [True, False])
+def test_moments_in_8_bits_are_those_of_their_definition(backend, has_chance):
+    """Moments are g and g * g here, exact in float32; g has 11 bits and many magnitudes."""
+    n, width = 20, 70  # a block of 64 and one of 6
+    torch.manual_seed(0)
+    g = torch.randint(-2047, 2048, (n, width)) * 2.0 ** -torch.randint(11, 25, (n, width))
+    g[3], g[4, :64], g[5, 0] = 0, 0, 1.9375  # a row that stays, a block of zeros, a rounded top
+    g[6, 1:64], g[6, 0] = 2.0**-9, 1.0
+    slots = torch.randperm(300)[:n]
+    rounding = StochasticRounding(seed=3, step=70_000, first_column=64) if has_chance else None
+    entries = entries_of(slots[:, None], torch.ones(n, 1), g)
+    entries = Entries(*(x.to(backend.device) for x in entries))
+    moments = moments_in_8_bits(300, width, backend.device)
+    values = torch.zeros(300, width, device=backend.device)
+    if has_chance:
+        kernels.adam_rows(values, *moments, entries, 1.0, (0.0, 0.0), 1.0, rounding)
+    else:
+        for moment, x in zip(moments, (g, g * g), strict=True):
+            moment.copy_(torch.zeros(300, width).index_copy(0, slots, x))
+    for table, (moment, x) in enumerate(zip(moments, (g, g * g), strict=True), 1):
+        exact = torch.zeros(300, width)
+        for row, slot in enumerate(slots.tolist()):
+            for start, end in ((0, 64), (64, 70)):
+                block = x[row, start:end].tolist()
+                if any(block):
+                    given = slot, start, table, rounding, table == 1
+                    exact[slot, start:end] = torch.tensor(naive_float8(block, *given))
+        assert torch.equal(moment.decoded().float(), exact)
+        rounded = moment.decoded()[slots]
+        assert ((rounded - x).abs() > 2.0**-6 * x.abs()).any()  # some were rounded far
+
+
+def test_the_mean_of_moments_in_8_bits_is_the_number(backend):
+    steps, n_slots, width = 200, 64, 64
+    g = torch.linspace(0.01, 1, width, device=backend.device).repeat(n_slots, 1)
+    slots = torch.arange(n_slots, device=backend.device)
+    entries = entries_of(slots[:, None], torch.ones(n_slots, 1, device=backend.device), g)
+    total = torch.zeros(2, n_slots, width, dtype=torch.float64)
+    for step in range(steps):
+        moments = moments_in_8_bits(n_slots, width, backend.device)
+        values = torch.zeros_like(g)
+        rounding = StochasticRounding(0, step)
+        kernels.adam_rows(values, *moments, entries, 1.0, (0.0, 0.0), 1.0, rounding)
+        total += torch.stack([x.decoded() for x in moments])
+    exact = torch.stack((g, g * g)).cpu().double()
+    last_place = 2.0 ** (exact.log2().floor() - 3)
+    means = (total / steps - exact) / last_place  # each has a deviation below 1 / 2
+    for over in ((1,), (2,)):  # no slot or column is favoured
+        bound = 5 * 0.5 / (steps * means.shape[over[0]]) ** 0.5
+        assert (means.mean(over).abs() < bound).all()
+
+
+def test_a_block_of_8_bits_with_no_number_is_none(backend):
+    grads = torch.ones(2, 130, device=backend.device)
+    grads[0, 3], grads[0, 70], grads[1, 0] = float("nan"), INF, 2.0**127
+    slots = torch.tensor([[1], [2]], device=backend.device)
+    entries = entries_of(slots, torch.ones(2, 1, device=backend.device), grads)
+    values = torch.ones(3, 130, device=backend.device)
+    moments = moments_in_8_bits(3, 130, backend.device)
+    kernels.adam_rows(values, *moments, entries, 1.0, (0.0, 0.0), 1.0, StochasticRounding(0, 1))
+    avg = moments[0].decoded()
+    assert not avg[1, :128].isfinite().any() and avg[1, 128:].tolist() == [1, 1]
+    assert not avg[2, :64].isfinite().any() and (avg[2, 64:] == 1).all()
+    assert (avg[0] == 0).all()
+
+
+def test_a_second_moment_in_8_bits_stays_above_zero(backend):
+    """Otherwise a step would be divided by eps alone."""
+    g = torch.tensor([[1.0, 2.0**-60]], device=backend.device)
+    slots = torch.tensor([[0]], device=backend.device)
+    entries = entries_of(slots, torch.ones(1, 1, device=backend.device), g)
+    for step in range(20):
+        moments = moments_in_8_bits(1, 2, backend.device)
+        values, rounding = torch.zeros(1, 2, device=backend.device), StochasticRounding(0, step)
+        kernels.adam_rows(values, *moments, entries, 1.0, (0.0, 0.0), 0.0, rounding)
+        assert moments[1].decoded()[0].tolist() == [1, 2.0**-33]
+
+
+def test_moments_in_8_bits_of_columns_that_are_kept_apart(backend):
+    torch.manual_seed(1)
+    _, slots, weights, grads = bags(3, 4, 128, torch.float32, backend.device)
+    whole = torch.zeros(N_SLOTS, 128, device=backend.device)
+    moments, rounding = moments_in_8_bits(N_SLOTS, 128, backend.device), StochasticRounding(1, 2)
+    entries = entries_of(slots, weights, grads)
+    kernels.adam_rows(whole, *moments, entries, STEP, BETAS, EPS, rounding)
+    for at in (0, 64):
+        half, parts = whole.new_zeros(N_SLOTS, 64), moments_in_8_bits(N_SLOTS, 64, backend.device)
+        entries = entries_of(slots, weights, grads[:, at : at + 64].contiguous())
+        place = rounding._replace(first_column=at)
+        kernels.adam_rows(half, *parts, entries, STEP, BETAS, EPS, place)
+        assert torch.equal(half, whole[:, at : at + 64])
+        for part, moment in zip(parts, moments, strict=True):
+            assert torch.equal(part.decoded(), moment.decoded()[:, at : at + 64])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_moments_in_8_bits_are_refused_where_they_cannot_be(backend, exact):
+    values, *wide = tables(5, torch.float64 if exact else torch.float32, backend.device)
+    _, slots, weights, grads = bags(1, 2, 5, values.dtype, backend.device)
+    given = entries_of(slots, weights, grads), STEP, BETAS, EPS
+    moments, rounding = moments_in_8_bits(N_SLOTS, 5, backend.device), StochasticRounding(0, 1)
+    wrong = [(moments, None), ((moments[1], moments[0]), rounding)]
+    wrong.append(((wide[0], moments[1]), rounding))
+    for pair, how in [*wrong, *([(moments, rounding)] if exact else [])]:
+        with pytest.raises(ValueError, match=r"moments have dtypes .*float8.*, must both be"):
+            kernels.adam_rows(values, *pair, *given, how)
 
 
 def test_an_update_is_seen_by_autograd(backend):

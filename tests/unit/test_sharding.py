@@ -219,6 +219,41 @@ def test_a_whole_checkpoint_loads_into_shards(tmp_path: Path) -> None:
     assert [part["step"] for part in found] == [1, 1, 1]
 
 
+def save_8_bits(rank: int) -> "tuple[Dict[str, Tensor], Dict[str, Any]]":
+    table = ValueTable(N_SLOTS, 256, shards=ColumnShards(2))
+    table.factored = True
+    adam = MemoryAdam([table.weight], exchange=False, moment_dtype="float8")
+    slots, weights, _ = lookups(2)
+    table(slots, weights.float()).square().sum().backward()
+    adam.step()
+    adam.consolidate_state_dict()
+    return decoded(adam.state[table.weight]), adam.state_dict()
+
+
+def load_8_bits(rank: int, saved: Dict[str, Any]) -> Dict[str, Tensor]:
+    table = ValueTable(N_SLOTS, 256, shards=ColumnShards(2))
+    adam = MemoryAdam([table.weight], exchange=False, moment_dtype="float8")
+    adam.load_state_dict(saved)
+    return decoded(adam.state[table.weight])
+
+
+def decoded(state: Dict[str, Any]) -> Dict[str, Tensor]:
+    return {name: state[name].decoded() for name in ("exp_avg", "exp_avg_sq")}
+
+
+def test_moments_in_8_bits_are_saved_and_loaded_without_loss(tmp_path: Path) -> None:
+    found = on_workers(2, tmp_path, save_8_bits)
+    saved = found[0][1]
+    (tmp_path / "again").mkdir()
+    again = on_workers(2, tmp_path / "again", load_8_bits, saved)
+    for name in ("exp_avg", "exp_avg_sq"):
+        parts = [columns[name] for columns, _ in found]
+        assert parts[0].shape == (N_SLOTS, 128) and parts[0].count_nonzero()
+        assert torch.equal(saved["state"][0][name], torch.cat(parts, dim=1))
+        for part, loaded in zip(parts, again, strict=True):
+            assert torch.equal(loaded[name], part)
+
+
 def one_is_not_finite(rank: int) -> "list[Any]":
     """What each worker is told if one worker's columns get a gradient that is not finite."""
     table = ValueTable(N_SLOTS, V_DIM, shards=ColumnShards(2))

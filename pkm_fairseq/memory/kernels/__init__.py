@@ -33,6 +33,7 @@ from .backends import (
     outside_graphs,
     run,
 )
+from .float8 import Float8Table, Table
 from .registered import graph_ops, register, register_all
 from .tables import (
     Entries,
@@ -43,11 +44,14 @@ from .tables import (
     is_half,
 )
 
+FLOAT8 = "float8 (signed and unsigned)"
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 __all__ = [
     "Entries",
+    "Float8Table",
     "StochasticRounding",
+    "Table",
     "adam_rows",
     "allocate",
     "at_least_float32",
@@ -194,8 +198,8 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
 @_without_autocast
 def adam_rows(
     values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Table,
+    exp_avg_sq: Table,
     entries: Entries,
     step_size: float,
     betas: Tuple[float, float],
@@ -210,13 +214,14 @@ def adam_rows(
 
     Args:
         values: (n_slots, V), contiguous.
-        exp_avg: (n_slots, V), contiguous, in at least float32; or in bfloat16 with ``rounding``.
-        exp_avg_sq: (n_slots, V), like exp_avg.
+        exp_avg: (n_slots, V), contiguous, in at least float32; or in bfloat16 or a signed
+            ``Float8Table``, with ``rounding``.
+        exp_avg_sq: (n_slots, V), like exp_avg, but an unsigned ``Float8Table``.
         entries: the gradient, on the device of the table.
         step_size: the learning rate times Adam's bias correction.
         betas: decay rates of the two moments.
         eps: added to the root.
-        rounding: of tables in bfloat16; None rounds values to nearest, ties to even.
+        rounding: of tables in bfloat16 and 8 bits; None rounds values to nearest, ties to even.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or, on the CPU, an entry is out of range.
@@ -225,18 +230,20 @@ def adam_rows(
     if is_compiled():
         given = values, exp_avg, exp_avg_sq, entries, step_size, betas, eps, rounding
         return outside_graphs(adam_rows)(*given)
+    tables = values, *_parts(exp_avg), *_parts(exp_avg_sq)
     for table in (values, exp_avg, exp_avg_sq):
-        _check_table(table)
+        if not isinstance(table, Float8Table):
+            _check_table(table)
     if not exp_avg.shape == exp_avg_sq.shape == values.shape:
         raise ValueError(
             f"moments have shapes {tuple(exp_avg.shape)} and {tuple(exp_avg_sq.shape)}, "
             f"must be that of the values, {tuple(values.shape)}"
         )
-    _check_moments(values.dtype, exp_avg.dtype, exp_avg_sq.dtype, rounding)
+    _check_moments(values.dtype, exp_avg, exp_avg_sq, rounding)
     _check_entries(values, entries)
-    _check_numbers(values, exp_avg, exp_avg_sq, *entries)
-    tables = (values.detach(), exp_avg, exp_avg_sq)
-    run(values, "adam_rows", *tables, entries, step_size, betas, eps, rounding)
+    _check_numbers(*tables, *entries)
+    settings = step_size, betas, eps, rounding
+    run(values, "adam_rows", values.detach(), exp_avg, exp_avg_sq, entries, *settings)
     torch.autograd.graph.increment_version(values)  # torch does not see writes of kernels
 
 
@@ -262,6 +269,11 @@ def squared_norm(values: Tensor, entries: Entries) -> Tensor:
     return run(entries.grads, "squared_norm", entries, len(values))  # type: ignore[no-any-return]
 
 
+def _parts(table: Table) -> Tuple[Tensor, ...]:
+    """The tensors that make up a table."""
+    return (table.codes, table.exponents) if isinstance(table, Float8Table) else (table,)
+
+
 def _check_table(table: Tensor, or_int8: bool = False) -> None:
     is_allowed = table.is_floating_point() or (or_int8 and table.dtype == torch.int8)
     if table.dim() != 2 or not is_allowed:
@@ -277,19 +289,24 @@ def _check_table(table: Tensor, or_int8: bool = False) -> None:
 
 
 def _check_moments(
-    values: torch.dtype,
-    exp_avg: torch.dtype,
-    exp_avg_sq: torch.dtype,
-    rounding: Optional[StochasticRounding],
+    values: torch.dtype, exp_avg: Table, exp_avg_sq: Table, rounding: Optional[StochasticRounding]
 ) -> None:
-    allowed = [compute_dtype(values)]
-    if rounding is not None and allowed == [torch.float32]:
-        allowed.append(torch.bfloat16)  # to nearest, a second moment would stop falling
-    if exp_avg not in allowed or exp_avg != exp_avg_sq:
+    allowed = [str(compute_dtype(values))]
+    if rounding is not None and allowed == [str(torch.float32)]:
+        allowed += [str(torch.bfloat16), FLOAT8]  # to nearest, a second moment would stop falling
+    kinds = [_kind_of(exp_avg, signed=True), _kind_of(exp_avg_sq, signed=False)]
+    if kinds[0] not in allowed or kinds[0] != kinds[1]:
         raise ValueError(
-            f"moments have dtypes {exp_avg} and {exp_avg_sq}, must both be "
-            f"{' or '.join(map(str, allowed))} for values in {values}"
+            f"moments have dtypes {kinds[0]} and {kinds[1]}, must both be "
+            f"{' or '.join(allowed)} for values in {values}"
         )
+
+
+def _kind_of(moment: Table, signed: bool) -> str:
+    if isinstance(moment, Float8Table):
+        right = moment.codes.dtype.is_signed == signed
+        return FLOAT8 if right else f"float8 with codes in {moment.codes.dtype}"
+    return str(moment.dtype)
 
 
 def check_reads(slots: Tensor, weights: Tensor, n_slots: int) -> None:

@@ -23,6 +23,7 @@ if numba.config.DISABLE_JIT:
     raise RuntimeError("NUMBA_DISABLE_JIT is set")
 
 from . import numba_kernels as loops
+from .float8 import Float8Table, Table
 from .tables import Entries, StochasticRounding, keys_of
 
 Array = Any  # numpy's arrays; numba does not use type hints
@@ -37,6 +38,7 @@ NUMBERS = {
     torch.bfloat16: np.dtype(np.uint16).str,
     torch.int64: np.dtype(np.int64).str,
     torch.int8: np.dtype(np.int8).str,
+    torch.uint8: np.dtype(np.uint8).str,
 }
 logger = logging.getLogger(__name__)
 logging.getLogger("numba").setLevel(logging.WARNING)  # its debug output is too long
@@ -83,8 +85,8 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
 
 def adam_rows(
     values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Table,
+    exp_avg_sq: Table,
     entries: Entries,
     step_size: float,
     betas: Tuple[float, float],
@@ -94,8 +96,8 @@ def adam_rows(
     """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     number = _array(entries.grads).dtype.type
     settings = map(number, (step_size, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps))
-    table = map(_array, (values, exp_avg, exp_avg_sq))
-    given = *table, *_row_entries(entries, len(values)), *settings
+    tables = map(_table, (values, exp_avg, exp_avg_sq))
+    given = *tables, *_row_entries(entries, len(values)), *settings
     _run(loops.adam_rows, *given, *keys_of(rounding))
 
 
@@ -138,6 +140,13 @@ def _array(x: Tensor) -> Array:
     return np.asarray(_Memory(x))
 
 
+def _table(table: Table) -> Any:
+    """The memory of a table; of one in 8 bits, that of its codes and exponents."""
+    if isinstance(table, Float8Table):
+        return _array(table.codes), _array(table.exponents)
+    return _array(table)
+
+
 def _group(slots: Tensor, n_slots: int) -> Tuple[Array, Array, Array]:
     args = _array(slots), n_slots
     _compile(loops.group, args)
@@ -164,10 +173,7 @@ def _compile(kernel: Any, args: Tuple[Any, ...]) -> None:
     Raises:
         CannotRunError: the kernel can be neither compiled nor loaded; nothing has run yet.
     """
-    kinds = [
-        (x.dtype.char, x.flags.c_contiguous) if isinstance(x, np.ndarray) else type(x) for x in args
-    ]
-    kind = (kernel, *kinds)
+    kind = (kernel, *map(_kind, args))
     if kind not in _compiled:
         try:
             with _cache_locked(kernel.stats.cache_path):
@@ -175,6 +181,13 @@ def _compile(kernel: Any, args: Tuple[Any, ...]) -> None:
         except Exception as error:
             raise backends.CannotRunError(backends.one_line(error)) from error
         _compiled.add(kind)
+
+
+def _kind(x: Any) -> Any:
+    """What numba compiles for: equal for arguments of one type."""
+    if isinstance(x, tuple):
+        return tuple(map(_kind, x))
+    return (x.dtype.char, x.flags.c_contiguous) if isinstance(x, np.ndarray) else type(x)
 
 
 @contextlib.contextmanager

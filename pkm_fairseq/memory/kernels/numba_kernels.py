@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
+from .float8 import BLOCK, LEAST_EXPONENT, LEAST_PART, NEAREST_PART, NO_NUMBER, limits
 from .tables import NEAREST
 
 # Sums may be reordered and fused, which vectorises them; NaN and infinity keep their meaning.
@@ -22,6 +23,8 @@ LANES = 32  # floats that a vectorised loop takes at once
 ROW_WORK = 8  # cost to fetch and store a row; unit: cost to add an entry
 LINE = 64  # bytes in a cache line
 NAN_BFLOAT16 = np.uint16(0x7FC0)
+MAGNITUDE = np.uint32(0x7FFFFFFF)  # of float32's bits
+ZERO = np.float32(0)
 
 # like torch: 0 / 0 is NaN, not an exception
 kernel = numba.njit(parallel=True, cache=True, fastmath=SUMS, error_model="numpy")
@@ -346,11 +349,13 @@ def _shares(starts, tasks):
 
 
 def _row(values, slot, wide):
-    """A row of the table, widened into ``wide`` if it is stored as bfloat16 or int8."""
+    """A row of the table, widened into ``wide`` unless it is stored as float32 or float64."""
 
 
 @overload(_row)
 def _compile_row(values, slot, wide):
+    if isinstance(values, types.BaseTuple):
+        return _decoder(values[0].dtype.signed)
     if values.dtype == types.int8:
 
         def convert(values, slot, wide):
@@ -393,6 +398,8 @@ def _store(values, slot, row, key, first_column):
 
 @overload(_store)
 def _compile_store(values, slot, row, key, first_column):
+    if isinstance(values, types.BaseTuple):
+        return _encoder(values[0].dtype.signed)
     if values.dtype != types.uint16:
         return lambda values, slot, row, key, first_column: None  # it was updated in place
 
@@ -410,6 +417,85 @@ def _compile_store(values, slot, row, key, first_column):
             values[slot, v] = np.uint16(np.uint32(bits[v] + noise) >> np.uint32(16))
 
     return narrow
+
+
+def _decoder(signed):
+    """``_row`` for a ``Float8Table``, given as its codes and exponents."""
+    lowest, base = np.float32(limits(signed)[0]), np.uint32(limits(signed)[1])
+
+    def decode(values, slot, wide):
+        codes, exponents = values
+        for block in range(exponents.shape[1]):
+            scale = _as_float(np.uint32(exponents[slot, block]) << np.uint32(23))
+            columns = slice(block * BLOCK, (block + 1) * BLOCK)
+            out, own = wide[columns], codes[slot, columns]
+            for v in range(len(out)):
+                code = own[v]
+                magnitude = np.uint32(abs(np.int32(code)))
+                low, by = (lowest, np.uint32(8)) if magnitude < 8 else (ZERO, np.uint32(0))
+                unit = _as_float(np.uint32(magnitude + base + by) << np.uint32(20)) - low
+                out[v] = unit * (-scale if code < 0 else scale)
+        return wide
+
+    return decode
+
+
+def _encoder(signed):
+    """``_store`` for a ``Float8Table``; see ``float8.encode``."""
+    lowest, base = np.float32(limits(signed)[0]), np.uint32(limits(signed)[1])
+
+    def encode(values, slot, row, key, first_column):
+        codes, exponents = values
+        seed = np.uint32(_mix(np.uint32(slot) ^ np.uint32(key)) + np.uint32(first_column))
+        for block in range(exponents.shape[1]):
+            columns = slice(block * BLOCK, (block + 1) * BLOCK)
+            x, own = row[columns], codes[slot, columns]
+            most = np.uint32(0)
+            for v in range(len(x)):
+                most = max(most, np.uint32(_as_bits(x[v]) & MAGNITUDE))
+            exponent = max(np.uint32(most + LEAST_PART) >> np.uint32(23), np.uint32(LEAST_EXPONENT))
+            if exponent > 253:
+                exponents[slot, block], own[:] = NO_NUMBER, 0
+                continue
+            exponents[slot, block] = exponent
+            scale = _as_float(np.uint32(254 - exponent) << np.uint32(23))
+            first = np.uint32(seed + np.uint32(block * BLOCK))
+            for v in range(len(x)):
+                bits = _as_bits(x[v])
+                y = _as_float(np.uint32(bits & MAGNITUDE)) * scale
+                low, by = (lowest, np.uint32(8)) if y < lowest else (ZERO, np.uint32(0))
+                z = _as_bits(y + low)
+                if key == NEAREST:
+                    noise = np.uint32(NEAREST_PART + (z >> np.uint32(20) & np.uint32(1)))
+                else:
+                    noise = np.uint32(_mix(np.uint32(first + np.uint32(v))) >> np.uint32(12))
+                code = np.uint32(np.uint32(np.uint32(z + noise) >> np.uint32(20)) - base - by)
+                if signed:
+                    own[v] = -np.int32(code) if x[v] < 0 else np.int32(code)
+                else:
+                    own[v] = max(code, np.uint32(y > 0))
+
+    return encode
+
+
+@intrinsic
+def _as_float(_context, bits):
+    """The float32 of these bits, uint32."""
+
+    def generate(_context, builder, _signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _as_bits(_context, x):
+    """The bits of a float32, as uint32."""
+
+    def generate(_context, builder, _signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
 
 
 @part
@@ -442,8 +528,18 @@ def _prefetch_line(_context, values, _slot, _v):
     return types.void(values, types.intp, types.intp), generate
 
 
-@part
 def _prefetch(values, slot):
     """Prefetch a row of the table; the processor cannot predict its address."""
+
+
+@overload(_prefetch)
+def _compile_prefetch(values, slot):
+    if isinstance(values, types.BaseTuple):
+        return lambda values, slot: _prefetch_row(values[0], slot)
+    return lambda values, slot: _prefetch_row(values, slot)
+
+
+@part
+def _prefetch_row(values, slot):
     for v in range(0, values.shape[1], LINE // values.itemsize):
         _prefetch_line(values, slot, v)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .float8 import Float8Table, Table
 from .tables import NEAREST, Entries, StochasticRounding, at_least_float32, keys_of
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
@@ -82,8 +83,8 @@ def gather_dot_at_once(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tens
 
 def adam_rows(
     values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Table,
+    exp_avg_sq: Table,
     entries: Entries,
     step_size: float,
     betas: Tuple[float, float],
@@ -101,26 +102,35 @@ def adam_rows(
         moved = at_least_float32(values[rows]) - step_size * avg / (avg_sq.sqrt() + eps)
         tables = (values, moved), (exp_avg, avg), (exp_avg_sq, avg_sq)
         for (table, x), key in zip(tables, keys, strict=True):
-            table[rows] = rounded(x, table.dtype, rows, key, first_column)
+            store(table, x, rows, key, first_column)
 
 
-def rounded(x: Tensor, dtype: torch.dtype, rows: Tensor, key: int, first_column: int) -> Tensor:
-    """Round rows of a table, (R, V), to the table's dtype.
+def store(table: Table, x: Tensor, rows: Tensor, key: int, first_column: int) -> None:
+    """Round rows, (R, V), and write them to a table.
 
     Args:
+        table: the table.
         x: the rows, in at least float32.
-        dtype: of the table.
         rows: (R,), the indices of the rows.
-        key: of ``StochasticRounding``, used only for bfloat16, or ``NEAREST``.
+        key: of ``StochasticRounding``, used only for bfloat16 and 8 bits, or ``NEAREST``.
         first_column: the index of x's first column in the whole table.
     """
-    if key == NEAREST or dtype != torch.bfloat16:
-        return x.to(dtype)
+    if isinstance(table, Float8Table):
+        table.store(rows, x, _noise(x, rows, key, first_column, bits=20))
+        return
+    noise = _noise(x, rows, key, first_column, bits=16) if table.dtype == torch.bfloat16 else None
+    if noise is not None:
+        cut = (x.view(torch.int32) + noise.to(torch.int32) & -0x10000).view(torch.float32)
+        x = torch.where(x.isnan(), x, cut)  # the upper half of its bits: a bfloat16
+    table[rows] = x.to(table.dtype)
+
+
+def _noise(x: Tensor, rows: Tensor, key: int, first_column: int, bits: int) -> Optional[Tensor]:
+    """So many random bits for each element of x, (R, V), int64; None with ``NEAREST``."""
+    if key == NEAREST:
+        return None
     columns = torch.arange(first_column, first_column + x.shape[1], device=x.device)
-    noise = _mix(_mix(rows & MASK ^ key)[:, None] + columns) >> 16  # 16 bits
-    bits = x.view(torch.int32) + noise.to(torch.int32)
-    cut = (bits & -0x10000).view(torch.float32)  # the upper half: a bfloat16
-    return torch.where(x.isnan(), x, cut).to(dtype)
+    return _mix(_mix(rows & MASK ^ key)[:, None] + columns) >> 32 - bits
 
 
 def _mix(x: Tensor) -> Tensor:

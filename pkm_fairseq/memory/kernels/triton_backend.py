@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import torch_backend
 from . import triton_kernels as programs
+from .float8 import Float8Table, Table
 from .tables import Entries, StochasticRounding, keys_of
 
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -87,21 +88,24 @@ def gather_dot(values: Tensor, slots: Tensor, grad_read: Tensor) -> Tensor:
 
 def adam_rows(
     values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Table,
+    exp_avg_sq: Table,
     entries: Entries,
     step_size: float,
     betas: Tuple[float, float],
     eps: float,
     rounding: Optional[StochasticRounding] = None,
 ) -> None:
-    """See ``pkm_fairseq.memory.kernels.adam_rows``."""
+    """See ``pkm_fairseq.memory.kernels.adam_rows``. Moments in 8 bits use torch."""
+    if isinstance(exp_avg, Float8Table):
+        given = entries, step_size, betas, eps, rounding
+        return torch_backend.adam_rows(values, exp_avg, exp_avg_sq, *given)
     (beta1, beta2), (n_slots, width) = betas, values.shape
     tables, by_slot = (values, exp_avg, exp_avg_sq), _sorted(entries)
     sizes = n_slots, len(entries.slots), width
     settings = map(float, (step_size, beta1, 1 - beta1, beta2, 1 - beta2, eps))
-    given = *tables, *by_slot, *sizes, *settings, *keys_of(rounding)
-    _run(programs.adam_rows, (len(entries.slots),), *given, *_whole_rows(width))
+    args = *tables, *by_slot, *sizes, *settings, *keys_of(rounding)
+    _run(programs.adam_rows, (len(entries.slots),), *args, *_whole_rows(width))
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:
