@@ -4,12 +4,16 @@ import json
 import lzma
 from pathlib import Path
 
+from tests.glue_data import write_glue
+
 from .runs import ROOT, run, run_well, write_sentences
 
 STUDY = ROOT / "user_dir_examples/studies/books/run.sh"
+GLUE = STUDY.with_name("glue.sh")
 
 
 def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
+    """With its half on downstream tasks, which needs the models of the first."""
     books, out = tmp_path / "books", tmp_path / "out"
     books.mkdir()
     for seed, (split, lines) in enumerate({"train": 3000, "valid": 60, "test": 60}.items()):
@@ -36,4 +40,18 @@ def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
     assert "[1/6]" in done.output and "[1/" not in again.output  # nothing is trained again
     assert (out / "results.json").read_bytes() == stored
     refused = run(STUDY, tmp_path, out, "toy")
+    assert refused.status == 2 and "no file" in refused.output
+
+    glue = write_glue(tmp_path / "glue", ["RTE"])
+    done = run_well(GLUE, out, glue, tmp_path / "finetuned", "toy")
+    found = json.loads((tmp_path / "finetuned/glue_results.json").read_text())
+    runs = {(result["run"]["arm"], result["run"]["remedy"]) for result in found}
+    assert runs == {("plain", "none")} | {
+        (arm, how) for arm in ("pkm", "resm_init") for how in ("none", "freeze", "key_dropout")
+    }
+    for result in found:
+        assert 0 <= result["tasks"]["RTE"]["score"] <= 100
+        assert ("same" in result["tasks"]["RTE"]) == (result["run"]["arm"] != "plain")
+    assert "| resm_init | key_dropout | 1 |" in done.output
+    refused = run(GLUE, tmp_path, glue, out, "toy")
     assert refused.status == 2 and "no file" in refused.output

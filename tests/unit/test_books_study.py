@@ -1,7 +1,9 @@
 """The study of books: its runs, and its answers to the claims."""
 
+import importlib
 import json
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -152,3 +154,80 @@ def test_results_of_several_places_are_one_table(study, results, tmp_path):
     rows = table.table(results).splitlines()
     assert len(rows) == 2 + 1 + 5 + 4
     assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")
+
+
+# --- downstream ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def glue(study):
+    sys.modules.pop("glue_table", None)
+    yield importlib.import_module("glue_table")
+    sys.modules.pop("glue_table", None)
+
+
+@pytest.fixture
+def scores(glue):
+    """Downstream results that agree with every claim, except that key dropout does not help pkm."""
+    of = {"plain": (60, 0), "pkm": (58, 30), "resm": (60, 40), "pkm_init": (60, 40)}
+    of["resm_init"] = (62, 50)
+    found = {}
+    for seed in glue.SEEDS:
+        for arm, (score, same) in of.items():
+            for remedy in glue.REMEDIES if arm != "plain" else ["none"]:
+                stays = same + 10 * (remedy == "freeze") + 10 * (remedy == "key_dropout")
+                worse = 2 * (remedy == "key_dropout" and arm == "pkm")
+                # one task alone says the contrary
+                found[glue.Key(arm, remedy, seed)] = {
+                    task: {"score": score - worse + by, "same": stays + by}
+                    for task, by in zip(glue.TASKS, (9, -3, -3, -3), strict=True)
+                }
+    return found
+
+
+def answers_of(glue, found):
+    lines = glue.Claims(found, glue.SEEDS, glue.TASKS).lines()
+    return [line.rpartition(": ")[2] for line in lines]
+
+
+def test_claims_downstream_that_agree(glue, scores):
+    assert answers_of(glue, scores) == [*["agrees"] * 5, "does not agree", "agrees"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "remedy", "what", "by", "which", "answer"),
+    [
+        ("plain", "none", "score", -1.1, [0], "cannot be said here"),
+        ("plain", "none", "score", 1.1, [1], "cannot be said here"),
+        ("resm", "none", "score", 1.1, [1], "cannot be said here"),
+        ("resm", "none", "score", 3.1, [1], "does not agree"),
+        ("pkm", "none", "same", 15.1, [2, 3], "cannot be said here"),
+        ("pkm", "none", "same", 25.1, [2, 3], "does not agree"),
+        ("resm_init", "freeze", "score", -1.1, [4], "does not agree"),
+        ("resm_init", "freeze", "same", -5.1, [4], "cannot be said here"),
+    ],
+)
+def test_results_downstream_change_their_claims(glue, scores, arm, remedy, what, by, which, answer):
+    before = answers_of(glue, scores)
+    for seed in glue.SEEDS:
+        for of in scores[glue.Key(arm, remedy, seed)].values():
+            of[what] += by
+    after = answers_of(glue, scores)
+    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert changed == which and after[which[0]] == answer
+
+
+def test_a_missing_finetuning_leaves_its_claims_open(glue, scores):
+    del scores[glue.Key("pkm", "freeze", 2)]
+    open_ones = [i for i, a in enumerate(answers_of(glue, scores)) if a.startswith("open")]
+    assert open_ones == [3]
+
+
+def test_the_table_of_finetunings_has_a_row_for_each_arm_and_remedy(glue, scores, tmp_path):
+    rows = glue.table(scores).splitlines()
+    assert len(rows) == 2 + 5 + 4 + 4
+    first = "| plain | none | 3 | 69.0 (69.0 to 69.0) | 57.0 (57.0 to 57.0) "
+    assert rows[2].startswith(first) and rows[2].endswith(" 60.0 (60.0 to 60.0) |  |")
+    stored = [{"run": key._asdict(), "tasks": scores[key]} for key in scores]
+    (tmp_path / "glue_results.json").write_text(json.dumps(stored))
+    assert glue.read(tmp_path / "glue_results.json") == scores
