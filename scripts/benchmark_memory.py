@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmark the memory: layer, parts, whole models, peak memory, cost of counting usage.
+"""Benchmark the memory: layer, parts, whole models, peak memory, cost of counting, narrow tables.
 
 Both sides of a comparison run alternately. A ratio above 1 means that this plugin's memory is
 faster. Exit status: 0 measured, 1 the two sides compute different results, 2 any other error.
@@ -27,7 +27,7 @@ def parse(argv: Optional[List[str]]) -> Any:
         "--what",
         type=words,
         metavar="NAME,NAME",
-        help="what to measure: layer, parts, model, memory, usage (default: all)",
+        help="what to measure: layer, parts, model, memory, usage, narrow (default: all)",
     )
     parser.add_argument(
         "--tokens", type=numbers, metavar="N,N", help="tokens per batch (default: 256,1024,4096)"

@@ -18,6 +18,7 @@ from pkm_fairseq.experiments.benchmark import (
     layer,
     machine,
     models,
+    narrow,
     output,
     parts,
     peak,
@@ -33,6 +34,7 @@ from pkm_fairseq.experiments.benchmark.textbook import (
 )
 from pkm_fairseq.experiments.benchmark.timing import compare, interleave, quartiles
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory
+from pkm_fairseq.memory.kernels import Float8Table
 from pkm_fairseq.memory.observe.staleness import ReadTimes
 from tests.validation.models import SCRIPTS, load_script
 
@@ -586,6 +588,7 @@ def assert_json(found):
         {
             **{what: 2 * times for what, times in names.items()},
             **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 3, models.FORWARD: 2},
+            **{what: 2 * len(narrow.NARROW) for what in narrow.NAMES.values()},
             counting.CALLS: 1,
         }
     )
@@ -615,6 +618,31 @@ def assert_json(found):
         for what in (layer.TRAIN, layer.FORWARD)
         for tokens in (8, 16)
     }
+
+
+def test_narrow_tables_have_their_dtypes_and_start_from_the_same_weights():
+    *ours, textbook = narrow.contestants(32)
+    stored = []
+    for subject, (name, *_, size) in zip(ours, narrow.NARROW, strict=True):
+        assert subject.name == name
+        x, grad = subjects.batches(64, 1)
+        subject.train_step(x[0], grad[0])
+        values = subject.module.values.weight
+        state = subject.optimizers[0].state[values]
+        parts = [values]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found = state[moment]
+            parts += [found.codes, found.exponents] if isinstance(found, Float8Table) else [found]
+        assert sum(part.nbytes for part in parts) == size * values.numel()
+        stored.append(values.dtype)
+    assert stored == [torch.float32, torch.bfloat16, torch.bfloat16]
+    *ours, textbook = narrow.contestants(32)
+    for subject in ours:
+        exact = textbook.module.values.weight
+        assert torch.equal(
+            subject.module.values.weight, exact.to(subject.module.values.weight.dtype)
+        )
+        assert torch.equal(subject.module.keys, textbook.module.keys)
 
 
 def test_what_was_measured_is_saved_when_interrupted(monkeypatch):

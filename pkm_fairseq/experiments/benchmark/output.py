@@ -16,6 +16,8 @@ TITLES = {
     "model_train_step": "Model: training step",
     "model_forward": "Model: forward in evaluation",
     "counting_calls": "Counting usage: its calls within a training step, processor time",
+    "narrow_train_step": "Narrow tables: training step, against float32",
+    "narrow_forward": "Narrow tables: forward in evaluation, against float32",
     PEAK: "Peak memory of a training step of the layer",
 }
 PARTS = "Parts of a layer's step"

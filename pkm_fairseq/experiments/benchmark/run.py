@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict
 
 import torch
 
-from . import layer, parts, peak
+from . import layer, narrow, parts, peak
 from .machine import Memcpy, describe
 from .output import Report
 from .settings import Settings
@@ -46,6 +46,8 @@ def _measure(what: str, settings: Settings, report: Report, memcpy: Memcpy) -> N
         layer.measure(settings, report)
     elif what == "parts":
         parts.measure(settings, report, memcpy)
+    elif what == "narrow":
+        narrow.measure(settings, report)
     elif what == "memory":
         peak.measure(settings, report)
     else:
@@ -55,6 +57,7 @@ def _measure(what: str, settings: Settings, report: Report, memcpy: Memcpy) -> N
 def count(settings: Settings) -> int:
     """The number of results, including skipped ones."""
     counts = {"layer": layer.count, "parts": parts.count, "memory": peak.count}
+    counts["narrow"] = narrow.count
     return sum(
         counts[what](settings) if what in counts else with_fairseq(what).count(settings)
         for what in settings.what

@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 from ...memory import MemoryConfig
 
 KNN = MemoryConfig().knn  # of every memory here, the minimum number of sub-keys
-WHAT = ("layer", "parts", "model", "memory", "usage")
+WHAT = ("layer", "parts", "model", "memory", "usage", "narrow")
 TOKENS, N_KEYS, PAIRS = (256, 1024, 4096), (128, 256, 512, 1024), 11
 QUICK_TOKENS, QUICK_N_KEYS, QUICK_PAIRS = (256, 1024), (128, 256), 3
 MOST_TOKENS, MOST_N_KEYS = 65536, 4096

@@ -71,9 +71,9 @@ class Subject:
             return self.module.search(x)[0]  # type: ignore[operator]
 
 
-def memory_config(n_keys: int) -> MemoryConfig:
+def memory_config(n_keys: int, value_dtype: str = "float32") -> MemoryConfig:
     """The sizes of the comparison; all except n_keys are the defaults, Lample et al. (2019)."""
-    return MemoryConfig(n_keys=n_keys)
+    return MemoryConfig(n_keys=n_keys, value_dtype=value_dtype)
 
 
 def sizes() -> Dict[str, int]:
@@ -99,9 +99,9 @@ def needed_bytes(name: str, tokens: int, n_keys: int) -> int:
     return TABLES[name] * table_bytes(n_keys) + GATHERED.get(name, 0) * gathered
 
 
-def new_memory(n_keys: int) -> ProductKeyMemory:
+def new_memory(n_keys: int, value_dtype: str = "float32") -> ProductKeyMemory:
     """A newly initialised memory of this plugin."""
-    return ProductKeyMemory(WIDTH, memory_config(n_keys))
+    return ProductKeyMemory(WIDTH, memory_config(n_keys, value_dtype))
 
 
 def other(name: str, memory: ProductKeyMemory) -> Subject:
@@ -112,15 +112,20 @@ def other(name: str, memory: ProductKeyMemory) -> Subject:
     return Subject(name, copy, copy, textbook.optimizers(copy, lr=LR, fused=is_fused(name)))
 
 
-def ours(memory: ProductKeyMemory, against: str) -> Subject:
+def ours(
+    memory: ProductKeyMemory, against: str, name: str = OURS, moment_dtype: str = "float32"
+) -> Subject:
     """The memory of this plugin, updated by ``MemoryAdam``.
 
     Args:
         memory: the layer.
         against: the contestant whose Adam, fused or not, updates the other parameters here, too.
+        name: its name in results.
+        moment_dtype: of the moments of values.
     """
-    adam = MemoryAdam(memory.parameters(), lr=LR, fused=is_fused(against))
-    return Subject(OURS, memory, memory, (adam,))
+    settings = {"fused": is_fused(against), "moment_dtype": moment_dtype}
+    adam = MemoryAdam(memory.parameters(), lr=LR, **settings)
+    return Subject(name, memory, memory, (adam,))
 
 
 def package(n_keys: int) -> Subject:
