@@ -5,6 +5,8 @@ place of each table: the name of the folder and the number of the table, as byte
 """
 
 import logging
+import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Set, Tuple
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = "parts"  # the key of a reference, or the end of its key
 TABLE = "values"  # the name of a table in its folder, after its number
-FOLDERS = "values_*_*"
+OF_TRAININGS = re.compile(r"values_\d+_[0-9a-f]{8}")  # folders that trainings write
 TEMPORARY = "saving_values.part"
 MERGE = "scripts/merge_checkpoint.py"
 
@@ -50,6 +52,11 @@ def block_of(columns: Tensor, shards: Optional[ColumnShards]) -> Block:
     if shards is None:
         return Block(columns.detach(), (n_slots, width), (0, 0))
     return Block(columns.detach(), (n_slots, width * shards.n_shards), (0, shards.rank * width))
+
+
+def new_name(updates: int) -> str:
+    """A new name for a folder of a training; a folder is never written twice."""
+    return f"values_{updates}_{secrets.token_hex(4)}"
 
 
 def write_parts(folder: Path, tables: Mapping[str, Block]) -> None:
@@ -153,7 +160,7 @@ def place_parts(state: Any, file: Path) -> None:
     checked = set()
     for holder, key in _references(state):
         name, _, number = _decoded(holder[key]).rpartition("/")
-        if not name or name != Path(name).name or not number.isdigit():
+        if name in ("", ".", "..") or name != Path(name).name or not number.isdigit():
             raise ValueError(f"{file} names the folder {name!r}, must name one beside it")
         folder = file.absolute().parent / name
         if folder not in checked:
@@ -170,11 +177,11 @@ def has_parts(state: Any) -> bool:
 
 
 def remove_unused_parts(folder: Path) -> None:
-    """Remove the folders of values in a folder to which none of its checkpoints refers.
+    """Remove the folders of trainings in a folder to which none of its checkpoints refers.
 
     If a file cannot be read, nothing is removed.
     """
-    found = [x for x in folder.glob(FOLDERS) if x.is_dir()]
+    found = [x for x in folder.glob("values_*") if OF_TRAININGS.fullmatch(x.name) and x.is_dir()]
     if not found:
         return
     used: Set[str] = set()

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import math
-import secrets
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ from ..memory.option import (
     flag_of,
     option,
 )
+from ..memory.parts import new_name
 from ..models.config import ParserWithChoices
 from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
@@ -333,8 +333,7 @@ class FairseqMemoryAdam(MemoryAdam):
             super().consolidate_state_dict()
             return
         updates = max(int(self.state.get(p, {}).get("step", 0)) for p in self._tables())
-        # a name of its own: folders of earlier checkpoints are never written again
-        self.save_parts(self._parts_beside / f"values_{updates}_{secrets.token_hex(4)}")
+        self.save_parts(self._parts_beside / new_name(updates))
 
     def _update_rest(self) -> None:
         inspect.unwrap(Adam.step)(self)  # torch may have wrapped step in this optimizer's hooks
