@@ -57,6 +57,7 @@ FLAGS = {
     "--memory-usage-interval",
     "--memory-moment-dtype",
     "--memory-exchange",
+    "--memory-checkpoint",
     "--memory-usage-draws",
     "--memory-usage-tokens",
     "--memory-value-clip-norm",

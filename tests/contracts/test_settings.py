@@ -77,6 +77,7 @@ BAD = {
     "memory_value_optimizer": ("rms", ["memory-value-optimizer is 'rms'", "adam, sgd"]),
     "memory_moment_dtype": ("int8", ["memory-moment-dtype is 'int8'", "float32, bfloat16"]),
     "memory_exchange": ("sparse", ["memory-exchange is 'sparse'", "auto, factors, dense"]),
+    "memory_checkpoint": ("shards", ["memory-checkpoint is 'shards'", "whole, parts"]),
     "memory_value_clip_norm": (-1.0, ["memory-value-clip-norm is -1.0", "at least 0"]),
     "memory_usage_interval": (-1, ["memory-usage-interval is -1", "at least 0"]),
     "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
