@@ -178,7 +178,7 @@ def test_what_is_no_table_is_refused_and_the_rest_of_a_file_stays():
     text = "before\n<!-- table: optimizer -->\nold\n<!-- end -->\nafter\n"
     new = settings.renewed(text)
     assert new.startswith("before\n<!-- table: optimizer -->\n| flag |")
-    assert new.endswith("<!-- end -->\nafter\n") and "old" not in new
+    assert new.endswith("<!-- end -->\nafter\n") and "\nold\n" not in new
 
 
 def test_the_command_prints_the_tables_or_renews_files(tmp_path, capsys):
