@@ -4,14 +4,13 @@ import os
 import pickle
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping
+from typing import Any, Dict, List, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -58,17 +57,14 @@ def save(folder: Path, part: Path, tables: Mapping[str, Block]) -> None:
         OSError: as there.
     """
     planner, writer = _SavePlanner(tables), _Writer(part, folder)
-    alone = not dist.is_initialized()
     try:
-        with _quiet():
-            state_dict_saver.save(
-                dict(tables), storage_writer=writer, planner=planner, no_dist=alone
-            )
+        with warnings.catch_warnings():  # that a single process saves
+            warnings.simplefilter("ignore", UserWarning)
+            state_dict_saver.save(dict(tables), storage_writer=writer, planner=planner)
     except CheckpointException as failed:
-        if alone or dist.get_rank() == 0:
+        if not dist.is_initialized() or dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
-        why = _reason_of(failed, f"{folder} was not saved", "earlier checkpoints are intact")
-        raise why from None
+        raise _reason_of(failed, f"{folder} was not saved") from None
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -99,17 +95,19 @@ def read_metadata(folder: Path) -> Metadata:
 def load(folder: Path, metadata: Metadata, name: str, block: Block) -> None:
     """Read a block of a table, in place; see ``parts.PartsFolder.read``.
 
+    It needs no other worker, unlike DCP's own function of this name.
+
     Raises:
         ValueError: the folder is damaged.
     """
-    reader, planner = _Reader(folder, metadata), _LoadPlanner()
+    planner, reader = _LoadPlanner(), FileSystemReader(folder)
+    planner.set_up_planner({name: block}, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
     try:
-        with _quiet():
-            state_dict_loader.load(
-                {name: block}, storage_reader=reader, planner=planner, no_dist=True
-            )
-    except CheckpointException as failed:
-        raise ValueError(str(_reason_of(failed, f"{folder}: {name} cannot be read"))) from None
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        reader.read_data(plan, planner).wait()
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{folder}: {name} cannot be read: {_flat(error)}") from None
 
 
 def _ends_of_files(metadata: Metadata) -> Dict[str, int]:
@@ -194,7 +192,8 @@ class _LoadPlanner(LoadPlanner):
         items = create_read_items_for_chunk_list(self._name, self._metadata, [chunk])
         found = sum(item.lengths.numel() for item in items)
         if found != self._block.tensor.numel():
-            raise ValueError(f"{found} of {self._block.tensor.numel()} numbers are there")
+            total = self._block.tensor.numel()
+            raise ValueError(f"of {total} numbers only {found} are there")
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: List[LoadPlan]) -> List[LoadPlan]:
@@ -259,18 +258,6 @@ class _Writer(FileSystemWriter):
         _fsync(self._folder.parent)
 
 
-class _Reader(FileSystemReader):
-    """Reads with metadata that was read before, as plain data."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata."""
-        return self._metadata
-
-
 def _chunk(block: Block) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(block.first), block.tensor.shape)
 
@@ -283,21 +270,17 @@ def _fsync(folder: Path) -> None:
         os.close(opened)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide DCP's warning that a single process saves or loads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def _reason_of(failed: CheckpointException, what: str, more: str = "") -> BaseException:
+def _reason_of(failed: CheckpointException, what: str) -> BaseException:
     """The error of the first worker that failed, in one line, as an OSError.
 
-    An error that is no failure of a file, such as an interrupt, stays as it is.
+    An error that is no failure, such as an interrupt, stays as it is.
     """
     error = next(iter(failed.failures.values()))[0]
     if not isinstance(error, Exception):
         return error
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return OSError(f"{what}: {reason}" + (f"; {more}" if more else ""))
+    reason = getattr(error, "strerror", None) or _flat(error)
+    return OSError(f"{what}: {reason}; earlier checkpoints are intact")
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

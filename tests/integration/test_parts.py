@@ -39,6 +39,7 @@ MERGE = "scripts/merge_checkpoint.py"
 KINDS = {
     "adam": [],
     "bfloat16": ["--memory-value-dtype", "bfloat16", "--memory-moment-dtype", "bfloat16"],
+    "fp16": ["--memory-efficient-fp16", "--fp16-init-scale", "4"],
     "sgd": ["--memory-value-optimizer", "sgd"],
     "shared": ["--memory-layers", "0,1", "--memory-share-values"],
     "experts": ["--memory-values", "experts", "--memory-layers", "0,1"],
