@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
+from fairseq.checkpoint_utils import load_model_ensemble
 
 from pkm_fairseq.models.merge import merge
 from tests.faults import differing
@@ -188,6 +189,11 @@ def validate(data: Path, file: Path) -> Run:
 def test_models_are_loaded_from_parts(data_bin: Path, trained: Path, tmp_path: Path) -> None:
     losses = [validate(data_bin, trained / x).logged("valid")[-1] for x in (LAST, "whole.pt")]
     assert losses[0]["valid_loss"] == losses[1]["valid_loss"]
+    ensembles = [
+        load_model_ensemble([str(trained / x)], {"data": str(data_bin)})[0]
+        for x in (LAST, "whole.pt")
+    ]
+    assert not differing(*(dict(model.state_dict()) for (model,) in ensembles))
     for option in ("--init-from", "--finetune-from-model", "--restore-file"):
         out = [tmp_path / f"{option}{name}" for name in (LAST, "whole.pt")]
         for folder in out:
