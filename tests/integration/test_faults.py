@@ -145,8 +145,9 @@ def test_a_worker_that_is_lost_while_saving_leaves_the_parts_before(
     part = tmp_path / "saving_values.part"
     try:
         wait_for((tmp_path / "checkpoint_1_3.pt").exists, workers[0])
+        deadline = time.monotonic() + WITHIN
         while not stop_while_saving(workers[victim], part):
-            assert workers[0].poll() is None
+            assert workers[0].poll() is None and time.monotonic() < deadline
         workers[victim].kill()
         output = workers[1 - victim].communicate(timeout=WITHIN)[0]
     finally:
