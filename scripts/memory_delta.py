@@ -132,8 +132,8 @@ def main() -> None:
 
 def make(args: argparse.Namespace) -> None:
     """Make a delta."""
-    base = read_checkpoint(str(args.base), "BASE")
-    finetuned = read_checkpoint(str(args.finetuned), "FINETUNED")
+    base = read_checkpoint(str(args.base), "BASE", needs_tables=True)
+    finetuned = read_checkpoint(str(args.finetuned), "FINETUNED", needs_tables=True)
     about = {
         "base": str(args.base),
         "finetuned": str(args.finetuned),
@@ -152,7 +152,7 @@ def change(args: argparse.Namespace) -> None:
     """Apply deltas, or revert them."""
     deltas = [load_delta(file) for file in args.deltas]
     rows = combine(deltas, args.sum)
-    state = read_checkpoint(str(args.checkpoint), "CHECKPOINT")["model"]
+    state = read_checkpoint(str(args.checkpoint), "CHECKPOINT", needs_tables=True)["model"]
     try:
         if args.command == "apply":
             check_base(state, deltas[0].base)

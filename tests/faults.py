@@ -19,7 +19,9 @@ from pkm_fairseq.experiments.runs.processes import Children
 from pkm_fairseq.experiments.runs.trainings import LAST, updates_of
 from pkm_fairseq.memory.files import write_file
 from pkm_fairseq.memory.observe.log import FILE, load_initial_values, read_usage_log
+from pkm_fairseq.memory.parts import has_parts
 from pkm_fairseq.models.checkpoints import read_checkpoint
+from pkm_fairseq.models.merge import merge
 
 MOMENTS = ("starting", "training", "saving")
 SHARES = (1, 3, 3)  # of kills at these moments
@@ -332,7 +334,7 @@ def _compare_ends(straight: Path, killed: Path) -> Dict[str, int]:
     Raises:
         ValueError: some are not.
     """
-    ends = [read_checkpoint(str(folder / LAST), "checkpoint") for folder in (straight, killed)]
+    ends = [_whole(folder / LAST) for folder in (straight, killed)]
     states = [{key: end[key] for key in ("model", "last_optimizer_state")} for end in ends]
     different = differing(*states)
     if different:
@@ -358,6 +360,16 @@ def differing(one: Any, other: Any, name: str = "") -> List[str]:
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [d for i, x in enumerate(one) for d in differing(x, other[i], f"{name}/{i}")]
     return [] if type(one) is type(other) and one == other else [name]
+
+
+def _whole(checkpoint: Path) -> Dict[str, Any]:
+    """A checkpoint with its values and moments, wherever they are."""
+    stored = read_checkpoint(str(checkpoint), "checkpoint")
+    if not has_parts(stored):
+        return stored
+    merged = checkpoint.parent.with_name(f"{checkpoint.parent.name}_merged.pt")
+    merge(checkpoint, merged)
+    return read_checkpoint(str(merged), "checkpoint")
 
 
 def _count_tensors(state: Any) -> int:

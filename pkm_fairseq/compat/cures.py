@@ -16,6 +16,7 @@ from . import (
     literals,
     names,
     nan_detector,
+    parts,
     precision,
     processes,
     quantization,
@@ -30,6 +31,7 @@ from . import (
 FAIRSEQ = "0.12.3"  # ve-fairseq 0.12.3 and fairseq-fixed 0.12.3.1, whose text code is identical
 TESTS = "tests/unit/test_compat.py::"
 OPTIONS = "tests/integration/test_options.py::"
+PARTS = "tests/integration/test_parts.py::"
 PRECISION = "tests/unit/test_mixed_precision.py::"
 
 
@@ -61,6 +63,20 @@ CURES: Tuple[Cure, ...] = (
         FAIRSEQ,
         "tests/integration/test_mapped.py::test_fairseq_validate_reads_an_exported_model",
         replace=values_file.find_values_beside,
+    ),
+    Cure(
+        "fairseq.checkpoint_utils.load_checkpoint_to_cpu",
+        "a model is not told the folder of its checkpoint, in which the folder of its values lies",
+        FAIRSEQ,
+        PARTS + "test_parts_resume_to_the_bit_and_merge_to_the_whole_checkpoint",
+        replace=parts.find_parts_beside,
+    ),
+    Cure(
+        "fairseq.checkpoint_utils.save_checkpoint",
+        "it removes old checkpoints, but not the folders of values to which only they refer",
+        FAIRSEQ,
+        PARTS + "test_folders_are_removed_with_the_last_checkpoint_that_needs_them",
+        replace=parts.remove_parts_with_checkpoints,
     ),
     Cure(
         "fairseq.checkpoint_utils.load_checkpoint_to_cpu",

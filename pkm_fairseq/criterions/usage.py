@@ -22,7 +22,6 @@ from ..memory.observe.log import (
     header_of,
     load_initial_values,
     save_initial_values,
-    whole_values,
 )
 from ..memory.observe.usage import DRAWS
 from ..memory.option import OUR_CHOICE, at_least, check_options, option
@@ -145,17 +144,17 @@ class UsageReports(FairseqCriterion):
 
     def _begin_training(self, model: HasMemories, updates: int) -> None:
         self._is_training = True
-        problem = None
-        is_fresh = self._folder is not None and updates == 0
-        values = whole_values(model) if is_fresh else {}
-        if self._folder is not None and _is_first_worker():
-            try:
-                self._log = UsageLog(self._folder / FILE, header_of(model), updates)
-                if is_fresh:
-                    whole = {layer: table for layer, table in values.items() if table is not None}
-                    save_initial_values(whole, self._folder)
-            except (ValueError, OSError) as error:
-                problem = str(error)
+        problem, folder = None, self._folder if _is_first_worker() else None
+        try:
+            if folder is not None:
+                self._log = UsageLog(folder / FILE, header_of(model), updates)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        try:
+            if self._folder is not None and updates == 0:
+                save_initial_values(model, None if problem else folder)
+        except OSError as error:
+            problem = str(error)
         if distributed_utils.get_data_parallel_world_size() > 1:
             group = distributed_utils.get_data_parallel_group()
             problem = distributed_utils.broadcast_object(problem, 0, group)

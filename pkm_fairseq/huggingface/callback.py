@@ -16,7 +16,6 @@ from ..memory.observe.log import (
     header_of,
     load_initial_values,
     save_initial_values,
-    whole_values,
 )
 from ..memory.observe.usage import DRAWS, MemoryUsage
 from .limits import check_training
@@ -92,8 +91,7 @@ class MemoryUsageCallback(TrainerCallback):
         set_finished_updates(host, state.global_step)
         self._folder = Path(args.output_dir)
         self._next_window, self._window, self._report = state.global_step, None, {}
-        values = whole_values(host) if state.global_step == 0 else {}
-        problem = self._open_log(host, state, values) if state.is_world_process_zero else None
+        problem = self._open_log(host, state)
         if host.run.group() is not None:  # all workers stop, or none
             told: List[Optional[str]] = [problem]
             dist.broadcast_object_list(told, 0, host.run.group())
@@ -153,16 +151,21 @@ class MemoryUsageCallback(TrainerCallback):
             self._new_evaluation(host)
         return host
 
-    def _open_log(self, host: HasMemories, state: Any, values: Dict[str, Any]) -> Optional[str]:
+    def _open_log(self, host: HasMemories, state: Any) -> Optional[str]:
+        """Open the log on the first worker, and save initial values; returns the problem if any."""
         assert self._folder is not None
+        problem, writes = None, state.is_world_process_zero
         try:
-            self._log = UsageLog(self._folder / FILE, header_of(host), state.global_step)
-            if state.global_step == 0:
-                whole = {name: table for name, table in values.items() if table is not None}
-                save_initial_values(whole, self._folder)
+            if writes:
+                self._log = UsageLog(self._folder / FILE, header_of(host), state.global_step)
         except (ValueError, OSError) as error:
-            return str(error)
-        return None
+            problem = str(error)
+        try:
+            if state.global_step == 0:
+                save_initial_values(host, self._folder if writes and not problem else None)
+        except OSError as error:
+            problem = str(error)
+        return problem
 
     def _new_evaluation(self, host: HasMemories) -> None:
         self._evaluation = Count(host, "", self.tokens, self.draws)

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import sys
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -26,6 +27,7 @@ from .kernels import (
 )
 from .kernels.tables import keys_of
 from .kernels.torch_backend import row_gradients, store
+from .parts import PARTS, TABLE, block_of, open_reference, reference_to, write_parts
 from .values import ValueTable
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ MOMENT_DTYPES = {
     "are rounded stochastically",
 }
 VALUE_OPTIMIZERS = {"adam": "", "sgd": "values <- values - lr x gradient; no moments"}
+NO_MOMENT = (
+    "the state holds no {} of values: it is of values under SGD; start without it, or use "
+    "value_optimizer sgd"
+)
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's Adam
 
 
@@ -328,8 +334,37 @@ class MemoryAdam(torch.optim.Optimizer):
             whole = {moment: shards.assemble(state[moment]) for moment in moments}
             self._assembled[param] = {m: x for m, x in whole.items() if x is not None}
 
+    def save_parts(self, folder: Path) -> None:
+        """Write tables and their moments into a new folder, each worker its own columns.
+
+        Every worker must call it before the first worker calls ``state_dict`` of model and
+        optimizer. These states then hold references to the folder instead of tables and moments;
+        ``parts.place_parts`` must be called on them before they are loaded. No worker holds whole
+        tables in between.
+
+        Args:
+            folder: beside the file of the states; complete or absent.
+
+        Raises:
+            OSError: on every worker, if a worker could not write.
+        """
+        tables = self._tables()
+        blocks = {}
+        for number, param in enumerate(tables):
+            shards, state = table_state(param).shards, self.state.get(param, {})
+            blocks[f"{number}.{TABLE}"] = block_of(param, shards)
+            for moment in self._value_moments() if state else ():
+                blocks[f"{number}.{moment}"] = block_of(_saved(state[moment]), shards)
+        write_parts(folder, blocks)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for number, param in enumerate(tables):
+                table_state(param).reference = reference_to(folder.name, number)
+
     def state_dict(self) -> Dict[str, Any]:
-        """The state to save; moments of split tables are whole after ``consolidate_state_dict``."""
+        """The state to save; moments of split tables are whole after ``consolidate_state_dict``.
+
+        After ``save_parts``, moments are in the folder.
+        """
         saved = super().state_dict()
         places = [place for group in saved["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -337,10 +372,16 @@ class MemoryAdam(torch.optim.Optimizer):
         for place, param in zip(places, params, strict=True):
             if self._assembled.get(param):
                 state[place] = {**state[place], **self._assembled.pop(param)}
-            elif is_table(param) and place in state:
+            if not is_table(param):
+                continue
+            reference = table_state(param).reference
+            if reference is not None and place in state:
+                kept = {k: v for k, v in state[place].items() if k not in MOMENTS}
+                state[place] = {**kept, PARTS: reference}
+            elif place in state:
                 state[place] = {name: _saved(x) for name, x in state[place].items()}
-            if is_table(param):
-                table_state(param).assembled = None  # it was only for this checkpoint
+            # they were only for this checkpoint
+            table_state(param).assembled = table_state(param).reference = None
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -350,8 +391,8 @@ class MemoryAdam(torch.optim.Optimizer):
         dtype of the values.
 
         Raises:
-            ValueError: the groups or shapes do not fit, or the state is from a variant of Adam
-                that this optimizer does not support.
+            ValueError: the groups or shapes do not fit, the state is from a variant of Adam
+                that this optimizer does not support, or a folder of moments cannot be read.
         """
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -360,7 +401,7 @@ class MemoryAdam(torch.optim.Optimizer):
         for place, param in zip(places, params, strict=False):  # torch checks the lengths
             if place in state and self._keeps_precision(param):
                 moments[param] = self._own_moments(param, state[place])
-                state[place] = {k: v for k, v in state[place].items() if k not in MOMENTS}
+                state[place] = {k: v for k, v in state[place].items() if k not in (*MOMENTS, PARTS)}
         for group in state_dict["param_groups"]:
             for option in UNSUPPORTED:
                 if group.get(option):
@@ -388,13 +429,12 @@ class MemoryAdam(torch.optim.Optimizer):
 
     def _own_moments(self, param: nn.Parameter, saved: Dict[str, Any]) -> Dict[str, Table]:
         """Copies of the moments of a parameter, or of this worker's columns of a table."""
+        if PARTS in saved:
+            return self._moments_from_parts(param, saved[PARTS])
         moments = {}
         for moment in self._value_moments() if is_table(param) else MOMENTS:
             if moment not in saved:
-                raise ValueError(
-                    f"the state holds no {moment} of values: it is of values under SGD; start "
-                    "without it, or use value_optimizer sgd"
-                )
+                raise ValueError(NO_MOMENT.format(moment))
             whole = saved[moment]
             shards = table_state(param).shards if is_table(param) else None
             if shards is not None:
@@ -405,6 +445,19 @@ class MemoryAdam(torch.optim.Optimizer):
                     f"parameter, {tuple(param.shape)}"
                 )
             moments[moment] = self._new_moment(param, moment).copy_(whole)
+        return moments
+
+    def _moments_from_parts(self, param: nn.Parameter, reference: Tensor) -> Dict[str, Table]:
+        """This worker's columns of the moments of a table, read from a folder."""
+        folder, name = open_reference(reference)
+        moments: Dict[str, Table] = {}
+        for moment in self._value_moments():
+            if folder.size(f"{name}{moment}") is None:
+                raise ValueError(NO_MOMENT.format(moment))
+            own = self._new_moment(param, moment)
+            columns = own.decoded() if isinstance(own, Float8Table) else own
+            folder.read(f"{name}{moment}", block_of(columns, table_state(param).shards))
+            moments[moment] = own.copy_(columns) if isinstance(own, Float8Table) else columns
         return moments
 
 

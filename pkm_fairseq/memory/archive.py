@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,59 @@ def write_rows(source: Path, target: Path, part: str, rows: Rows) -> None:
             out.write(content)
         out.flush()
         _renew_check_sums(source, Path(out.name), out, [at for at, _ in changes])
+
+
+def save_in_blocks(
+    out: BinaryIO, content: Any, blocks: Sequence[Tuple[Tensor, Iterable[Tensor]]]
+) -> None:
+    """Save as torch.save does, but take the data of some tensors from blocks, one after the other.
+
+    So these tensors need not be in memory: they are ``torch.empty``, which uses no memory until it
+    is written to.
+
+    Args:
+        out: a file, opened for writing by its name.
+        content: nested dictionaries, lists and tuples of tensors and plain data.
+        blocks: the tensors without data, each with its data: tensors of its dtype that follow each
+            other in its memory.
+
+    Raises:
+        ValueError: a tensor is in another kind of object, where it cannot be found.
+    """
+    with torch.serialization.skip_data():
+        torch.save(content, out)
+    out.flush()
+    file = Path(out.name)
+    given = {x.data_ptr(): rows for x, rows in blocks}
+    written: Dict[int, Any] = {}
+    in_file = tensors_in(read_without_data(file))
+    for own, stored in zip(tensors_in(content), in_file, strict=True):
+        start: Optional[int] = stored.untyped_storage()._checkpoint_offset
+        if own.numel() and start is not None and start not in written:
+            written[start] = own
+            out.seek(start)
+            for part in given.get(own.data_ptr()) or [_storage_of(own)]:
+                out.write(part.contiguous().view(torch.uint8).numpy().data)
+    out.flush()
+    with zipfile.ZipFile(file) as archive:
+        records = [x for x in archive.infolist() if "/data/" in x.filename and x.file_size]
+    if len(records) != len(written):
+        raise ValueError(f"{file}: a tensor is in an object that is no dictionary, list or tuple")
+    _renew_check_sums(file, file, out, list(written))
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """The tensors in nested dictionaries, lists and tuples, in their order."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(part)
+
+
+def _storage_of(x: Tensor) -> Tensor:
+    """All bytes of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
 
 
 def read_without_data(file: Path) -> Any:

@@ -39,6 +39,8 @@ class TableState:
             optimizer sets it.
         exchanged_as: how they do, "factors" or "dense"; None before the first exchange.
         assembled: the whole table while it is being saved, if its columns are split.
+        reference: what a state holds in place of the table while it is being saved, if the table
+            is in a folder (``parts.py``).
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TableState:
         self.exchange_as = "auto"
         self.exchanged_as: Optional[str] = None
         self.assembled: Optional[Tensor] = None
+        self.reference: Optional[Tensor] = None
 
     def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Any, ...]]:
         """Copy and pickle without the attributes that an optimizer sets."""

@@ -13,6 +13,7 @@ from . import kernels
 from .archive import offset_of, read_without_data
 from .files import whole_file
 from .kernels import compute_dtype
+from .parts import PARTS
 from .values import read_rows
 
 KIND, VERSION = "pkm_fairseq values", 1
@@ -191,7 +192,7 @@ class MappedTable(nn.Module):
         Raises:
             ValueError: the state is of another model, or holds a table itself.
         """
-        if f"{prefix}weight" in state_dict:
+        if f"{prefix}weight" in state_dict or f"{prefix}{PARTS}" in state_dict:
             raise ValueError(
                 "the checkpoint holds its tables itself: a values file belongs to the model.pt "
                 "that scripts/export_memory.py writes with it"

@@ -1,6 +1,6 @@
 """Split a value table by columns over workers; each worker holds a part of every value."""
 
-from typing import Any, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -205,18 +205,34 @@ class ColumnShards:
         Returns:
             The table, (n_slots, V), on the CPU, on the worker of rank 0; None on all others.
         """
+        shape = (len(columns), columns.shape[1] * self.n_shards)
+        whole = torch.empty(shape, dtype=columns.dtype) if dist.get_rank() == 0 else None
+        start = 0
+        for rows in self.whole_rows(columns):
+            if whole is not None:
+                whole[start : start + len(rows)] = rows
+                start += len(rows)
+        return whole
+
+    def whole_rows(self, columns: Table) -> Iterator[Tensor]:
+        """The rows of the whole table, some at a time, on the worker of rank 0.
+
+        Every worker must iterate to the end; all others get nothing.
+
+        Args:
+            columns: (n_slots, V / W), this worker's columns.
+
+        Yields:
+            (up to ``ROWS``, V), on the CPU.
+        """
         if dist.get_rank() >= self.n_shards:  # another group, with the same table
-            return None
-        is_first, width = self.rank == 0, columns.shape[1]
-        shape = (len(columns), width * self.n_shards)
-        whole = torch.empty(shape, dtype=columns.dtype) if is_first else None
+            return
         for start in range(0, len(columns), ROWS):
             own = columns[start : start + ROWS].detach().contiguous()
-            parts = [torch.empty_like(own) for _ in range(self.n_shards)] if is_first else None
+            parts = [torch.empty_like(own) for _ in range(self.n_shards)] if not self.rank else None
             dist.gather(own, parts, dst=0, group=self.group)
-            if whole is not None and parts is not None:
-                torch.cat([part.cpu() for part in parts], dim=1, out=whole[start : start + ROWS])
-        return whole
+            if parts is not None:
+                yield torch.cat([part.cpu() for part in parts], dim=1)
 
     def draw_normal_(self, columns: Tensor, std: float) -> None:
         """Draw this worker's columns in place, with the numbers torch would draw for the whole.

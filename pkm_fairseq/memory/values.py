@@ -11,6 +11,7 @@ from . import kernels
 from .config import MemoryConfig
 from .gradient import FactoredGradient, TableState
 from .kernels import allocate, compute_dtype, is_half
+from .parts import PARTS, TABLE, block_of, open_reference
 from .registry import VALUES
 from .sharding import ColumnShards
 
@@ -135,8 +136,14 @@ class ValueTable(nn.Module):
             self.shards.draw_normal_(self.weight, std)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the whole table if it was assembled for this, else the parameter as it is."""
+        """Save the whole table if it was assembled for this, else the parameter as it is.
+
+        If the table was written into a folder, the state gets a reference to it.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._state.reference is not None:
+            del destination[f"{prefix}weight"]
+            destination[f"{prefix}{PARTS}"] = self._state.reference
         if self._state.assembled is not None:
             destination[f"{prefix}weight"] = self._state.assembled
 
@@ -144,8 +151,12 @@ class ValueTable(nn.Module):
         """Load this worker's columns of a whole table; the parameter's own data load unchanged.
 
         Raises:
-            ValueError: the state's values are in a file.
+            ValueError: the state's values are in a file, or in a folder that cannot be read.
         """
+        reference = state_dict.pop(f"{prefix}{PARTS}", None)
+        if reference is not None:
+            self.read_parts(reference)
+            state_dict[f"{prefix}weight"] = self.weight.detach()
         given = state_dict.get(f"{prefix}weight")
         if given is None and f"{prefix}fingerprint" in state_dict:
             raise ValueError(
@@ -155,6 +166,15 @@ class ValueTable(nn.Module):
         if self.shards is not None and not is_own:
             state_dict[f"{prefix}weight"] = self.shards.own_columns(given, self.v_dim)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def read_parts(self, reference: Tensor) -> None:
+        """Read this worker's columns from the folder to which a state refers (``parts.py``).
+
+        Raises:
+            ValueError: the folder cannot be read, or its table has another shape.
+        """
+        folder, name = open_reference(reference)
+        folder.read(f"{name}{TABLE}", block_of(self.weight, self.shards))
 
     def forward(self, slots: Tensor, weights: Tensor, tokens: Optional[Tensor] = None) -> Tensor:
         """The weighted sum of the given slots' values, over heads and neighbours.

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from argparse import Namespace
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 import torch
@@ -24,6 +25,7 @@ from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from fairseq.tasks.sentence_ranking import SentenceRankingTask
 
 from ..compat.values_file import place_values_file
+from ..memory.parts import MERGE, has_parts, place_parts
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ TASKS = (MaskedLMTask, MultiLingualMaskedLMTask, SentencePredictionTask, Sentenc
 
 
 def read_checkpoint(
-    path: str, option: str = "--init-from", is_mapped: bool = False
+    path: str,
+    option: str = "--init-from",
+    is_mapped: bool = False,
+    needs_tables: bool = False,
 ) -> Dict[str, Any]:
     """Read a fairseq checkpoint; no code from the file is run.
 
@@ -48,9 +53,12 @@ def read_checkpoint(
         path: the file.
         option: the command-line option that named it, for messages.
         is_mapped: whether tensors stay in the file until they are read, if its format allows it.
+        needs_tables: whether the caller needs the value tables themselves. A checkpoint in parts
+            (``memory/parts.py``) has references in their place, which models load.
 
     Raises:
-        ValueError: the file is missing, unreadable or holds no model.
+        ValueError: the file is missing, unreadable or holds no model, its parts are incomplete, or
+            tables are needed but in parts.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{option} {path}: no such file")
@@ -64,7 +72,13 @@ def read_checkpoint(
         raise ValueError(f"{option} {path}: not a readable checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise ValueError(f"{option} {path}: not a fairseq checkpoint, it holds no 'model'")
+    if needs_tables and has_parts(checkpoint):
+        raise ValueError(
+            f"{option} {path}: its values are in a folder beside it: merge them into one file "
+            f"first, with {MERGE}"
+        )
     place_values_file(checkpoint, path)
+    place_parts(checkpoint, Path(path))
     return checkpoint
 
 

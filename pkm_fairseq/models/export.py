@@ -60,7 +60,7 @@ def export(checkpoint: Path, folder: Path, dtype: str) -> Exported:
     model, values = folder / MODEL, folder / TABLES
     if any(file.exists() and os.path.samefile(file, checkpoint) for file in (model, values)):
         raise ValueError(f"{checkpoint} would be replaced: choose another folder than its own")
-    stored = read_checkpoint(str(checkpoint), "CHECKPOINT", is_mapped=True)
+    stored = read_checkpoint(str(checkpoint), "CHECKPOINT", is_mapped=True, needs_tables=True)
     refuse_other_models(stored, str(checkpoint))
     tables = _tables(stored, checkpoint)
     state = stored["model"]

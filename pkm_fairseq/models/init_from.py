@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..memory import ValueTable
 from ..memory.option import flag_of
+from ..memory.parts import PARTS
 from .checkpoints import MEMORY_PARAMETER, check_dictionary, options_of, read_checkpoint
 from .plan import Plan
 
@@ -63,6 +64,7 @@ def load_parameters(
     RobertaModel.upgrade_state_dict_named(model, state, "")  # renames parameters of older versions
     origins = {name: tensor for name, tensor in state.items() if name.endswith(ORIGIN)}
     state = {name: tensor for name, tensor in state.items() if not READ_TIMES.search(name)}
+    state = read_parts(model, state)
     fitting = own_columns(model, state)
     full = model.state_dict()
     full.update({name: tensor for name, tensor in origins.items() if name in full})
@@ -94,19 +96,32 @@ def load_parameters(
     )
 
 
+def read_parts(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The state with the model's own tables, read in place, instead of references to parts."""
+    state = dict(state)
+    for name, table in _tables(model).items():
+        reference = state.pop(f"{name}.{PARTS}", None)
+        if reference is not None:
+            table.read_parts(reference)
+            state[f"{name}.weight"] = table.weight.detach()
+    return state
+
+
 def own_columns(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """The state with only this worker's columns of values, if tables are split over workers."""
-    tables = {
-        f"{name}.weight": table
-        for name, table in model.named_modules(remove_duplicate=False)
-        if isinstance(table, ValueTable)
-    }
     own = {
-        name: table.shards.own_columns(state[name], table.v_dim)
-        for name, table in tables.items()
-        if name in state and table.shards is not None
+        f"{name}.weight": table.shards.own_columns(given, table.v_dim)
+        for name, table in _tables(model).items()
+        if (given := state.get(f"{name}.weight")) is not None
+        and table.shards is not None
+        and given.data_ptr() != table.weight.data_ptr()
     }
     return {**state, **own}
+
+
+def _tables(model: nn.Module) -> Dict[str, ValueTable]:
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: table for name, table in modules if isinstance(table, ValueTable)}
 
 
 def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:

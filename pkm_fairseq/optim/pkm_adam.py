@@ -3,7 +3,9 @@
 import inspect
 import logging
 import math
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Dict, Iterable, List, Optional, Union
 
 import torch
@@ -29,7 +31,16 @@ from ..memory.gradient import (
     squared_norm,
     table_state,
 )
-from ..memory.option import KIM, LAMPLE, OUR_CHOICE, at_least, check_options, option
+from ..memory.option import (
+    KIM,
+    LAMPLE,
+    OUR_CHOICE,
+    at_least,
+    check_options,
+    flag_of,
+    option,
+)
+from ..memory.parts import new_name
 from ..models.config import ParserWithChoices
 from .mixed_precision import ValuesFP16Optimizer, ValuesMemoryEfficientFP16Optimizer
 
@@ -39,6 +50,18 @@ DEFAULT_VALUE_LR = 1e-3
 SCHEDULES = {
     "constant": "it stays constant",
     "follow": "it changes in proportion to --lr under its schedule; decays, as in UltraMem, 2024",
+}
+
+CHECKPOINTS = {
+    "whole": "in fairseq's file, as whole tables",
+    "parts": "in a folder beside it; each worker writes and reads its own columns",
+}
+# incompatible with parts: fairseq's option and the reason
+NOT_WITH_PARTS = {
+    "no_save_optimizer_state": "fairseq then does not tell all workers when it saves",
+    "write_checkpoints_asynchronously": "the folder would have to wait for the file",
+    "store_ema": "the average of the values would be saved as a whole",
+    "use_bmuf": "workers hold different values",
 }
 
 
@@ -93,7 +116,18 @@ class PkmAdamConfig(FairseqDataclass):
         OUR_CHOICE,
         test=at_least(0),
     )
+    memory_checkpoint: str = option(
+        "whole",
+        "where checkpoints store the memories' values and their moments",
+        OUR_CHOICE,
+        choices=CHECKPOINTS,
+    )
     lr: List[float] = II("optimization.lr")
+    save_dir: str = II("checkpoint.save_dir")
+    no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
+    write_checkpoints_asynchronously: bool = II("checkpoint.write_checkpoints_asynchronously")
+    store_ema: bool = II("ema.store_ema")
+    use_bmuf: bool = II("optimization.use_bmuf")
 
 
 @register_optimizer("pkm_adam", dataclass=PkmAdamConfig)
@@ -137,6 +171,7 @@ class PkmAdam(FairseqAdam):
             value_optimizer=cfg.memory_value_optimizer,
             moment_dtype=cfg.memory_moment_dtype,
             exchange_as=cfg.memory_exchange,
+            parts_beside=self._parts_beside(),
         )
         self._pin_values()
         self._optimizer.register_step_post_hook(lambda *_: self._log_rows())
@@ -187,6 +222,24 @@ class PkmAdam(FairseqAdam):
             raise ValueError(
                 f"lr is {self._peak_lr}, must be above 0 with --memory-value-lr-schedule follow"
             )
+
+    def _parts_beside(self) -> Optional[Path]:
+        """The folder of the checkpoints, if values are saved in parts.
+
+        Raises:
+            ValueError: another option does not allow it.
+        """
+        cfg = self.cfg
+        if cfg.memory_checkpoint != "parts":
+            return None
+        if not self._values:
+            raise ValueError("--memory-checkpoint parts: no values are trained")
+        for option_name, reason in NOT_WITH_PARTS.items():
+            if getattr(cfg, option_name, False) is True:
+                raise ValueError(
+                    f"{flag_of(option_name)} does not work with --memory-checkpoint parts: {reason}"
+                )
+        return Path(cfg.save_dir)
 
     def _log_rows(self) -> None:
         """Log how many rows the update read and could change, if rows are chosen."""
@@ -267,8 +320,20 @@ class FairseqMemoryAdam(MemoryAdam):
     supports_memory_efficient_fp16 = True
     supports_flat_params = False  # a flat parameter has no rows
 
-    def __init__(self, params: Any, **settings: Any) -> None:
+    def __init__(self, params: Any, parts_beside: Optional[Path] = None, **settings: Any) -> None:
         super().__init__(params, **settings, exchange=False)
+        self._parts_beside = parts_beside  # the folder of checkpoints with parts
+
+    def consolidate_state_dict(self) -> None:
+        """Prepare tables for saving, on every worker: assemble them, or write parts.
+
+        After an error perhaps only one worker calls it, and no parts are written.
+        """
+        if self._parts_beside is None or sys.exc_info()[0] is not None:
+            super().consolidate_state_dict()
+            return
+        updates = max(int(self.state.get(p, {}).get("step", 0)) for p in self._tables())
+        self.save_parts(self._parts_beside / new_name(updates))
 
     def _update_rest(self) -> None:
         inspect.unwrap(Adam.step)(self)  # torch may have wrapped step in this optimizer's hooks

@@ -57,6 +57,7 @@ FLAGS = {
     "--memory-usage-interval",
     "--memory-moment-dtype",
     "--memory-exchange",
+    "--memory-checkpoint",
     "--memory-usage-draws",
     "--memory-usage-tokens",
     "--memory-value-clip-norm",
@@ -184,6 +185,7 @@ def test_flags_are_accepted_on_the_command_line(arch):
         "--memory-value-optimizer": "sgd",
         "--memory-moment-dtype": "bfloat16",
         "--memory-exchange": "dense",
+        "--memory-checkpoint": "parts",
     }
     command = [*COMMAND, "--arch", arch]
     others = {"--glue-metrics", "--glue-positive-label"}  # of the other criterion

@@ -77,6 +77,7 @@ BAD = {
     "memory_value_optimizer": ("rms", ["memory-value-optimizer is 'rms'", "adam, sgd"]),
     "memory_moment_dtype": ("int8", ["memory-moment-dtype is 'int8'", "float32, bfloat16, f"]),
     "memory_exchange": ("sparse", ["memory-exchange is 'sparse'", "auto, factors, dense"]),
+    "memory_checkpoint": ("shards", ["memory-checkpoint is 'shards'", "whole, parts"]),
     "memory_value_clip_norm": (-1.0, ["memory-value-clip-norm is -1.0", "at least 0"]),
     "memory_usage_interval": (-1, ["memory-usage-interval is -1", "at least 0"]),
     "memory_usage_draws": (0, ["memory-usage-draws is 0", "at least 1"]),
@@ -177,7 +178,7 @@ def test_what_is_no_table_is_refused_and_the_rest_of_a_file_stays():
     text = "before\n<!-- table: optimizer -->\nold\n<!-- end -->\nafter\n"
     new = settings.renewed(text)
     assert new.startswith("before\n<!-- table: optimizer -->\n| flag |")
-    assert new.endswith("<!-- end -->\nafter\n") and "old" not in new
+    assert new.endswith("<!-- end -->\nafter\n") and "\nold\n" not in new
 
 
 def test_the_command_prints_the_tables_or_renews_files(tmp_path, capsys):

@@ -113,7 +113,8 @@ MASKED_LM_WORKS = [
     "--memory-finetune slots --memory-finetune-slots 50% --memory-finetune-score count "
     "--memory-finetune-scope batch --memory-value-optimizer sgd --memory-exchange factors",
     "--memory-finetune values --memory-value-optimizer adam --memory-moment-dtype bfloat16 "
-    "--memory-exchange dense",
+    "--memory-exchange dense --memory-checkpoint parts",
+    "--memory-checkpoint whole "
     "--memory-usage-tokens 50 --memory-value-lr-factor 2 --memory-value-lr-schedule follow "
     "--memory-freeze all --memory-exchange auto",
     # names that are registered, one of each kind at a time
@@ -170,6 +171,11 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     "--cpu-offload": "--cpu-offload requires --ddp-backend=fully_sharded",
     "--memory-values-file none.pt": "values file none.pt: no such file",
     "--memory-shards 2": "must be a divisor of the number of workers, which is 1",
+    "--memory-checkpoint parts --store-ema": "--store-ema does not work with --memory-checkpoint",
+    "--memory-checkpoint parts --use-bmuf": "workers hold different values",
+    "--memory-checkpoint parts --no-save-optimizer-state": "does not tell all workers",
+    "--memory-checkpoint parts --memory-freeze values": "no values are trained",
+    "--memory-checkpoint parts --memory-layers []": "no values are trained",
     f"--store-ema --ema-seed-model {START}": "holds no average.*--store-ema",
     "--store-ema --ema-seed-model nowhere.pt": "no checkpoint at nowhere.pt",
     "--memory-value-lr 1e30": "gradients are Nan/Inf",

@@ -75,7 +75,7 @@ def test_every_flag_that_is_named_exists_and_every_memory_flag_is_named() -> Non
     of_ours -= {"--memory-efficient-fp16", "--memory-efficient-bf16"}  # fairseq's
     named = set(FLAG.findall(README + SETTINGS))
     assert of_ours | {"--init-from"} <= named
-    assert len(of_ours) == 40
+    assert len(of_ours) == 41
     others = {"--help", "--model-overrides", "--random-source", "--build-arg", "--rm", "--no-deps"}
     assert named - known <= others.union(*flags_of_scripts().values())
 

@@ -31,6 +31,8 @@ ELSEWHERE = {
     "convert_checkpoint.py": "unit/test_convert_checkpoint.py",
     "export_memory.py": "integration/test_mapped.py",
     "measure_mapped.py": "integration/test_mapped.py",
+    "merge_checkpoint.py": "integration/test_parts.py",
+    "measure_checkpoint.py": "integration/test_parts.py",
     "draw_architecture.py": "unit/test_architecture.py",
     "prepare_people.py": "integration/test_facts.py",
     "measure_recall.py": "integration/test_facts.py",

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils, utils
-from fairseq.checkpoint_utils import save_checkpoint
 from fairseq.data import Dictionary, MonolingualDataset, TokenBlockDataset
 from fairseq.data.encoders.utils import get_whole_word_mask
 from fairseq.data.iterators import BackgroundConsumer, BufferedIterator
@@ -237,6 +236,7 @@ def test_a_single_worker_starts_as_ever():
 
 
 def test_the_best_score_of_another_training_is_forgotten():
+    save_checkpoint = checkpoint_utils.save_checkpoint
     kept = [(save_checkpoint, "best"), (should_stop_early, "best"), (should_stop_early, "num_runs")]
     for function, name in kept:
         setattr(function, name, 1.0)

@@ -32,6 +32,7 @@ def options(**settings):
         memory_value_optimizer="adam",
         memory_moment_dtype="float32",
         memory_exchange="auto",
+        memory_checkpoint="whole",
         memory_value_clip_norm=0.0,
         lr=[0.01],
         use_old_adam=True,

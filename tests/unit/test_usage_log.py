@@ -16,7 +16,6 @@ from pkm_fairseq.memory.observe.log import (
     load_initial_values,
     read_usage_log,
     save_initial_values,
-    whole_values,
 )
 from pkm_fairseq.memory.observe.usage import tokens_for_draws
 from pkm_fairseq.tasks.common import TellsEndOfValidation
@@ -149,7 +148,7 @@ def test_initial_values_are_those_of_the_start(tmp_path):
     expected = {
         str(i): x.memory.values.weight.detach().clone() for i, x in model.memory_layers().items()
     }
-    save_initial_values(whole_values(model), tmp_path)
+    save_initial_values(model, tmp_path)
     with torch.no_grad():
         model.memory_layers()[0].memory.values.weight.zero_()
     kept = load_initial_values(tmp_path)

@@ -59,7 +59,7 @@ def convert_to_transformers(
     Raises:
         ValueError: the checkpoint, the dictionary or the text does not fit; nothing is written.
     """
-    stored = read_checkpoint(str(checkpoint), "IN")
+    stored = read_checkpoint(str(checkpoint), "IN", needs_tables=True)
     if not is_roberta(stored):
         raise ValueError(f"{checkpoint} is not a RoBERTa of fairseq")
     symbols = _dictionary_of(stored, checkpoint, dictionary)

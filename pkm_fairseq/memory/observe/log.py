@@ -3,11 +3,12 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..archive import save_in_blocks
 from ..files import whole_file, write_file
 from ..hosts import HasMemories, tables_of_layers
 from ..values import ValueTable
@@ -98,26 +99,48 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
     return header, records
 
 
-def whole_values(model: HasMemories) -> Dict[str, Optional[Tensor]]:
-    """The tables of each memory layer, by the names of ``tables_of_layers``.
+def save_initial_values(model: HasMemories, folder: Optional[Path]) -> None:
+    """Save the initial values of a training, to measure later how far values have moved.
 
-    If tables are split over workers, the first worker gets whole tables and the others get None.
-    Every worker must call it then.
+    If tables are split over workers, every worker must call it. The first one writes their rows as
+    they come; no worker holds a whole table.
+
+    Args:
+        model: at the start of its training.
+        folder: gets the file; None on the workers that do not write.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     tables = tables_of_layers(model.memory_layers())
-    whole = {table: _whole(table) for table in tables.values()}  # one, if layers share it
-    return {name: whole[table] for name, table in tables.items()}
+    rows = {
+        table: table.shards.whole_rows(table.weight)
+        for table in tables.values()  # one, if layers share it
+        if table.shards is not None
+    }
+    try:
+        if folder is not None:
+            _write_initial_values(tables, rows, folder / INITIAL_VALUES)
+    finally:  # the other workers send all rows
+        for left in rows.values():
+            for _ in left:
+                pass
 
 
-def _whole(table: ValueTable) -> Optional[Tensor]:
-    values = table.weight.detach()
-    return values if table.shards is None else table.shards.assemble(values)
-
-
-def save_initial_values(values: Dict[str, Tensor], folder: Path) -> None:
-    """Save the initial values of a training, to measure later how far values have moved."""
-    with whole_file(folder / INITIAL_VALUES) as out:
-        torch.save({name: table.cpu() for name, table in values.items()}, out)
+def _write_initial_values(
+    tables: Dict[str, ValueTable], rows: Dict[ValueTable, Iterator[Tensor]], file: Path
+) -> None:
+    """Write whole tables by name; ``rows`` are those of tables that are split."""
+    empty = {x: torch.empty(x.n_slots, x.v_dim, dtype=x.weight.dtype) for x in rows}
+    content = {
+        name: empty[table] if table in rows else table.weight.detach().cpu()
+        for name, table in tables.items()
+    }
+    with whole_file(file) as out:
+        if rows:
+            save_in_blocks(out, content, [(empty[x], x_rows) for x, x_rows in rows.items()])
+        else:
+            torch.save(content, out)
 
 
 def load_initial_values(folder: Path) -> Optional[Dict[str, Tensor]]:
