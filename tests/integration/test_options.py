@@ -114,7 +114,7 @@ MASKED_LM_WORKS = [
     "--memory-finetune-scope batch --memory-value-optimizer sgd --memory-exchange factors",
     "--memory-finetune values --memory-value-optimizer adam --memory-moment-dtype bfloat16 "
     "--memory-exchange dense --memory-checkpoint parts",
-    "--memory-checkpoint whole "
+    "--memory-checkpoint whole --memory-moment-dtype float8 "
     "--memory-usage-tokens 50 --memory-value-lr-factor 2 --memory-value-lr-schedule follow "
     "--memory-freeze all --memory-exchange auto",
     # names that are registered, one of each kind at a time
