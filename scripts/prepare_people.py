@@ -7,12 +7,13 @@ valid (the first 1,000 people of train) and test (1,000 people who are in no tra
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from _script import run
 
 from pkm_fairseq.experiments.facts.people import MOST_PEOPLE, prepare_people
-from pkm_fairseq.experiments.runs.folders import begin, finish, key_of, key_of_code
+from pkm_fairseq.experiments.runs.folders import key_of, key_of_code, make_once
 
 
 def main() -> None:
@@ -29,9 +30,7 @@ def main() -> None:
             f"--people is {args.people}, must be in 1..{MOST_PEOPLE:,}: each has a name of its own"
         )
     key = key_of(args.people, args.seed, key_of_code("experiments/facts"))
-    if begin(args.out, key):
-        prepare_people(args.people, args.out, args.seed)
-        finish(args.out, key)
+    make_once(args.out, key, partial(prepare_people, args.people, seed=args.seed))
     print(f"data for fairseq-train in {args.out / 'bin'}")
 
 

@@ -455,9 +455,9 @@ class MemoryAdam(torch.optim.Optimizer):
             if folder.size(f"{name}{moment}") is None:
                 raise ValueError(NO_MOMENT.format(moment))
             own = self._new_moment(param, moment)
-            columns = own.decoded() if isinstance(own, Float8Table) else own
+            columns = own if isinstance(own, Tensor) else torch.empty(own.shape, dtype=own.dtype)
             folder.read(f"{name}{moment}", block_of(columns, table_state(param).shards))
-            moments[moment] = own.copy_(columns) if isinstance(own, Float8Table) else columns
+            moments[moment] = own if isinstance(own, Tensor) else own.copy_(columns)
         return moments
 
 

@@ -162,10 +162,15 @@ class ValueTable(nn.Module):
             raise ValueError(
                 "the checkpoint's values are in a file, which --memory-values-file must name"
             )
-        is_own = given is None or given.data_ptr() == self.weight.data_ptr()
-        if self.shards is not None and not is_own:
-            state_dict[f"{prefix}weight"] = self.shards.own_columns(given, self.v_dim)
+        if given is not None:
+            state_dict[f"{prefix}weight"] = self.own_columns(given)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def own_columns(self, table: Tensor) -> Tensor:
+        """This worker's columns of a whole table; the parameter's own data stay as they are."""
+        if self.shards is None or table.data_ptr() == self.weight.data_ptr():
+            return table
+        return self.shards.own_columns(table, self.v_dim)
 
     def read_parts(self, reference: Tensor) -> None:
         """Read this worker's columns from the folder to which a state refers (``parts.py``).

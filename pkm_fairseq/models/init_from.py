@@ -110,11 +110,9 @@ def read_parts(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
 def own_columns(model: nn.Module, state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """The state with only this worker's columns of values, if tables are split over workers."""
     own = {
-        f"{name}.weight": table.shards.own_columns(given, table.v_dim)
+        f"{name}.weight": table.own_columns(state[f"{name}.weight"])
         for name, table in _tables(model).items()
-        if (given := state.get(f"{name}.weight")) is not None
-        and table.shards is not None
-        and given.data_ptr() != table.weight.data_ptr()
+        if f"{name}.weight" in state
     }
     return {**state, **own}
 

@@ -11,6 +11,7 @@ import pytest
 from fairseq.checkpoint_utils import load_model_ensemble
 
 from pkm_fairseq.models.merge import merge
+from pkm_fairseq.models.roberta import PkmRobertaModel
 from tests.faults import differing
 
 from .conftest import Shared
@@ -194,6 +195,11 @@ def test_models_are_loaded_from_parts(data_bin: Path, trained: Path, tmp_path: P
         for x in (LAST, "whole.pt")
     ]
     assert not differing(*(dict(model.state_dict()) for (model,) in ensembles))
+    hubs = [
+        PkmRobertaModel.from_pretrained(str(trained), x, str(data_bin), bpe=None)
+        for x in (LAST, "whole.pt")
+    ]
+    assert not differing(*(dict(hub.model.state_dict()) for hub in hubs))
     for option in ("--init-from", "--finetune-from-model", "--restore-file"):
         out = [tmp_path / f"{option}{name}" for name in (LAST, "whole.pt")]
         for folder in out:

@@ -6,6 +6,7 @@ from typing import List
 
 import torch
 
+from ...memory.kernels.float8 import BYTES
 from . import subjects
 from .layer import FORWARD, TRAIN, Place, check, shortage, time_all
 from .output import Report
@@ -17,9 +18,10 @@ from .timing import compare
 NARROW = (
     (OURS, "float32", "float32", 12.0),
     ("ours, bfloat16", "bfloat16", "bfloat16", 6.0),
-    ("ours, float8", "bfloat16", "float8", 2 + 2 * (1 + 1 / 64)),
+    ("ours, float8", "bfloat16", "float8", 2 + 2 * BYTES),
 )
 NAMES = {TRAIN: "narrow_train_step", FORWARD: "narrow_forward"}
+AGAINST = {TRAIN: ADAM, FORWARD: TEXTBOOK}
 
 
 def measure(settings: Settings, report: Report) -> None:
@@ -30,7 +32,7 @@ def measure(settings: Settings, report: Report) -> None:
         problem = shortage(needed_bytes(n_keys) + SLACK)
         if problem:
             for (what, tokens), (name, *_) in product(places, NARROW):
-                report.skip(NAMES[what], tokens, n_keys, TEXTBOOK, problem, subject=name)
+                report.skip(NAMES[what], tokens, n_keys, AGAINST[what], problem, subject=name)
             continue
         gc.collect()  # tables of the last contest
         seconds, distinct = time_all(contestants(n_keys), places, settings.rounds)
@@ -38,8 +40,7 @@ def measure(settings: Settings, report: Report) -> None:
             what, tokens = place
             numbers = compare(seconds[name][place], seconds[ADAM][place])
             more = {"distinct_slots": distinct[place], "turns": "steps"}
-            against = ADAM if what == TRAIN else TEXTBOOK
-            report.result(NAMES[what], tokens, n_keys, name, against, **numbers, **more)
+            report.result(NAMES[what], tokens, n_keys, name, AGAINST[what], **numbers, **more)
 
 
 def contestants(n_keys: int) -> List[Subject]:

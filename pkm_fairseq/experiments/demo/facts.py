@@ -1,6 +1,7 @@
 """The demo's part on facts: how many facts about synthetic people plain and ResM + INIT recall."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -8,7 +9,15 @@ from ...memory.files import write_file
 from ..facts.people import ATTRIBUTES, NAMES, prepare_people
 from ..facts.recall import measure, read_people
 from ..facts.training import COMMON, PLAIN, epoch_of, memory_flags
-from ..runs.folders import PACKAGE, begin, finish, is_finished, key_of, key_of_code
+from ..runs.folders import (
+    PACKAGE,
+    begin,
+    finish,
+    is_finished,
+    key_of,
+    key_of_code,
+    make_once,
+)
 from ..runs.logs import last_line, read_log
 from ..runs.processes import Child, Children
 from ..runs.progress import RunsProgress
@@ -40,9 +49,7 @@ def run_facts(preset: Preset, out: Path) -> None:
     folder = folder.resolve()
     print(f"training on facts about {preset.facts.people:,} people in {folder}", flush=True)
     data = folder / "data"
-    if begin(data, key):
-        prepare_people(preset.facts.people, data)
-        finish(data, key)
+    make_once(data, key, partial(prepare_people, preset.facts.people))
     _train([arm for arm in ARMS if begin(folder / arm, key)], preset, folder, key)
     write_file(folder / RESULT, json.dumps(_measure(preset, folder), indent=2) + "\n")
     finish(folder, key)

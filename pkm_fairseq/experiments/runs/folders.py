@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 from ...memory.files import write_file
 
@@ -67,6 +67,23 @@ def is_finished(folder: Path, key: str) -> bool:
 def finish(folder: Path, key: str) -> None:
     """Mark a step as finished."""
     _mark(folder, key, finished=True)
+
+
+def make_once(folder: Path, key: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is made unless that was done with the same settings.
+
+    Args:
+        folder: created if needed.
+        key: of the settings.
+        make: fills the folder.
+
+    Raises:
+        ValueError: as ``begin``.
+    """
+    if begin(folder, key):
+        make(folder)
+        finish(folder, key)
+    return folder
 
 
 def _made_with(folder: Path) -> Dict[str, Any]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # columns that share an exponent
+BYTES = 1 + 1 / BLOCK  # of a number
 LEAST_EXPONENT, NO_NUMBER = 64, 255  # biased; the latter is of a block with NaN or infinity
 LEAST_PART, NEAREST_PART = 0xFFFFF, 0x7FFFF  # of the 20 bits that a code cuts off
 ROWS = 8192  # rows to convert at once

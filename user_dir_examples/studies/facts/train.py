@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -13,7 +14,7 @@ from pkm_fairseq.experiments.demo.evaluate import load, parameter_count
 from pkm_fairseq.experiments.facts.people import prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
-from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish
+from pkm_fairseq.experiments.runs.folders import PACKAGE, make_once
 from pkm_fairseq.experiments.runs.study import (
     folder_of,
     is_finished,
@@ -33,11 +34,8 @@ def half_of(folder: Path, run: Run) -> Path:
 
 def data_of(out: Path, people: int) -> Path:
     """The data for this number of people, made if needed."""
-    folder = out / f"people{people}"
-    if begin(folder, str(people)):
-        prepare_people(people, folder)
-        finish(folder, str(people))
-    return folder / "bin"
+    make = partial(prepare_people, people)
+    return make_once(out / f"people{people}", str(people), make) / "bin"
 
 
 def measure_run(run: Run, folder: Path, data: Path) -> Dict[str, Any]:

@@ -6,13 +6,14 @@ from typing import Dict, List, Optional, Sequence
 from pkm_fairseq.experiments.demo.presets import PRESETS, Preset, arm_flags
 from pkm_fairseq.experiments.facts.training import COMMON, PLAIN, epoch_of, memory_flags
 from pkm_fairseq.experiments.runs.study import schedule
+from pkm_fairseq.memory.kernels import float8
 
 ARMS: Dict[str, List[str]] = {
     "float32": [],
     "bfloat16": ["--memory-value-dtype", "bfloat16", "--memory-moment-dtype", "bfloat16"],
     "float8": ["--memory-value-dtype", "bfloat16", "--memory-moment-dtype", "float8"],
 }
-BYTES = {"float32": 12.0, "bfloat16": 6.0, "float8": 2 + 2 * (1 + 1 / 64)}  # of a number
+BYTES = {"float32": 12.0, "bfloat16": 6.0, "float8": 2 + 2 * float8.BYTES}  # of a number
 TASKS = ("text", "facts")
 SEEDS = {"full": (1, 2, 3), "toy": (1,)}
 SIZES = {"full": replace(PRESETS["default"], half=1000), "toy": replace(PRESETS["quick"], half=10)}

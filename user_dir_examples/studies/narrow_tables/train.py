@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -10,22 +11,11 @@ import torch
 from arms import SEEDS, SIZES, Run, half_epochs, runs_in_order
 
 from pkm_fairseq.experiments.demo.evaluate import evaluate, load, masked_batches
-from pkm_fairseq.experiments.demo.presets import Preset
 from pkm_fairseq.experiments.facts.people import prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
-from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish
+from pkm_fairseq.experiments.runs.folders import PACKAGE, make_once
 from pkm_fairseq.experiments.runs.study import folder_of, is_finished, train_and_measure
 from pkm_fairseq.experiments.runs.trainings import LAST
-
-
-def people_of(out: Path, size: Preset) -> Path:
-    """The data of facts, made if needed."""
-    people = size.facts.people
-    folder = out / f"people{people}"
-    if begin(folder, str(people)):
-        prepare_people(people, folder)
-        finish(folder, str(people))
-    return folder / "bin"
 
 
 def measured(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
@@ -41,7 +31,9 @@ def measured(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
 def train_all(text: Path, out: Path, name: str, workers: int) -> None:
     """Train and measure the runs of a size that are not finished."""
     size = SIZES[name]
-    data = {"text": text, "facts": people_of(out, size)}
+    people = size.facts.people
+    facts = make_once(out / f"people{people}", str(people), partial(prepare_people, people))
+    data = {"text": text, "facts": facts / "bin"}
 
     def flags(run: Run) -> List[str]:
         found = [str(data[run.task]), "--user-dir", str(PACKAGE), *run.flags(size)]

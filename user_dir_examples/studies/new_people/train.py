@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -18,7 +19,7 @@ from pkm_fairseq.experiments.demo.evaluate import load
 from pkm_fairseq.experiments.facts.people import N_CONTROL, prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
-from pkm_fairseq.experiments.runs.folders import begin, finish
+from pkm_fairseq.experiments.runs.folders import make_once
 from pkm_fairseq.experiments.runs.logs import read_log
 from pkm_fairseq.experiments.runs.study import RESULT, folder_of, read_results, train_and_measure
 from pkm_fairseq.experiments.runs.trainings import LAST, LOG
@@ -45,11 +46,9 @@ class Study:
         self.new = self._new_people()
 
     def _new_people(self) -> Path:
-        folder = self.out / f"people{self.size.new}"
-        if begin(folder, str(self.size)):
-            prepare_people(self.size.new, folder, skip=self.size.old + N_CONTROL)
-            finish(folder, str(self.size))
-        return folder / "bin"
+        new, skip = self.size.new, self.size.old + N_CONTROL
+        make = partial(prepare_people, new, skip=skip)
+        return make_once(self.out / f"people{new}", str(self.size), make) / "bin"
 
     def start(self, run: Run) -> Tuple[Path, int]:
         """The model that a run finetunes, and its number of sub-keys (0 without a memory).
