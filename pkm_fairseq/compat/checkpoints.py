@@ -9,6 +9,7 @@ local files. For other files and --write-checkpoints-asynchronously we call fair
 
 import contextlib
 import shutil
+from functools import wraps
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator
 
@@ -52,21 +53,34 @@ def copy_whole_files(stock: Any) -> Any:
     return staticmethod(copy_checkpoint_file)
 
 
+def remove_leftovers_first(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace ``save_checkpoint``: what a kill left must not take the disk from the next save."""
+
+    @wraps(stock)
+    def save_checkpoint(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cfg.no_save:
+            _temporary(Path(cfg.save_dir)).unlink(missing_ok=True)
+        return stock(cfg, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def _temporary(folder: Path) -> Path:
+    """This worker's temporary name in a folder. No checkpoint pattern matches it."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return folder / f"saving{torch.distributed.get_rank() if distributed else 0}.part"
+
+
 @contextlib.contextmanager
 def _checkpoint_file(filename: str) -> Iterator[BinaryIO]:
     """Open a file with one temporary name per worker and folder.
 
-    The next save overwrites a temporary file that a kill left. No checkpoint pattern matches the
-    name.
-
     Raises:
         CheckpointNotSavedError: the message gives the reason.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
     file = Path(filename)
     try:
-        with whole_file(file, file.with_name(f"saving{rank}.part")) as out:
+        with whole_file(file, _temporary(file.parent)) as out:
             yield out
     except OSError as error:
         raise CheckpointNotSavedError(

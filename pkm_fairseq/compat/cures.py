@@ -118,6 +118,14 @@ CURES: Tuple[Cure, ...] = (
         replace=checkpoints.save_whole_files,
     ),
     Cure(
+        "fairseq.checkpoint_utils.save_checkpoint",
+        "it leaves the temporary file of a save that was killed, which takes disk space that the "
+        "next save may need",
+        FAIRSEQ,
+        TESTS + "test_what_a_killed_save_left_is_removed_before_the_next",
+        replace=checkpoints.remove_leftovers_first,
+    ),
+    Cure(
         "fairseq.file_io.PathManager.copy",
         "it copies a checkpoint to its other names in place: a kill leaves half of the file that "
         "the training is to go on from",

@@ -40,7 +40,11 @@ from omegaconf import OmegaConf
 
 import pkm_fairseq
 from pkm_fairseq import compat
-from pkm_fairseq.compat.checkpoints import copy_whole_files, save_whole_files
+from pkm_fairseq.compat.checkpoints import (
+    copy_whole_files,
+    remove_leftovers_first,
+    save_whole_files,
+)
 from pkm_fairseq.compat.processes import end_prefetching, forget_previous_training
 from pkm_fairseq.experiments.data.prepare import load_sentencepiece, train_sentencepiece
 from tests.helpers import batch, build, small_dictionary, write_split
@@ -481,6 +485,22 @@ def test_what_a_kill_leaves_is_no_checkpoint_and_taken_up_by_the_next_save(folde
     save(folder)
     names = ["checkpoint_1_2.pt", "checkpoint_last.pt"]
     assert sorted(file.name for file in folder.iterdir()) == names
+
+
+def test_what_a_killed_save_left_is_removed_before_the_next(tmp_path):
+    left = tmp_path / "saving0.part"
+
+    def has_room(cfg, trainer):
+        assert trainer == "trainer"
+        return not left.exists()
+
+    save_checkpoint = remove_leftovers_first(has_room)
+    for no_save, room in ((True, False), (False, True), (False, True)):
+        left.write_bytes(b"half")
+        cfg = argparse.Namespace(no_save=no_save, save_dir=str(tmp_path))
+        assert save_checkpoint(cfg, "trainer") == room
+    gone = argparse.Namespace(no_save=False, save_dir=str(tmp_path / "gone"))
+    assert save_checkpoint(gone, "trainer")
 
 
 def test_elsewhere_than_on_the_local_disk_fairseq_does_it_itself(folder, monkeypatch):
