@@ -25,7 +25,7 @@ from .kernels import (
     at_least_float32,
     compute_dtype,
 )
-from .kernels.tables import keys_of
+from .kernels.tables import chance_of
 from .kernels.torch_backend import row_gradients, store
 from .parts import PARTS, TABLE, block_of, open_reference, reference_to, write_parts
 from .values import ValueTable
@@ -518,7 +518,7 @@ def sgd_rows(
         lr: the learning rate.
         rounding: of values in bfloat16; None rounds to nearest.
     """
-    key, _, _, first_column = keys_of(rounding)
+    key, first_column = chance_of(rounding)
     for rows, g in row_gradients(entries):  # (R,), (R, V)
         moves = (g != 0).any(dim=1)
         rows, g = rows[moves], g[moves]

@@ -162,23 +162,35 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subprocess.Popen[str]]":
-    """Start fairseq-train in two processes that exchange gradients."""
+def start_workers(
+    n_workers: int, data: Path, save_dir: Path, *options: Any
+) -> "List[subprocess.Popen[str]]":
+    """Start fairseq-train in some processes that exchange gradients."""
     address = f"tcp://127.0.0.1:{free_port()}"
     command = [BIN / "fairseq-train", data, *TRAIN, *MASKED_LM, *MODEL, "--save-dir", save_dir]
-    command += ["--distributed-world-size", "2", "--distributed-backend", "gloo"]
+    command += ["--distributed-world-size", n_workers, "--distributed-backend", "gloo"]
     command += ["--distributed-init-method", address, "--distributed-no-spawn"]
     command += ["--ddp-backend", "legacy_ddp", *options, "--distributed-rank"]
-    return [start(*command, rank) for rank in (0, 1)]
+    return [start(*command, rank) for rank in range(n_workers)]
+
+
+def start_two_workers(data: Path, save_dir: Path, *options: Any) -> "List[subprocess.Popen[str]]":
+    """Start fairseq-train in two processes that exchange gradients."""
+    return start_workers(2, data, save_dir, *options)
+
+
+def train_on_workers(n_workers: int, data: Path, save_dir: Path, *options: Any) -> List[Run]:
+    """Run fairseq-train in some processes that exchange gradients; all must succeed."""
+    workers = start_workers(n_workers, data, save_dir, *options)
+    outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
+    tails = "\n\n".join(output[-2000:] for output in outputs)
+    assert [worker.returncode for worker in workers] == [0] * n_workers, tails
+    return [Run(0, output) for output in outputs]
 
 
 def train_on_two_workers(data: Path, save_dir: Path, *options: Any) -> List[Run]:
     """Run fairseq-train in two processes that exchange gradients; both must succeed."""
-    workers = start_two_workers(data, save_dir, *options)
-    outputs = [worker.communicate(timeout=PATIENCE)[0] for worker in workers]
-    tails = "\n\n".join(output[-2000:] for output in outputs)
-    assert [worker.returncode for worker in workers] == [0, 0], tails
-    return [Run(0, output) for output in outputs]
+    return train_on_workers(2, data, save_dir, *options)
 
 
 def write_sentences(file: Path, n_lines: int, seed: int) -> None:

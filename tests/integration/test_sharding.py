@@ -16,6 +16,7 @@ from .runs import (
     run,
     train,
     train_on_two_workers,
+    train_on_workers,
     values_of,
 )
 from .test_factored import EPS, assert_close_checkpoints
@@ -61,6 +62,20 @@ def test_shards_train_resume_and_are_counted_as_a_whole_table(
     from_one = resume(one, tmp_path / "from_one", 3)
     train_on_two_workers(data_bin, from_one, *OPTIONS, *CLIP, "--memory-shards", "2")
     assert_close_checkpoints(one, from_one)
+
+
+def test_two_groups_of_two_shards_train_as_a_whole_table(data_bin: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    whole = train(data_bin, one, *OPTIONS, *CLIP, "--update-freq", "4")
+    for form in ("factors", "dense"):
+        four = tmp_path / form
+        options = [*OPTIONS, *CLIP, "--memory-shards", "2", "--memory-exchange", form]
+        split = train_on_workers(4, data_bin, four, *options)
+        assert f"{form} (as told)" in split[0].output
+        for key in ("loss", "value_gnorm"):
+            assert values_of(split[0], key) == pytest.approx(values_of(whole, key), rel=1e-3), key
+        assert_close_checkpoints(one, four)
+        assert_close_counts(one, four)
 
 
 def assert_close_counts(one: Path, two: Path) -> None:

@@ -469,10 +469,16 @@ def hashed(x):
     return x ^ (x >> 16)
 
 
+def random_bits(slot, column, table, rounding):
+    """The 32 random bits of a number, by their definition."""
+    key = hashed((hashed(rounding.seed) + rounding.step) % 2**32)
+    bits = hashed((hashed(slot ^ key) + rounding.first_column + column) % 2**32)
+    return bits * (1, 0x9E3779B1, 0x85EBCA77)[table] % 2**32
+
+
 def rounded_by_chance(x, slot, column, table, rounding):
     """A float32 number as stochastic rounding stores it, by its definition."""
-    key = hashed((hashed((hashed(rounding.seed) + rounding.step) % 2**32) + table) % 2**32)
-    chance = hashed((hashed(slot ^ key) + rounding.first_column + column) % 2**32) >> 16
+    chance = random_bits(slot, column, table, rounding) >> 16
     (bits,) = struct.unpack("<I", struct.pack("<f", x))
     (stored,) = struct.unpack("<f", struct.pack("<I", (bits + chance) >> 16 << 16))
     return stored
@@ -576,9 +582,8 @@ def naive_float8(block, slot, first_column, table, rounding, signed):
         if rounding is None:
             up = part > 0.5 or (part == 0.5 and below % 2 == 1)
         else:
-            key = hashed((hashed((hashed(rounding.seed) + rounding.step) % 2**32) + table) % 2**32)
-            seed = hashed(slot ^ key) + rounding.first_column
-            up = part + (hashed((seed + first_column + column) % 2**32) >> 12) / 2**20 >= 1
+            chance = random_bits(slot, first_column + column, table, rounding) >> 12
+            up = part + chance / 2**20 >= 1
         y = (below + up) * last_place
         if not signed and x > 0:
             y = max(y, 2.0 ** (1 - top - 3))

@@ -24,7 +24,7 @@ if numba.config.DISABLE_JIT:
 
 from . import numba_kernels as loops
 from .float8 import Float8Table, Table
-from .tables import Entries, StochasticRounding, keys_of
+from .tables import Entries, StochasticRounding, chance_of, is_half
 
 Array = Any  # numpy's arrays; numba does not use type hints
 
@@ -96,9 +96,11 @@ def adam_rows(
     """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     number = _array(entries.grads).dtype.type
     settings = map(number, (step_size, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps))
-    tables = map(_table, (values, exp_avg, exp_avg_sq))
-    given = *tables, *_row_entries(entries, len(values)), *settings
-    _run(loops.adam_rows, *given, *keys_of(rounding))
+    tables = values, exp_avg, exp_avg_sq
+    given = *map(_table, tables), *_row_entries(entries, len(values)), *settings
+    if not any(is_half(table.dtype) for table in tables):
+        rounding = None  # no random bits are needed
+    _run(loops.adam_rows, *given, *chance_of(rounding))
 
 
 def squared_norm(entries: Entries, n_slots: int) -> Tensor:

@@ -12,7 +12,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from .float8 import BLOCK, LEAST_EXPONENT, LEAST_PART, NEAREST_PART, NO_NUMBER, limits
-from .tables import NEAREST
+from .tables import FACTORS, NEAREST
 
 # Sums may be reordered and fused, which vectorises them; NaN and infinity keep their meaning.
 SUMS = {"reassoc", "contract", "nsz"}
@@ -189,28 +189,26 @@ def gather_sum(values, slots, weights, out, tasks):
     width = values.shape[1]
     whole = reads - reads % 8
     for task in numba.prange(tasks):
-        wide = np.empty((8, width), out.dtype)
         for token in range(task * n // tasks, (task + 1) * n // tasks):
             total, slot, w = out[token], slots[token], weights[token]
             total[:] = 0
             for t in range(0, whole, 8):  # eight rows in flight hide the latency of memory
-                _fetch_narrow(values, slot[t + 8 : t + 16])
-                row0 = _row(values, slot[t], wide[0])
-                row1 = _row(values, slot[t + 1], wide[1])
-                row2 = _row(values, slot[t + 2], wide[2])
-                row3 = _row(values, slot[t + 3], wide[3])
-                row4 = _row(values, slot[t + 4], wide[4])
-                row5 = _row(values, slot[t + 5], wide[5])
-                row6 = _row(values, slot[t + 6], wide[6])
-                row7 = _row(values, slot[t + 7], wide[7])
+                row0, row1 = values[slot[t]], values[slot[t + 1]]
+                row2, row3 = values[slot[t + 2]], values[slot[t + 3]]
+                row4, row5 = values[slot[t + 4]], values[slot[t + 5]]
+                row6, row7 = values[slot[t + 6]], values[slot[t + 7]]
                 w0, w1, w2, w3 = w[t], w[t + 1], w[t + 2], w[t + 3]
                 w4, w5, w6, w7 = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
                 for v in range(width):
-                    total[v] += (w0 * row0[v] + w1 * row1[v] + w2 * row2[v] + w3 * row3[v]) + (
-                        w4 * row4[v] + w5 * row5[v] + w6 * row6[v] + w7 * row7[v]
-                    )
+                    x0, x1 = w0 * _wide(row0[v]), w1 * _wide(row1[v])
+                    x2, x3 = w2 * _wide(row2[v]), w3 * _wide(row3[v])
+                    x4, x5 = w4 * _wide(row4[v]), w5 * _wide(row5[v])
+                    x6, x7 = w6 * _wide(row6[v]), w7 * _wide(row7[v])
+                    total[v] += (x0 + x1 + x2 + x3) + (x4 + x5 + x6 + x7)
             for t in range(whole, reads):
-                _add(total, w[t], _row(values, slot[t], wide[0]))
+                row = values[slot[t]]
+                for v in range(width):
+                    total[v] += w[t] * _wide(row[v])
 
 
 @kernel
@@ -219,15 +217,14 @@ def gather_dot(values, rows, starts, order, grad_read, reads, out, tasks):
     width = values.shape[1]
     bounds = _shares(starts, tasks)
     for task in numba.prange(tasks):
-        wide = np.empty(width, out.dtype)
         for r in range(bounds[task], bounds[task + 1]):
             _prefetch(values, rows[min(r + 1, len(rows) - 1)])
-            row = _row(values, rows[r], wide)
+            row = values[rows[r]]
             for e in range(starts[r], starts[r + 1]):
                 grad = grad_read[order[e] // reads]
                 total = out.dtype.type(0)
                 for v in range(width):
-                    total += row[v] * grad[v]
+                    total += _wide(row[v]) * grad[v]
                 out[order[e]] = total
 
 
@@ -249,16 +246,15 @@ def adam_rows(
     gain2,
     eps,
     key,
-    key_avg,
-    key_avg_sq,
     first_column,
     tasks,
 ):
     """Adam on the rows whose gradient has a non-zero element; gains are 1 - beta."""
-    width = values.shape[1]
+    width = grads.shape[1]
+    settings, chance = (step_size, beta1, gain1, beta2, gain2, eps), (key, first_column)
     bounds = _shares(starts, tasks)
     for task in numba.prange(tasks):
-        gradient, wide = np.empty(width, grads.dtype), np.empty((3, width), grads.dtype)
+        gradient, wide = np.empty(width, grads.dtype), np.empty((2, width), grads.dtype)
         for r in range(bounds[task], bounds[task + 1]):
             if not _row_gradient(r, starts, order, bags, weights, grads, gradient):
                 continue
@@ -266,17 +262,48 @@ def adam_rows(
             _prefetch(values, ahead)
             _prefetch(exp_avg, ahead)
             _prefetch(exp_avg_sq, ahead)
-            slot = rows[r]
-            row = _row(values, slot, wide[0])
-            avg, avg_sq = _row(exp_avg, slot, wide[1]), _row(exp_avg_sq, slot, wide[2])
-            for v in range(width):
-                g = gradient[v]
-                avg[v] = beta1 * avg[v] + gain1 * g
-                avg_sq[v] = beta2 * avg_sq[v] + gain2 * g * g
-                row[v] -= step_size * avg[v] / (np.sqrt(avg_sq[v]) + eps)
-            _store(values, slot, row, key, first_column)
-            _store(exp_avg, slot, avg, key_avg, first_column)
-            _store(exp_avg_sq, slot, avg_sq, key_avg_sq, first_column)
+            _adam_row(values, exp_avg, exp_avg_sq, rows[r], gradient, wide, settings, chance)
+
+
+def _adam_row(values, exp_avg, exp_avg_sq, slot, gradient, wide, settings, chance):
+    """Adam on a row. Each number is widened, moved and rounded in one go, except in 8 bits."""
+
+
+@overload(_adam_row)
+def _compile_adam_row(values, exp_avg, exp_avg_sq, slot, gradient, wide, settings, chance):
+    if isinstance(exp_avg, types.BaseTuple):
+        return _adam_row_in_8_bits
+
+    def adam_row(values, exp_avg, exp_avg_sq, slot, gradient, wide, settings, chance):
+        step_size, beta1, gain1, beta2, gain2, eps = settings
+        seed = _seed(slot, chance)
+        row, row_avg, row_avg_sq = values[slot], exp_avg[slot], exp_avg_sq[slot]
+        for v in range(len(gradient)):
+            g, bits = gradient[v], _mix(np.uint32(seed + np.uint32(v)))
+            avg = beta1 * _wide(row_avg[v]) + gain1 * g
+            avg_sq = beta2 * _wide(row_avg_sq[v]) + gain2 * g * g
+            x = _wide(row[v]) - step_size * avg / (np.sqrt(avg_sq) + eps)
+            _store(row, v, x, chance, bits, FACTORS[0])
+            _store(row_avg, v, avg, chance, bits, FACTORS[1])
+            _store(row_avg_sq, v, avg_sq, chance, bits, FACTORS[2])
+
+    return adam_row
+
+
+def _adam_row_in_8_bits(values, exp_avg, exp_avg_sq, slot, gradient, wide, settings, chance):
+    step_size, beta1, gain1, beta2, gain2, eps = settings
+    seed, row = _seed(slot, chance), values[slot]
+    avg, avg_sq = wide[0], wide[1]  # unpacked, they would not vectorise
+    _decode(exp_avg, slot, avg)
+    _decode(exp_avg_sq, slot, avg_sq)
+    for v in range(len(gradient)):
+        g = gradient[v]
+        avg[v] = beta1 * avg[v] + gain1 * g
+        avg_sq[v] = beta2 * avg_sq[v] + gain2 * g * g
+        x = _wide(row[v]) - step_size * avg[v] / (np.sqrt(avg_sq[v]) + eps)
+        _store(row, v, x, chance, _mix(np.uint32(seed + np.uint32(v))), FACTORS[0])
+    _encode(exp_avg, slot, avg, chance, seed, FACTORS[1])
+    _encode(exp_avg_sq, slot, avg_sq, chance, seed, FACTORS[2])
 
 
 @kernel
@@ -348,79 +375,61 @@ def _shares(starts, tasks):
     return bounds
 
 
-def _row(values, slot, wide):
-    """A row of the table, widened into ``wide`` unless it is stored as float32 or float64."""
+def _wide(x):
+    """A number of a table, as float32 if it is stored in bfloat16 or int8."""
 
 
-@overload(_row)
-def _compile_row(values, slot, wide):
-    if isinstance(values, types.BaseTuple):
-        return _decoder(values[0].dtype.signed)
-    if values.dtype == types.int8:
-
-        def convert(values, slot, wide):
-            for v in range(len(wide)):
-                wide[v] = values[slot, v]
-            return wide
-
-        return convert
-    if values.dtype != types.uint16:
-        return lambda values, slot, wide: values[slot]
-
-    def widen(values, slot, wide):
-        bits = wide.view(np.uint32)
-        for v in range(len(bits)):
-            bits[v] = np.uint32(values[slot, v]) << np.uint32(16)
-        return wide
-
-    return widen
+@overload(_wide)
+def _compile_wide(x):
+    if x == types.int8:
+        return lambda x: np.float32(x)
+    if x == types.uint16:
+        return lambda x: _as_float(np.uint32(x) << np.uint32(16))
+    return lambda x: x
 
 
-def _fetch_narrow(values, slots):
-    """Prefetch rows that ``_row`` will widen one after the other, and so wait for one by one."""
+def _store(row, v, x, chance, bits, factor):
+    """Write a number to a row of a table.
 
-
-@overload(_fetch_narrow)
-def _compile_fetch_narrow(values, slots):
-    if values.dtype not in (types.uint16, types.int8):
-        return lambda values, slots: None
-
-    def fetch(values, slots):
-        for slot in slots:
-            _prefetch(values, slot)
-
-    return fetch
-
-
-def _store(values, slot, row, key, first_column):
-    """Round a row that ``_row`` widened, using the key, and write it back to the table."""
+    To bfloat16 it is rounded with random bits, or to nearest if the key in ``chance`` is
+    ``NEAREST``.
+    """
 
 
 @overload(_store)
-def _compile_store(values, slot, row, key, first_column):
-    if isinstance(values, types.BaseTuple):
-        return _encoder(values[0].dtype.signed)
-    if values.dtype != types.uint16:
-        return lambda values, slot, row, key, first_column: None  # it was updated in place
+def _compile_store(row, v, x, chance, bits, factor):
+    if row.dtype != types.uint16:
 
-    def narrow(values, slot, row, key, first_column):
-        bits = row.view(np.uint32)
-        seed = _mix(np.uint32(slot) ^ np.uint32(key)) + np.uint32(first_column)
-        for v in range(len(bits)):
-            if row[v] != row[v]:
-                values[slot, v] = NAN_BFLOAT16
-                continue
-            if key == NEAREST:
-                noise = np.uint32(0x7FFF) + (bits[v] >> np.uint32(16) & np.uint32(1))
-            else:
-                noise = _mix(np.uint32(seed + np.uint32(v))) >> np.uint32(16)
-            values[slot, v] = np.uint16(np.uint32(bits[v] + noise) >> np.uint32(16))
+        def keep(row, v, x, chance, bits, factor):
+            row[v] = x
+
+        return keep
+
+    def narrow(row, v, x, chance, bits, factor):
+        exact = _as_bits(x)
+        noise = np.uint32(bits * np.uint32(factor)) >> np.uint32(16)
+        if chance[0] == NEAREST:
+            noise = np.uint32(0x7FFF) + (exact >> np.uint32(16) & np.uint32(1))
+        rounded = np.uint16(np.uint32(exact + noise) >> np.uint32(16))
+        row[v] = NAN_BFLOAT16 if x != x else rounded
 
     return narrow
 
 
-def _decoder(signed):
-    """``_row`` for a ``Float8Table``, given as its codes and exponents."""
+@part
+def _seed(slot, chance):
+    """What the hash of a slot's first column starts from; see ``tables.StochasticRounding``."""
+    key, first_column = chance
+    return np.uint32(_mix(np.uint32(slot) ^ np.uint32(key)) + np.uint32(first_column))
+
+
+def _decode(values, slot, wide):
+    """Read a row of a ``Float8Table``, given as its codes and exponents."""
+
+
+@overload(_decode)
+def _compile_decode(values, slot, wide):
+    signed = values[0].dtype.signed
     lowest, base = np.float32(limits(signed)[0]), np.uint32(limits(signed)[1])
 
     def decode(values, slot, wide):
@@ -435,18 +444,21 @@ def _decoder(signed):
                 low, by = (lowest, np.uint32(8)) if magnitude < 8 else (ZERO, np.uint32(0))
                 unit = _as_float(np.uint32(magnitude + base + by) << np.uint32(20)) - low
                 out[v] = unit * (-scale if code < 0 else scale)
-        return wide
 
     return decode
 
 
-def _encoder(signed):
-    """``_store`` for a ``Float8Table``; see ``float8.encode``."""
+def _encode(values, slot, row, chance, seed, factor):
+    """Round a row to the numbers of a ``Float8Table``, and write it; see ``float8.encode``."""
+
+
+@overload(_encode)
+def _compile_encode(values, slot, row, chance, seed, factor):
+    signed = values[0].dtype.signed
     lowest, base = np.float32(limits(signed)[0]), np.uint32(limits(signed)[1])
 
-    def encode(values, slot, row, key, first_column):
+    def encode(values, slot, row, chance, seed, factor):
         codes, exponents = values
-        seed = np.uint32(_mix(np.uint32(slot) ^ np.uint32(key)) + np.uint32(first_column))
         for block in range(exponents.shape[1]):
             columns = slice(block * BLOCK, (block + 1) * BLOCK)
             x, own = row[columns], codes[slot, columns]
@@ -461,14 +473,14 @@ def _encoder(signed):
             scale = _as_float(np.uint32(254 - exponent) << np.uint32(23))
             first = np.uint32(seed + np.uint32(block * BLOCK))
             for v in range(len(x)):
-                bits = _as_bits(x[v])
-                y = _as_float(np.uint32(bits & MAGNITUDE)) * scale
+                y = _as_float(np.uint32(_as_bits(x[v]) & MAGNITUDE)) * scale
                 low, by = (lowest, np.uint32(8)) if y < lowest else (ZERO, np.uint32(0))
                 z = _as_bits(y + low)
-                if key == NEAREST:
+                if chance[0] == NEAREST:
                     noise = np.uint32(NEAREST_PART + (z >> np.uint32(20) & np.uint32(1)))
                 else:
-                    noise = np.uint32(_mix(np.uint32(first + np.uint32(v))) >> np.uint32(12))
+                    bits = _mix(np.uint32(first + np.uint32(v)))
+                    noise = np.uint32(np.uint32(bits * np.uint32(factor)) >> np.uint32(12))
                 code = np.uint32(np.uint32(np.uint32(z + noise) >> np.uint32(20)) - base - by)
                 if signed:
                     own[v] = -np.int32(code) if x[v] < 0 else np.int32(code)

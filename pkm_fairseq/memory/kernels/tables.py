@@ -34,7 +34,9 @@ class StochasticRounding(NamedTuple):
 
     Rounding to nearest loses every update below half a unit in the last place; stochastic rounding
     keeps it in the mean (Gupta et al. 2015, arXiv 1502.02551). The random bits are a hash of seed,
-    step, table, slot and column: the same in every run, on every device and for every worker.
+    step, slot and column: the same in every run, on every device and for every worker. Values and
+    moments share the hash, because it takes more time than the update itself; each multiplies it by
+    its number in ``FACTORS``, and takes the highest bits.
 
     Attributes:
         seed: different for each value table.
@@ -46,11 +48,12 @@ class StochasticRounding(NamedTuple):
     step: int
     first_column: int = 0
 
-    def key(self, table: int) -> int:
-        """A key of 32 bits for a table of an update: 0 for values, 1 and 2 for moments."""
-        return mix(mix(mix(self.seed) + self.step) + table)
+    def key(self) -> int:
+        """A key of 32 bits for an update."""
+        return mix(mix(self.seed) + self.step)
 
 
+FACTORS = (1, 0x9E3779B1, 0x85EBCA77)  # odd, so they keep all 32 bits; of values and both moments
 NEAREST = -1  # in place of a key: round to nearest, ties to even
 
 
@@ -62,11 +65,9 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def keys_of(rounding: Optional[StochasticRounding]) -> Tuple[int, int, int, int]:
-    """The arguments of kernels for rounding: keys of values and moments, and the first column."""
-    if rounding is None:
-        return NEAREST, NEAREST, NEAREST, 0
-    return rounding.key(0), rounding.key(1), rounding.key(2), rounding.first_column
+def chance_of(rounding: Optional[StochasticRounding]) -> Tuple[int, int]:
+    """The arguments of kernels for rounding: the key, and the first column."""
+    return (NEAREST, 0) if rounding is None else (rounding.key(), rounding.first_column)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

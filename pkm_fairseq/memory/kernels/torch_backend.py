@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .float8 import Float8Table, Table
-from .tables import NEAREST, Entries, StochasticRounding, at_least_float32, keys_of
+from .tables import FACTORS, NEAREST, Entries, StochasticRounding, at_least_float32, chance_of
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
 DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
@@ -93,7 +93,7 @@ def adam_rows(
 ) -> None:
     """See ``pkm_fairseq.memory.kernels.adam_rows``."""
     beta1, beta2 = betas
-    *keys, first_column = keys_of(rounding)
+    key, first_column = chance_of(rounding)
     for rows, g in row_gradients(entries):
         moves = (g != 0).any(dim=1)
         rows, g = rows[moves], g[moves]  # (R,), (R, V)
@@ -101,11 +101,13 @@ def adam_rows(
         avg_sq = at_least_float32(exp_avg_sq[rows]).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         moved = at_least_float32(values[rows]) - step_size * avg / (avg_sq.sqrt() + eps)
         tables = (values, moved), (exp_avg, avg), (exp_avg_sq, avg_sq)
-        for (table, x), key in zip(tables, keys, strict=True):
-            store(table, x, rows, key, first_column)
+        for (table, x), factor in zip(tables, FACTORS, strict=True):
+            store(table, x, rows, key, first_column, factor)
 
 
-def store(table: Table, x: Tensor, rows: Tensor, key: int, first_column: int) -> None:
+def store(
+    table: Table, x: Tensor, rows: Tensor, key: int, first_column: int, factor: int = FACTORS[0]
+) -> None:
     """Round rows, (R, V), and write them to a table.
 
     Args:
@@ -114,23 +116,28 @@ def store(table: Table, x: Tensor, rows: Tensor, key: int, first_column: int) ->
         rows: (R,), the indices of the rows.
         key: of ``StochasticRounding``, used only for bfloat16 and 8 bits, or ``NEAREST``.
         first_column: the index of x's first column in the whole table.
+        factor: the table's own, of ``FACTORS``.
     """
     if isinstance(table, Float8Table):
-        table.store(rows, x, _noise(x, rows, key, first_column, bits=20))
+        table.store(rows, x, _noise(x, rows, key, first_column, factor, bits=20))
         return
-    noise = _noise(x, rows, key, first_column, bits=16) if table.dtype == torch.bfloat16 else None
+    noise = None
+    if table.dtype == torch.bfloat16:
+        noise = _noise(x, rows, key, first_column, factor, bits=16)
     if noise is not None:
         cut = (x.view(torch.int32) + noise.to(torch.int32) & -0x10000).view(torch.float32)
         x = torch.where(x.isnan(), x, cut)  # the upper half of its bits: a bfloat16
     table[rows] = x.to(table.dtype)
 
 
-def _noise(x: Tensor, rows: Tensor, key: int, first_column: int, bits: int) -> Optional[Tensor]:
+def _noise(
+    x: Tensor, rows: Tensor, key: int, first_column: int, factor: int, bits: int
+) -> Optional[Tensor]:
     """So many random bits for each element of x, (R, V), int64; None with ``NEAREST``."""
     if key == NEAREST:
         return None
     columns = torch.arange(first_column, first_column + x.shape[1], device=x.device)
-    return _mix(_mix(rows & MASK ^ key)[:, None] + columns) >> 32 - bits
+    return (_mix(_mix(rows & MASK ^ key)[:, None] + columns) * factor & MASK) >> 32 - bits
 
 
 def _mix(x: Tensor) -> Tensor:

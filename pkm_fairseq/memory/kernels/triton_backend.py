@@ -14,7 +14,7 @@ from torch import Tensor
 from . import torch_backend
 from . import triton_kernels as programs
 from .float8 import Float8Table, Table
-from .tables import Entries, StochasticRounding, keys_of
+from .tables import Entries, StochasticRounding, chance_of
 
 DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tables
@@ -104,7 +104,7 @@ def adam_rows(
     tables, by_slot = (values, exp_avg, exp_avg_sq), _sorted(entries)
     sizes = n_slots, len(entries.slots), width
     settings = map(float, (step_size, beta1, 1 - beta1, beta2, 1 - beta2, eps))
-    args = *tables, *by_slot, *sizes, *settings, *keys_of(rounding)
+    args = *tables, *by_slot, *sizes, *settings, *chance_of(rounding)
     _run(programs.adam_rows, (len(entries.slots),), *args, *_whole_rows(width))
 
 

@@ -7,6 +7,10 @@ Programs never access memory out of range, whatever the slots are.
 import triton
 import triton.language as tl
 
+from .tables import FACTORS
+
+FACTOR_VALUES, FACTOR_AVG, FACTOR_AVG_SQ = map(tl.constexpr, FACTORS)
+
 # ---------------------------------------------------------------- search
 
 
@@ -230,8 +234,6 @@ def adam_rows(
     gain2: tl.float64,
     eps: tl.float64,
     key: tl.int64,
-    key_avg: tl.int64,
-    key_avg_sq: tl.int64,
     first_column: tl.int64,
     ROWS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -258,10 +260,11 @@ def adam_rows(
             avg_sq = tl.full((), beta2, number) * avg_sq + tl.full((), gain2, number) * g * g
             root = _sqrt(avg_sq) + tl.full((), eps, number)
             value -= _divide(tl.full((), step_size, number) * avg, root)
-            columns = columns + first_column
-            avg = _round(avg, exp_avg.dtype.element_ty, slot, columns, key_avg)
-            avg_sq = _round(avg_sq, exp_avg_sq.dtype.element_ty, slot, columns, key_avg_sq)
-            value = _round(value, values.dtype.element_ty, slot, columns, key)
+            seed = _mix(slot.to(tl.uint32) ^ key.to(tl.uint32))
+            chance = _mix(seed + (columns + first_column).to(tl.uint32))
+            value = _round(value, values.dtype.element_ty, chance, FACTOR_VALUES, key)
+            avg = _round(avg, exp_avg.dtype.element_ty, chance, FACTOR_AVG, key)
+            avg_sq = _round(avg_sq, exp_avg_sq.dtype.element_ty, chance, FACTOR_AVG_SQ, key)
             tl.store(exp_avg + row, avg, mask=inside)
             tl.store(exp_avg_sq + row, avg_sq, mask=inside)
             tl.store(values + row, value, mask=inside)
@@ -339,12 +342,11 @@ def _divide(x, y):
 
 
 @triton.jit
-def _round(x, number: tl.constexpr, slot, columns, key):
+def _round(x, number: tl.constexpr, chance, factor: tl.constexpr, key):
     """Round a row to its table's dtype; a key of -1 rounds bfloat16 to nearest, ties to even."""
     if number == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        seed = _mix(slot.to(tl.uint32) ^ key.to(tl.uint32))
-        noise = (_mix(seed + columns.to(tl.uint32)) >> 16).to(tl.int32)
+        noise = (chance * tl.full((), factor, tl.uint32) >> 16).to(tl.int32)
         noise = tl.where(key < 0, 0x7FFF + ((bits >> 16) & 1), noise)
         bits = (bits + noise) >> 16 << 16  # by hand: the interpreter truncates to bfloat16
         x = tl.where(x != x, float("nan"), bits.to(tl.float32, bitcast=True))
