@@ -424,6 +424,7 @@ def test_the_models_are_those_of_the_paper():
     chosen, pairs = models.choose(settings)
     assert pairs == [
         ("resm_base", "roberta_base"),
+        ("resm_base_bfloat16", "roberta_base"),
         ("pkm_base", "roberta_base"),
         ("resm_base", "roberta_large"),
     ]
@@ -433,6 +434,8 @@ def test_the_models_are_those_of_the_paper():
         optimizer = "adam" if model.n_keys is None else "pkm_adam"
         command = model.command("somewhere")
         assert command[command.index("--optimizer") + 1] == optimizer
+    narrow = chosen["resm_base_bfloat16"].command("somewhere")
+    assert {*narrow} - {*chosen["resm_base"].command("somewhere")} == {*models.NARROW}
     assert (models.SENTENCES, models.LENGTH) == (8, 128)
 
 
@@ -587,8 +590,11 @@ def assert_json(found):
     assert whats == Counter(
         {
             **{what: 2 * times for what, times in names.items()},
-            **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 3, models.FORWARD: 2},
-            **{what: 2 * len(narrow.NARROW) for what in narrow.NAMES.values()},
+            **{layer.TRAIN: 6, layer.FORWARD: 2, models.TRAIN: 4, models.FORWARD: 3},
+            **{
+                what: 2 * len(narrow.NARROW)
+                for what in (*narrow.NAMES.values(), *narrow.PARTS.values())
+            },
             counting.CALLS: 1,
         }
     )
@@ -597,7 +603,8 @@ def assert_json(found):
         assert result["ratio"] > 0 and result["pairs"] == 2
         low, high = result["spread"]
         assert low <= result["ratio"] <= high
-        moves = result["what"] in {"gather_sum", "gather_dot", "adam_rows"}
+        what = result["what"].removeprefix("narrow_")
+        moves = what in {"gather_sum", "gather_dot", "adam_rows"}
         assert (set(result) >= MOVED) == moves
     resm = [r for r in found["results"] if r["subject"] == "resm_tiny"]
     assert {(r["what"], r["against"], r["tokens"], r["n_keys"]) for r in resm} == {
@@ -643,6 +650,19 @@ def test_narrow_tables_have_their_dtypes_and_start_from_the_same_weights():
             subject.module.values.weight, exact.to(subject.module.values.weight.dtype)
         )
         assert torch.equal(subject.module.keys, textbook.module.keys)
+
+
+def test_narrow_tables_move_fewer_bytes():
+    *ours, _ = narrow.contestants(32)
+    moved = {
+        part: [
+            narrow.bytes_of(part, subject, size)
+            for subject, (*_, size) in zip(ours, narrow.NARROW, strict=True)
+        ]
+        for part in narrow.PARTS
+    }
+    assert moved["gather_sum"] == moved["gather_dot"] == [4, 2, 2]
+    assert moved["adam_rows"] == [24, 12, 4 + 4 * (1 + 1 / 64)]
 
 
 def test_what_was_measured_is_saved_when_interrupted(monkeypatch):

@@ -29,6 +29,7 @@ BATCHES = 4
 CLIP_NORM = "1.0"
 PLAIN = {"task": "masked_lm", "criterion": "masked_lm", "optimizer": "adam"}
 WITH_MEMORY = {"task": "pkm_masked_lm", "criterion": "pkm_masked_lm", "optimizer": "pkm_adam"}
+NARROW = ("--memory-value-dtype", "bfloat16", "--memory-moment-dtype", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ MODELS = {
     "roberta_large": Model("roberta_large", None, 7.0),
     "pkm_base": Model("pkm_roberta_base", 512, 7.0),
     "resm_base": Model("resm_roberta_base", 512, 7.5),
+    "resm_base_bfloat16": Model("resm_roberta_base", 512, 5.2, NARROW),
     "resm_base_uncounted": Model("resm_roberta_base", 512, 7.5, counts=False),
 }
 PAIRS = [
     ("resm_base", "roberta_base"),
+    ("resm_base_bfloat16", "roberta_base"),
     ("pkm_base", "roberta_base"),
     ("resm_base", "roberta_large"),
 ]
@@ -86,10 +89,12 @@ SMALL_MODELS = {  # only to test that everything runs
     "roberta_tiny": Model("roberta", None, 0.2, SMALL, 1000),
     "pkm_tiny": Model("pkm_roberta_tiny", 64, 0.2, SMALL, 1000),
     "resm_tiny": Model("resm_roberta_tiny", 64, 0.2, SMALL, 1000),
+    "resm_tiny_bfloat16": Model("resm_roberta_tiny", 64, 0.2, (*SMALL, *NARROW), 1000),
     "resm_tiny_uncounted": Model("resm_roberta_tiny", 64, 0.2, SMALL, 1000, counts=False),
 }
 SMALL_PAIRS = [
     ("resm_tiny", "roberta_tiny"),
+    ("resm_tiny_bfloat16", "roberta_tiny"),
     ("pkm_tiny", "roberta_tiny"),
 ]
 SMALL_COUNTED = ("resm_tiny", "resm_tiny_uncounted")

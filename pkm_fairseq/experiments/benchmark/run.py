@@ -47,7 +47,7 @@ def _measure(what: str, settings: Settings, report: Report, memcpy: Memcpy) -> N
     elif what == "parts":
         parts.measure(settings, report, memcpy)
     elif what == "narrow":
-        narrow.measure(settings, report)
+        narrow.measure(settings, report, memcpy)
     elif what == "memory":
         peak.measure(settings, report)
     else:
