@@ -29,7 +29,7 @@ VALUES_INITS = {
 }
 VALUE_DTYPES = {
     "float32": "",
-    "bfloat16": "halves the table and its read time; computation stays in float32. MemoryAdam and "
+    "bfloat16": "halves the table, and takes less time; computation stays in float32. MemoryAdam and "
     "pkm_adam round updates stochastically, other optimizers round small updates away",
 }
 SCORE_ACTIVATIONS = {

@@ -35,8 +35,8 @@ class StochasticRounding(NamedTuple):
     Rounding to nearest loses every update below half a unit in the last place; stochastic rounding
     keeps it in the mean (Gupta et al. 2015, arXiv 1502.02551). The random bits are a hash of seed,
     step, slot and column: the same in every run, on every device and for every worker. Values and
-    moments share the hash, because it takes more time than the update itself; each multiplies it by
-    its number in ``FACTORS``, and takes the highest bits.
+    moments share the hash, since it is a large part of an update's work; each multiplies it by its
+    number in ``FACTORS``, and takes the highest bits.
 
     Attributes:
         seed: different for each value table.
