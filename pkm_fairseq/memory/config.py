@@ -29,8 +29,8 @@ VALUES_INITS = {
 }
 VALUE_DTYPES = {
     "float32": "",
-    "bfloat16": "halves the table, and takes less time; computation stays in float32. MemoryAdam and "
-    "pkm_adam round updates stochastically, other optimizers round small updates away",
+    "bfloat16": "halves the table, and takes less time; computation stays in float32. MemoryAdam "
+    "and pkm_adam round updates stochastically, other optimizers round small updates away",
 }
 SCORE_ACTIVATIONS = {
     "softmax": "over the kept scores of a head",

@@ -189,6 +189,13 @@ def results(study):
             found[plain] = entry(0.10, way={2_000: 0.05})
             found[arms.Run("wide", people, 4_000, seed, 2e-3)] = entry(0.15)
             found[arms.Run("resm_init", people, 4_000, seed, 2e-3, 1e-2, 256)] = entry(0.50)
+    for rate in (1e-3, 5e-3):
+        for arm in ("plain", "wide"):
+            found[arms.Run(arm, 10_000, 4_000, 1, rate)] = entry(0.05)
+    for rate in (3e-3, 3e-2):
+        for arm in ("resm_init", "pkm_init", "resm"):
+            found[arms.Run(arm, 10_000, 4_000, 1, 2e-3, rate, 256)] = entry(0.05)
+    for seed in size.seeds:
         for arm in ("pkm_init", "resm"):
             found[arms.Run(arm, 10_000, 4_000, seed, 2e-3, 1e-2, 256)] = entry(0.30)
         for n_keys in size.smaller:
@@ -247,6 +254,23 @@ def test_missing_runs_leave_a_criterion_open(study, results):
     del results[arms.Run("wide", 10_000, 4_000, 3, 2e-3)]
     answers = said(study, results)
     assert answers[0] == "open, runs are missing" and answers[1] == "supported"
+    results[arms.Run("wide", 10_000, 4_000, 1, 2e-3)] = entry(0.45)  # one seed decides
+    assert said(study, results)[0] == "not supported"
+
+
+def test_a_rate_that_was_not_tried_leaves_a_criterion_open(study, results):
+    arms, table = study
+    size = arms.SIZES["full"]
+    recalls = {run: table.recall(results, run) for run in results}
+    assert arms.is_tuned(recalls, size, "resm")
+    results[arms.Run("resm", 10_000, 4_000, 1, 2e-3, 1e-2, 256)] = entry(0.45)
+    assert said(study, results)[5] == "not supported"
+    edge = arms.Run("resm", 10_000, 4_000, 1, 2e-3, 3e-2, 256)
+    results[edge] = entry(0.46)  # now 1e-1 might be better still
+    assert said(study, results)[5] == "open, runs are missing"
+    assert not arms.is_tuned({**recalls, edge: 0.46}, size, "resm")
+    del results[edge]
+    assert said(study, results)[5] == "open, runs are missing"
 
 
 def test_the_table_counts_stored_bits(study, results):

@@ -121,6 +121,9 @@ def test_a_leak_is_seen_and_missing_runs_leave_a_criterion_open(study, results):
     del results[arms.Run("values", run.lr, run.value_lr, 3)]
     answers = said(study, results)
     assert [i for i, answer in enumerate(answers) if answer.startswith("open")] == [0, 1, 2]
+    key = arms.Run("values", run.lr, run.value_lr, 2)
+    results[key] = entry((1.0, 0.01), (0.59, 0.95))  # one seed decides
+    assert said(study, results)[0] == "not supported"
 
 
 def test_the_table_has_a_row_for_each_rate(study, results):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Optional, Protocol, Sequence, TypeVar
 
 from ...memory.files import write_file
 from .logs import last_line, read_log
@@ -110,6 +110,16 @@ def schedule(
         "--max-update": str(own),
         "--total-num-update": str(own),
     }
+
+
+def in_every(answers: Iterable[Optional[bool]]) -> Optional[bool]:
+    """Whether a criterion holds in every seed; None if that is open.
+
+    Args:
+        answers: one for each seed, None if its run is missing. One that is False decides.
+    """
+    found = list(answers)
+    return False if False in found else None if None in found else True
 
 
 def write_results(file: Path, results: Sequence[Dict[str, Any]]) -> None:

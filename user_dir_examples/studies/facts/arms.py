@@ -91,16 +91,32 @@ Results = Dict[Run, float]  # recall by name of finished runs
 Wave = Callable[[Size, Results], List[Run]]
 
 
-def best(results: Results, size: Size, arm: str) -> Run:
-    """An arm's run with the best rate, for the first seed and the study's number of people."""
+def tried(results: Results, size: Size, arm: str) -> List[Run]:
+    """An arm's runs that choose its rate: the first seed, and the study's number of people."""
     n_keys = size.n_keys if arm in MEMORIES else 0
-    tried = [
+    return [
         run
         for run in results
         if (run.arm, run.people, run.seed) == (arm, size.people, size.seeds[0])
         and (run.updates, run.n_keys) == (size.updates, n_keys)
     ]
-    return max(tried, key=lambda run: results[run])
+
+
+def best(results: Results, size: Size, arm: str) -> Run:
+    """An arm's run with the best rate."""
+    return max(tried(results, size, arm), key=lambda run: results[run])
+
+
+def is_tuned(results: Results, size: Size, arm: str) -> bool:
+    """Whether all rates of an arm were tried, so that its best one does not change any more."""
+    rates, edges, name = size.rates, EDGES, "lr"
+    if arm in MEMORIES:
+        rates, edges, name = size.value_rates, VALUE_EDGES, "value_lr"
+    known = {getattr(run, name) for run in tried(results, size, arm)}
+    if not known.issuperset(rates):
+        return False
+    chosen_rate = getattr(best(results, size, arm), name)
+    return edges.get(chosen_rate, chosen_rate) in known
 
 
 def dense(size: Size, arm: str, lr: float, **changed: int) -> Run:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen
+from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen, is_tuned
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
@@ -20,7 +20,12 @@ from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
 from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN
-from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
+from pkm_fairseq.experiments.runs.study import (
+    in_every,
+    median_and_range,
+    read_results,
+    write_results,
+)
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
@@ -123,30 +128,31 @@ class Criteria:
         self.found, self.size = found, size
         self.recalls = {run: recall(found, run) for run in found}
 
-    def of(self, arm: str, **changed: int) -> Optional[List[float]]:
-        """Recall by name of an arm with its best rate, for each seed; None if one is missing."""
-        try:
-            runs = [
-                chosen(self.size, self.recalls, arm, **changed, seed=s) for s in self.size.seeds
-            ]
-        except ValueError:  # no rate was tried yet
-            return None
-        return [self.recalls[run] for run in runs] if all(r in self.found for r in runs) else None
+    def of(self, arm: str, **changed: int) -> List[Optional[float]]:
+        """Recall by name of an arm with its best rate, for each seed; None if its run is missing.
+
+        All are None while a rate is missing, with which recall might be better.
+        """
+        if not is_tuned(self.recalls, self.size, arm):
+            return [None for _ in self.size.seeds]
+        runs = [chosen(self.size, self.recalls, arm, **changed, seed=s) for s in self.size.seeds]
+        return [self.recalls.get(run) for run in runs]
 
     def above(
-        self, one: Optional[List[float]], other: Optional[List[float]], by: float = 0.1
+        self, one: List[Optional[float]], other: List[Optional[float]], by: float = 0.1
     ) -> Optional[bool]:
         """Whether recall is higher, and by at least ``by``, for every seed."""
-        if one is None or other is None:
-            return None
-        return all(a >= b + by and a > b for a, b in zip(one, other, strict=True))
+        return in_every(
+            None if a is None or b is None else a >= b + by and a > b
+            for a, b in zip(one, other, strict=True)
+        )
 
     def capacity_or_updates(self) -> Optional[str]:
         """Criterion 3."""
         ours, long = self.of("resm_init"), self.of("plain", updates=4 * self.size.updates)
-        if ours is None or long is None:
+        if None in (*ours, *long):
             return None
-        if all(b >= a - 0.1 for a, b in zip(ours, long, strict=True)):
+        if all(a and b and b >= a - 0.1 for a, b in zip(ours, long, strict=True)):
             return "the memory saved updates"
         gains = []
         for seed in self.size.seeds:
@@ -158,7 +164,7 @@ class Criteria:
 
     def facts_are_in_values(self) -> Optional[bool]:
         """Criterion 4."""
-        if self.of("resm_init") is None:
+        if None in self.of("resm_init"):
             return None
         lost = []
         for seed in self.size.seeds:
@@ -174,18 +180,13 @@ class Criteria:
     def more_slots(self) -> Optional[bool]:
         """Criterion 5."""
         sizes = [self.of("resm_init", n_keys=n) for n in (*self.size.smaller, self.size.n_keys)]
-        steps = [self.above(b, a, 0.0) for a, b in pairwise(sizes)]
-        return None if None in steps else all(steps)
-
-    def both(self, *answers: Optional[bool]) -> Optional[bool]:
-        """Whether all answers are yes; None if one is missing."""
-        return None if None in answers else all(answers)
+        return in_every(self.above(b, a, 0.0) for a, b in pairwise(sizes))
 
     def memory_wins(self, **changed: int) -> Optional[bool]:
         """Criterion 1; ``changed`` can set another number of people."""
         ours = self.of("resm_init", **changed)
         dense = [self.of(arm, **changed) for arm in ("plain", "wide")]
-        return self.both(*(self.above(ours, other) for other in dense))
+        return in_every(self.above(ours, other) for other in dense)
 
     def lines(self) -> List[str]:
         """A line for each criterion."""

@@ -17,7 +17,12 @@ from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
-from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
+from pkm_fairseq.experiments.runs.study import (
+    in_every,
+    median_and_range,
+    read_results,
+    write_results,
+)
 from pkm_fairseq.memory.files import write_file
 
 DRAWN = ("full", "values", "slots_24000", "slots_24000_once", "low_rank", "freeze", "plain_full")
@@ -95,23 +100,32 @@ class Criteria:
     def __init__(self, results: Results, size: Size) -> None:
         self.results, self.size = results, size
 
-    def of(self, arm: str, what: Callable[[Dict[str, Any]], Any]) -> Optional[List[Any]]:
-        """Something of an arm with its best rate, for each seed; None if a run is missing."""
+    def of(self, arm: str) -> List[Optional[Dict[str, Any]]]:
+        """What an arm found with its best rate, for each seed; None if its run is missing.
+
+        All are None while a rate is missing, which might be better.
+        """
         if any(run not in self.results for run in tried(self.size, arm)):
-            return None
+            return [None for _ in self.size.seeds]
         run = best(self.results, self.size, arm)
         runs = [Run(arm, run.lr, run.value_lr, seed) for seed in self.size.seeds]
-        if any(run not in self.results for run in runs):
-            return None
-        return [what(self.results[run]) for run in runs]
+        return [self.results.get(run) for run in runs]
+
+    def holds(self, arm: str, claim: Callable[[Dict[str, Any]], bool]) -> Optional[bool]:
+        """Whether a claim holds for an arm in every seed."""
+        return in_every(None if found is None else claim(found) for found in self.of(arm))
 
     def keeps_more(self, arm: str, other: str, by: float) -> Optional[bool]:
         """Whether an arm keeps more than another one by this share, in every seed."""
-        ours, theirs = self.of(arm, kept), self.of(other, kept)
-        if ours is None or theirs is None:
-            return None
-        pairs = zip(ours, theirs, strict=True)
-        return all(a is not None and a >= (b or 0.0) + by for a, b in pairs)
+
+        def more(ours: Dict[str, Any], theirs: Dict[str, Any]) -> bool:
+            share = kept(ours)
+            return share is not None and share >= (kept(theirs) or 0.0) + by
+
+        return in_every(
+            None if ours is None or theirs is None else more(ours, theirs)
+            for ours, theirs in zip(self.of(arm), self.of(other), strict=True)
+        )
 
     def some_slots(self) -> Optional[bool]:
         """Criterion 3."""
@@ -123,18 +137,14 @@ class Criteria:
     def few_slots(self) -> Optional[bool]:
         """Criterion 4."""
         few = [a for a, arm in ARMS.items() if arm.slots and arm.slots <= 1024 and not arm.once]
-        learned = [self.of(arm, lambda result: recall(result["way"][-1], "new")) for arm in few]
-        if None in learned:
-            return None
-        return all(share < 0.1 for shares in learned for share in shares or ())
+        return in_every(self.holds(a, lambda r: recall(r["way"][-1], "new") < 0.1) for a in few)
 
     def dense_has_no_room(self) -> Optional[bool]:
         """Criterion 6."""
-        answers = [
-            self.of(arm, lambda r: (kept(r) or 0.0) < recall(r["way"][0], "old") / 2)
+        return in_every(
+            self.holds(arm, lambda r: (kept(r) or 0.0) < recall(r["way"][0], "old") / 2)
             for arm in ("plain_full", "plain_low_rank")
-        ]
-        return None if None in answers else all(all(answer or ()) for answer in answers)
+        )
 
     def lines(self) -> List[str]:
         """A line for each criterion."""
