@@ -10,14 +10,14 @@ ARMS = ("plain", "pkm", "resm", "pkm_init", "resm_init")
 MEMORY_ARMS = ARMS[1:]
 LR, VALUE_LR, HIGH_VALUE_LR = 2e-3, 1e-3, 8e-3
 MODEL = shlex.split("""--task pkm_masked_lm --tokens-per-sample 128 --max-positions 128
-    --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
+    --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
     --encoder-attention-heads 4 --dropout 0 --attention-dropout 0""")
 TRAINING = shlex.split("""--batch-size 32 --adam-betas (0.9,0.98) --adam-eps 1e-6
     --weight-decay 0.01 --clip-norm 1.0 --lr-scheduler polynomial_decay --num-workers 0 --cpu
     --no-epoch-checkpoints --log-format json --log-interval 50 --no-save-optimizer-state
     --disable-validation --required-batch-size-multiple 1""")
 PLAIN = shlex.split("--arch roberta --criterion masked_lm --optimizer adam")
-MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 2
+MEMORY = shlex.split("""--criterion pkm_masked_lm --optimizer pkm_adam --memory-layers 1
     --memory-heads 4 --memory-k-dim 64""")
 
 
