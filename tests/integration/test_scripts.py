@@ -207,6 +207,14 @@ def test_benchmark_memory(tmp_path: Path) -> None:
     assert subjects == {"ours"}
 
 
+@pytest.mark.parametrize("what", ["model", "usage"])
+def test_benchmark_memory_finds_the_plugins_models(tmp_path: Path, what: str) -> None:
+    file = tmp_path / "found.json"
+    script("benchmark_memory.py", "--what", what, "--quick", "--pairs", "1", "--json", file)
+    subjects = {result["subject"] for result in json.loads(file.read_text())["results"]}
+    assert "resm_tiny" in subjects
+
+
 # --- checkpoints of others --------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from .studies import imported
+from .studies import STUDIES, imported
 
 
 @pytest.fixture
@@ -77,3 +77,13 @@ def test_missing_runs_leave_a_verdict_open(study, results):
     arms, table = study
     del results[arms.Run("text", "float32", 2)]
     assert table.verdict(results, "text", "float8", (1, 2, 3)) == "open, runs are missing"
+
+
+def test_the_page_has_the_table_and_the_verdicts_of_the_results(study):
+    arms, table = study
+    found = table.read(STUDIES / "narrow_tables/results.json")
+    page = (STUDIES.parents[1] / "docs/evidence.md").read_text(encoding="utf-8")
+    assert len(found) == len(arms.runs_in_order(arms.SEEDS["full"]))
+    assert table.report(found, arms.SEEDS["full"]) in page
+    found[arms.Run("facts", "float8", 1)] += 0.01
+    assert table.report(found, arms.SEEDS["full"]) not in page

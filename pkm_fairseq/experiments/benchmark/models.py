@@ -15,6 +15,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 
 from ...memory.hosts import new_usage, observing, with_memories
+from ...plugin import register
 from .layer import shortage
 from .output import Report
 from .settings import Settings
@@ -219,6 +220,7 @@ def build(model: Model, seed: int, save_dir: str) -> TrainedModel:
         seed: seed of its weights and of the batches.
         save_dir: the trainer's folder if a step crashes.
     """
+    register()
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, model.command(save_dir))
     cfg = convert_namespace_to_omegaconf(args)

@@ -68,6 +68,16 @@ def verdict(found: Found, task: str, arm: str, seeds: Sequence[int]) -> str:
     return f"{kind} (losses by seed {by_seed}; noise {noise:.3f})"
 
 
+def report(found: Found, seeds: Sequence[int]) -> str:
+    """The table and all verdicts."""
+    verdicts = [
+        f"- {task}, {arm}: {verdict(found, task, arm, seeds)}"
+        for task in TASKS
+        for arm in list(ARMS)[1:]
+    ]
+    return "\n".join([table(found), "", *verdicts])
+
+
 def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -77,11 +87,7 @@ def main() -> None:
     found = read(args.out)
     if not found:
         raise SystemExit("no finished run")
-    print(table(found))
-    print()
-    for task in TASKS:
-        for arm in list(ARMS)[1:]:
-            print(f"- {task}, {arm}: {verdict(found, task, arm, SEEDS[args.size])}")
+    print(report(found, SEEDS[args.size]))
 
 
 if __name__ == "__main__":
