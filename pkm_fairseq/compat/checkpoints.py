@@ -59,7 +59,8 @@ def remove_leftovers_first(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def save_checkpoint(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if not cfg.no_save:
-            _temporary(Path(cfg.save_dir)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a worker that saves nothing may not write here
+                _temporary(Path(cfg.save_dir)).unlink()
         return stock(cfg, *args, **kwargs)
 
     return save_checkpoint

@@ -119,8 +119,8 @@ CURES: Tuple[Cure, ...] = (
     ),
     Cure(
         "fairseq.checkpoint_utils.save_checkpoint",
-        "it leaves the temporary file of a save that was killed, which takes disk space that the "
-        "next save may need",
+        "it does not remove a worker's temporary file of a save that was killed, and the next save "
+        "may need its disk space",
         FAIRSEQ,
         TESTS + "test_what_a_killed_save_left_is_removed_before_the_next",
         replace=checkpoints.remove_leftovers_first,

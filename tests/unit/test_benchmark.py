@@ -32,7 +32,12 @@ from pkm_fairseq.experiments.benchmark.textbook import (
     TextbookMemory,
     check_same_read,
 )
-from pkm_fairseq.experiments.benchmark.timing import compare, interleave, quartiles
+from pkm_fairseq.experiments.benchmark.timing import (
+    balanced_orders,
+    compare,
+    interleave,
+    quartiles,
+)
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory
 from pkm_fairseq.memory.kernels import Float8Table
 from pkm_fairseq.memory.observe.staleness import ReadTimes
@@ -241,6 +246,17 @@ def test_contestants_take_turns_and_only_their_steps_are_timed():
     first = [name for name, _ in clock.log[::2]]
     assert sorted(Counter(first).values()) == [2, 3]  # who comes first alternates
     assert all(one != two for one, two in itertools.pairwise(first))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
+def test_each_contestant_follows_every_other_one_equally_often(n):
+    names = [str(i) for i in range(n)]
+    orders = balanced_orders(names)
+    assert all(sorted(order) == names for order in orders)
+    places = [Counter(column) for column in zip(*orders, strict=True)]
+    assert all(len(set(place.values())) == 1 and len(place) == n for place in places)
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(pairs) == n * (n - 1) and len(set(pairs.values())) <= 1
 
 
 def test_no_round_is_an_error():

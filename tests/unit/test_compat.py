@@ -499,8 +499,11 @@ def test_what_a_killed_save_left_is_removed_before_the_next(tmp_path):
         left.write_bytes(b"half")
         cfg = argparse.Namespace(no_save=no_save, save_dir=str(tmp_path))
         assert save_checkpoint(cfg, "trainer") == room
-    gone = argparse.Namespace(no_save=False, save_dir=str(tmp_path / "gone"))
-    assert save_checkpoint(gone, "trainer")
+    file = tmp_path / "file"
+    file.touch()
+    for save_dir in (tmp_path / "gone", file):
+        cfg = argparse.Namespace(no_save=False, save_dir=str(save_dir))
+        assert save_checkpoint(cfg, "trainer")
 
 
 def test_elsewhere_than_on_the_local_disk_fairseq_does_it_itself(folder, monkeypatch):

@@ -221,7 +221,7 @@ def test_criteria_that_all_hold(study, results):
     ("arm", "changed", "recall", "which"),
     [
         ("wide", {}, 0.41, [0]),
-        ("plain", {"updates": 16_000}, 0.41, [1]),
+        ("plain", {"updates": 16_000}, 0.41, [1, 2]),
         ("resm_init", {"n_keys": 64}, 0.031, [4]),
         ("resm", {}, 0.41, [5]),
         ("pkm_init", {}, 0.50, [6]),
@@ -238,13 +238,28 @@ def test_one_seed_that_does_not_hold_decides(study, results, arm, changed, recal
     answers = said(study, {**results, run: changed_entry})
     before = said(study, results)
     assert [i for i, answer in enumerate(answers) if answer != before[i]] == which
-    assert all(answers[i] == "not supported" for i in which)
+    assert all(answers[i] == ("it cannot be said" if i == 2 else "not supported") for i in which)
+
+
+def test_capacity_or_updates_needs_all_seeds(study, results):
+    arms, _ = study
+    runs = [arms.Run("plain", 10_000, 16_000, seed, 2e-3) for seed in (1, 2, 3)]
+    near = entry(0.45, way={12_000: 0.45, 16_000: 0.45})
+    results[runs[2]] = near
+    assert said(study, results)[2] == "it cannot be said"
+    results |= {run: near for run in runs}
+    assert said(study, results)[2] == "the memory saved updates"
+    results |= {run: entry(0.2, way={12_000: 0.17, 16_000: 0.2}) for run in runs}  # it still learns
+    assert said(study, results)[2] == "it cannot be said"
 
 
 def test_values_that_hold_nothing_and_a_leak_are_seen(study, results):
     arms, _ = study
     run = arms.Run("resm_init", 10_000, 4_000, 2, 2e-3, 1e-2, 256)
-    assert said(study, {**results, run: entry(0.5, zeroed=0.2)})[3] == "not supported"
+    emptied = {**results, run: entry(0.5, zeroed=0.2)}
+    assert said(study, emptied)[3] == "not supported"
+    del emptied[arms.Run("resm_init", 10_000, 4_000, 3, 2e-3, 1e-2, 256)]
+    assert said(study, emptied)[3] == "not supported"  # one seed decides
     results[run]["control"]["by_name"]["recall"] = 0.03
     assert said(study, results)[9] == "not supported"
 
@@ -271,6 +286,8 @@ def test_a_rate_that_was_not_tried_leaves_a_criterion_open(study, results):
     assert not arms.is_tuned({**recalls, edge: 0.46}, size, "resm")
     del results[edge]
     assert said(study, results)[5] == "open, runs are missing"
+    del results[arms.Run("plain", 10_000, 4_000, 1, 1e-3)]
+    assert said(study, results)[0] == "open, runs are missing"
 
 
 def test_the_table_counts_stored_bits(study, results):
@@ -289,8 +306,9 @@ def test_the_page_has_the_table_and_the_picture_of_the_results(study, tmp_path):
     assert table.table(found) in page
     assert "\n".join(table.Criteria(found, size).lines()) in page
     table.draw_charts(found, size, tmp_path)
-    name = "facts_over_updates.svg"
-    assert (tmp_path / name).read_text() == (docs / "evidence" / name).read_text()
+    for name in ("facts_over_updates.svg", "facts_over_compute.svg"):
+        assert f"(evidence/{name})" in page
+        assert (tmp_path / name).read_text() == (docs / "evidence" / name).read_text()
     run = next(iter(found))
     found[run]["train"]["by_name"]["recall"] += 0.01
     assert table.table(found) not in page

@@ -21,8 +21,9 @@ def interleave(
 ) -> Dict[str, List[float]]:
     """Time contestants alternately, so that a slow phase of the machine affects all of them.
 
-    The order changes from round to round. Python's cyclic garbage collection is off meanwhile; with
-    fairseq imported it takes longer than a step.
+    The order changes from round to round, so that each contestant follows every other one about
+    equally often: a step can slow the one after it. Python's cyclic garbage collection is off
+    meanwhile; with fairseq imported it takes longer than a step.
 
     Args:
         contestants: what to time, by name.
@@ -38,16 +39,27 @@ def interleave(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, must be at least 1")
-    names = list(contestants)
-    seconds: Dict[str, List[float]] = {name: [] for name in names}
+    seconds: Dict[str, List[float]] = {name: [] for name in contestants}
+    orders = balanced_orders(list(contestants))
     with _no_collection():
         for turn in range(-warm_up, rounds):
-            first = turn % len(names)
-            for name in (*names[first:], *names[:first]):
+            for name in orders[turn % len(orders)]:
                 took = time_once(contestants[name](turn + warm_up), clock)
                 if turn >= 0:
                     seconds[name].append(took)
     return seconds
+
+
+def balanced_orders(names: Sequence[str]) -> List[List[str]]:
+    """Orders of names; within them, each name follows every other one equally often.
+
+    For an even number of names these are a Latin square (Williams 1949, "Experimental designs
+    balanced for the estimation of residual effects of treatments"), else it and its reverse.
+    """
+    n = len(names)
+    zigzag = [i // 2 if i % 2 == 0 else n - 1 - i // 2 for i in range(n)]  # 0, n - 1, 1, n - 2, ...
+    orders = [[names[(place + first) % n] for place in zigzag] for first in range(n)]
+    return orders + [order[::-1] for order in orders] if n % 2 else orders
 
 
 @contextmanager

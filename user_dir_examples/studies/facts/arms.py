@@ -111,6 +111,8 @@ def is_tuned(results: Results, size: Size, arm: str) -> bool:
     """Whether all rates of an arm were tried, so that its best one does not change any more."""
     rates, edges, name = size.rates, EDGES, "lr"
     if arm in MEMORIES:
+        if not is_tuned(results, size, "plain"):  # its rate is that of all but values
+            return False
         rates, edges, name = size.value_rates, VALUE_EDGES, "value_lr"
     known = {getattr(run, name) for run in tried(results, size, arm)}
     if not known.issuperset(rates):
