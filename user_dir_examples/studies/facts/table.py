@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen, is_tuned
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
@@ -250,7 +250,9 @@ def draw_charts(found: Found, size: Size, folder: Path) -> None:
             runs = [run for run in found if run in set(runs_of(arm))]
             axes.scatter([multiply_adds(run) for run in runs], [recalls[run] for run in runs],
                          color=colours[arm], label=arm, s=28)  # fmt: skip
-        axes.set(xlabel="multiply-adds per token", ylabel="recall by name", xscale="log")
+        axes.set(xlabel="multiply-adds per token", ylabel="recall by name", xlim=0, ylim=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
 
