@@ -18,6 +18,7 @@ def _work(rank: int, world: int, folder: Path, task: Callable[..., Any], args: A
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     torch.manual_seed(0)
     torch.save(task(rank, *args), folder / f"{rank}.pt")
+    dist.barrier()  # another worker may still be connecting to this one
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,10 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
+from fairseq.utils import import_user_module
 
 from ...memory.hosts import new_usage, observing, with_memories
-from ...plugin import register
+from ..runs.folders import PACKAGE
 from .layer import shortage
 from .output import Report
 from .settings import Settings
@@ -220,7 +222,7 @@ def build(model: Model, seed: int, save_dir: str) -> TrainedModel:
         seed: seed of its weights and of the batches.
         save_dir: the trainer's folder if a step crashes.
     """
-    register()
+    import_user_module(Namespace(user_dir=str(PACKAGE)))
     parser = options.get_training_parser()
     args = options.parse_args_and_arch(parser, model.command(save_dir))
     cfg = convert_namespace_to_omegaconf(args)
