@@ -136,7 +136,7 @@ def worker(main):
     """What a spawned worker hands over, as text."""
     try:
         command(main)
-    except Exception:
+    except Exception:  # of any kind, as torch's spawn hands it over
         return ProcessRaisedException(traceback.format_exc(), 0, 1)
 
 

@@ -6,19 +6,18 @@ And the parts of its step that read or write the table, against those in float32
 import gc
 from functools import partial
 from itertools import product
-from typing import Any, Callable, List
+from typing import Any, List
 
 import torch
 from torch import Tensor
 
 from ...memory import kernels
-from ...memory.gradient import FactoredGradient
 from ...memory.kernels.float8 import BYTES
 from . import subjects
 from .layer import FORWARD, TRAIN, Place, check, shortage, time_all
 from .machine import Memcpy
 from .output import Report
-from .parts import BYTES_OF_ENTRY, throughput
+from .parts import BYTES_OF_ENTRY, our_update, throughput
 from .settings import Settings
 from .subjects import ADAM, OURS, SLACK, TEXTBOOK, WIDTH, Subject
 from .timing import Prepare, compare, interleave
@@ -98,15 +97,9 @@ def _measure_parts(
 def step_of(part: str, subject: Subject, slots: Tensor, weights: Tensor, grad: Tensor) -> Prepare:
     """A part of a step; slots and weights are (N, T), the gradient of the read is (N, width)."""
     values: Any = subject.module.values.weight
-    (adam,) = subject.optimizers
-
-    def update(_: int) -> Callable[[], object]:
-        adam.zero_grad()
-        values.grad = FactoredGradient.of_read(values, slots, weights, grad)
-        return adam.step
-
     if part == UPDATE:
-        return update
+        (adam,) = subject.optimizers
+        return our_update(adam, values, slots, weights, grad)
     operand = grad if part == "gather_dot" else weights
     return lambda _: partial(getattr(kernels, part), values.detach(), slots, operand)
 

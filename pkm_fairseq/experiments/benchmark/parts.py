@@ -190,11 +190,6 @@ def update(setting: Setting, name: str) -> Contest:
     values = setting.memory.values.weight
     lazy = MemoryAdam([values], lr=LR, betas=BETAS, eps=EPS)
 
-    def ours(_: int) -> Callable[[], object]:
-        # as the backward pass does
-        values.grad = FactoredGradient.of_read(values, slots, weights, setting.grad)
-        return lazy.step
-
     table = setting.textbook.values.weight
     if name == SPARSE:
         optimizer: torch.optim.Optimizer = torch.optim.SparseAdam([table], LR, BETAS, EPS)
@@ -210,7 +205,29 @@ def update(setting: Setting, name: str) -> Contest:
 
     operands = slots.numel() * BYTES_OF_ENTRY
     tables = 2 * len(("values", *MOMENTS))  # each is read and written
+    ours = our_update(lazy, values, slots, weights, setting.grad)
     return Contest(ours, theirs, setting.bytes(tables, operands))
+
+
+def our_update(
+    adam: torch.optim.Optimizer, values: Any, slots: Tensor, weights: Tensor, grad: Tensor
+) -> Prepare:
+    """Our update of the values alone, with a gradient as the backward pass makes it.
+
+    Args:
+        adam: a ``MemoryAdam`` that has the values.
+        values: the table.
+        slots: (N, T).
+        weights: (N, T).
+        grad: the gradient of the read, (N, width).
+    """
+
+    def prepare(_: int) -> Callable[[], object]:
+        adam.zero_grad()
+        values.grad = FactoredGradient.of_read(values, slots, weights, grad)
+        return adam.step
+
+    return prepare
 
 
 class Timer(NamedTuple):

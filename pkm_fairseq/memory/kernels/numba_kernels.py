@@ -291,6 +291,7 @@ def _compile_adam_row(values, exp_avg, exp_avg_sq, slot, gradient, wide, setting
 
 
 def _adam_row_in_8_bits(values, exp_avg, exp_avg_sq, slot, gradient, wide, settings, chance):
+    """``_adam_row`` with moments in a ``Float8Table``, whose blocks are coded as a whole."""
     step_size, beta1, gain1, beta2, gain2, eps = settings
     seed, row = _seed(slot, chance), values[slot]
     avg, avg_sq = wide[0], wide[1]  # unpacked, they would not vectorise

@@ -150,10 +150,12 @@ class Criteria:
     def capacity_or_updates(self) -> Optional[str]:
         """Criterion 3."""
         ours, long = self.of("resm_init"), self.of("plain", updates=4 * self.size.updates)
-        pairs = [(a, b) for a, b in zip(ours, long, strict=True) if None not in (a, b)]
-        if len(pairs) < len(self.size.seeds):
+        comes_near = [
+            None if a is None or b is None else b >= a - 0.1
+            for a, b in zip(ours, long, strict=True)
+        ]
+        if None in comes_near:
             return None
-        comes_near = [a is not None and b is not None and b >= a - 0.1 for a, b in pairs]
         if all(comes_near):
             return "the memory saved updates"
         gains = []
