@@ -7,12 +7,13 @@ with unfinished runs stay open.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 from arms import ARMS, MEMORY_ARMS
-from table import answer, said
+from table import Claim, answer
 
 from pkm_fairseq.experiments.runs.study import median_and_range, write_results
 
@@ -92,58 +93,52 @@ class Claims:
     def __init__(self, found: Found, seeds: Sequence[int], tasks: Sequence[str]) -> None:
         self.found, self.seeds, self.tasks = found, seeds, tasks
 
-    def of(self, what: str, arm: str, remedy: str = "none") -> List[float]:
-        """The mean over tasks for each seed.
+    def of(self, what: str, arm: str, seed: int, remedy: str = "none") -> float:
+        """The mean over tasks.
 
         Raises:
             KeyError: a run is missing.
         """
-        results = [self.found[Key(arm, remedy, seed)] for seed in self.seeds]
-        return [mean(of[task][what] for task in self.tasks) for of in results]
+        result = self.found[Key(arm, remedy, seed)]
+        return mean(result[task][what] for task in self.tasks)
 
-    def gains(self, what: str, one: str, other: str, remedy: str = "none") -> List[float]:
-        """By how much an arm is above another one, without a remedy."""
-        pairs = zip(self.of(what, one, remedy), self.of(what, other), strict=True)
-        return [a - b for a, b in pairs]
+    def gain(self, what: str, one: str, other: str, seed: int, remedy: str = "none") -> float:
+        """By how much an arm is above another one, which has no remedy."""
+        return self.of(what, one, seed, remedy) - self.of(what, other, seed)
 
-    def pkm_is_worse(self) -> str:
+    def pkm_is_worse(self, seed: int) -> Tuple[bool, bool]:
         """Claim 10."""
-        gains = self.gains("score", "pkm", "plain")
-        return answer([gain <= -1 for gain in gains], [gain >= 1 for gain in gains])
+        gain = self.gain("score", "pkm", "plain", seed)
+        return gain <= -1, gain >= 1
 
-    def both_are_best(self) -> str:
+    def both_are_best(self, seed: int) -> Tuple[bool, bool]:
         """Claim 11."""
         others = [arm for arm in ARMS if arm != "resm_init"]
-        by_seed = list(zip(*(self.gains("score", "resm_init", arm) for arm in others), strict=True))
-        return answer([min(x) >= 1 for x in by_seed], [min(x) <= -1 for x in by_seed])
+        least = min(self.gain("score", "resm_init", arm, seed) for arm in others)
+        return least >= 1, least <= -1
 
-    def pkm_drifts_more(self) -> str:
+    def pkm_drifts_more(self, seed: int) -> Tuple[bool, bool]:
         """Claim 12."""
-        gains = self.gains("same", "resm_init", "pkm")
-        return answer([gain >= 5 for gain in gains], [gain <= -5 for gain in gains])
+        gain = self.gain("same", "resm_init", "pkm", seed)
+        return gain >= 5, gain <= -5
 
-    def helps(self, remedy: str, arm: str) -> str:
+    def helps(self, remedy: str, arm: str, seed: int) -> Tuple[bool, bool]:
         """Claims 13 and 14."""
-        stays = self.gains("same", arm, arm, remedy)
-        scores = self.gains("score", arm, arm, remedy)
-        pairs = list(zip(stays, scores, strict=True))
-        return answer(
-            [stay >= 5 and score >= -1 for stay, score in pairs],
-            [stay <= 0 or score <= -1 for stay, score in pairs],
-        )
+        stays = self.gain("same", arm, arm, seed, remedy)
+        score = self.gain("score", arm, arm, seed, remedy)
+        return stays >= 5 and score >= -1, stays <= 0 or score <= -1
 
     def lines(self) -> List[str]:
         """A line for each claim."""
-        claims: Dict[str, Callable[[], str]] = {
+        claims: Dict[str, Claim] = {
             "10, a PKM alone is worse than plain downstream": self.pkm_is_worse,
             "11, both remedies together are best downstream": self.both_are_best,
             "12, finetuning makes a PKM drift more": self.pkm_drifts_more,
         }
         for number, remedy in ((13, "freeze"), (14, "key_dropout")):
             for arm in ("pkm", "resm_init"):
-                name = f"{number}, {remedy} helps {arm}"
-                claims[name] = lambda remedy=remedy, arm=arm: self.helps(remedy, arm)
-        return [f"- {name}: {said(claim)}" for name, claim in claims.items()]
+                claims[f"{number}, {remedy} helps {arm}"] = partial(self.helps, remedy, arm)
+        return [f"- {name}: {answer(claim, self.seeds)}" for name, claim in claims.items()]
 
 
 def main() -> None:

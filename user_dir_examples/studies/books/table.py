@@ -9,15 +9,20 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from arms import ARMS, HIGH_VALUE_LR, MEMORY_ARMS, SIZES, VALUE_LR, Run, Size, run_of
+from arms import ARMS, HIGH_VALUE_LR, MEMORY_ARMS, SIZES, Run, Size, run_of
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
-from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
+from pkm_fairseq.experiments.runs.study import (
+    in_every,
+    median_and_range,
+    read_results,
+    write_results,
+)
 from pkm_fairseq.memory.files import write_file
 
 Found = Dict[Run, Dict[str, Any]]
@@ -60,117 +65,121 @@ def table(found: Found) -> str:
 # --- the claims of README.md ---------------------------------------------------------------------
 
 
+Claim = Callable[[int], Tuple[bool, bool]]  # in a seed: whether it holds, and its contrary does
+
+
 class Claims:
     """The answers for one number of slots."""
 
     def __init__(self, found: Found, size: Size, n_keys: int) -> None:
         self.found, self.size, self.n_keys = found, size, n_keys
 
-    def of(
-        self, arm: str, what: Callable[[Dict[str, Any]], float], **changed: float
-    ) -> List[float]:
-        """A number of an arm for each seed.
+    def of(self, arm: str, seed: int, **changed: float) -> Dict[str, Any]:
+        """What an arm found with a seed.
 
         Raises:
-            KeyError: a run is missing.
+            KeyError: the run is missing.
         """
-        runs = [run_of(self.size, arm, seed, self.n_keys, **changed) for seed in self.size.seeds]
-        return [what(self.found[run]) for run in runs]
+        return self.found[run_of(self.size, arm, seed, self.n_keys, **changed)]
 
-    def top1(self, arm: str) -> List[float]:
+    def top1(self, arm: str, seed: int) -> float:
         """Top-1 usage of an arm, in per cent."""
-        return self.of(arm, lambda result: 100 * result["usage"]["top1_usage"])
+        share: float = self.of(arm, seed)["usage"]["top1_usage"]
+        return 100 * share
 
-    def perplexity(self, arm: str, **changed: float) -> List[float]:
+    def perplexity(self, arm: str, seed: int, **changed: float) -> float:
         """Perplexity of an arm."""
-        return self.of(arm, lambda result: result["perplexity"], **changed)
+        perplexity: float = self.of(arm, seed, **changed)["perplexity"]
+        return perplexity
 
-    def stale(self) -> str:
+    def stale(self, seed: int) -> Tuple[bool, bool]:
         """Claim 1."""
-        topk = self.of("pkm", lambda result: 100 * result["usage"]["topk_usage"])
-        pairs = list(zip(self.top1("pkm"), topk, strict=True))
-        return answer([a < 50 and b > 95 for a, b in pairs], [a > 75 for a, _ in pairs])
+        top1, topk = self.top1("pkm", seed), 100 * self.of("pkm", seed)["usage"]["topk_usage"]
+        return top1 < 50 and topk > 95, top1 > 75
 
-    def init_raises(self) -> str:
+    def init_raises(self, seed: int) -> Tuple[bool, bool]:
         """Claim 2."""
-        gains = [
-            [b - a for a, b in zip(self.top1(arm), self.top1(f"{arm}_init"), strict=True)]
-            for arm in ("pkm", "resm")
-        ]
-        both = list(zip(*gains, strict=True))
-        return answer([min(pair) >= 5 for pair in both], [max(pair) <= -5 for pair in both])
+        gains = [self.top1(f"{arm}_init", seed) - self.top1(arm, seed) for arm in ("pkm", "resm")]
+        return min(gains) >= 5, max(gains) <= -5
 
-    def resm_raises(self) -> str:
+    def resm_raises(self, seed: int) -> Tuple[bool, bool]:
         """Claim 3."""
-        gains = [b - a for a, b in zip(self.top1("pkm"), self.top1("resm"), strict=True)]
-        return answer([gain >= 5 for gain in gains], [gain <= -5 for gain in gains])
+        gain = self.top1("resm", seed) - self.top1("pkm", seed)
+        return gain >= 5, gain <= -5
 
-    def exceeds(self) -> str:
+    def exceeds(self, seed: int) -> Tuple[bool, bool]:
         """Claim 4."""
-        usage = self.top1("resm_init")
-        return answer([share > 95 for share in usage], [share < 90 for share in usage])
+        usage = self.top1("resm_init", seed)
+        return usage > 95, usage < 90
 
-    def better(self, one: List[float], other: List[float]) -> str:
-        """Whether perplexities are at least 1 % lower."""
-        pairs = list(zip(one, other, strict=True))
-        return answer([a <= 0.99 * b for a, b in pairs], [a >= 1.01 * b for a, b in pairs])
+    def pkm_improves(self, seed: int) -> Tuple[bool, bool]:
+        """Claim 5."""
+        return better(self.perplexity("pkm", seed), self.perplexity("plain", seed))
 
-    def both_best(self) -> str:
+    def both_best(self, seed: int) -> Tuple[bool, bool]:
         """Claim 6."""
-        others = [self.perplexity(arm) for arm in ARMS if arm != "resm_init"]
-        pairs = list(zip(self.perplexity("resm_init"), zip(*others, strict=True), strict=True))
-        return answer(
-            [ours <= 0.99 * min(theirs) for ours, theirs in pairs],
-            [min(theirs) <= 0.99 * ours for ours, theirs in pairs],
-        )
+        ours = self.perplexity("resm_init", seed)
+        best = min(self.perplexity(arm, seed) for arm in ARMS if arm != "resm_init")
+        return ours <= 0.99 * best, best <= 0.99 * ours
 
-    def dip(self) -> str:
+    def dip(self, seed: int) -> Tuple[bool, bool]:
         """Claim 7."""
-        runs = [run_of(self.size, "pkm", seed, self.n_keys) for seed in self.size.seeds]
-        ways = [[100 * at["topk_usage"] for at in self.found[run]["way"]] for run in runs]
-        return answer(
-            [len(way) > 1 and min(way[1:]) <= way[-1] - 10 and way[-1] > 90 for way in ways],
-            [way[-1] == min(way) <= way[0] - 10 for way in ways],
-        )
+        way = [100 * at["topk_usage"] for at in self.of("pkm", seed)["way"]]
+        passes = len(way) > 1 and min(way[1:]) <= way[-1] - 10 and way[-1] > 90
+        return passes, way[-1] == min(way) <= way[0] - 10
 
-    def needed(self) -> str:
+    def needed(self, seed: int) -> Tuple[bool, bool]:
         """Claim 8."""
-        rises = self.of("resm_init", lambda r: r["ablated"]["zero"] / r["perplexity"])
-        return answer([rise >= 1.05 for rise in rises], [rise < 1.01 for rise in rises])
+        result = self.of("resm_init", seed)
+        rise = result["ablated"]["zero"] / result["perplexity"]
+        return rise >= 1.05, rise < 1.01
+
+    def high_rate_helps(self, seed: int) -> Tuple[bool, bool]:
+        """Claim 9."""
+        high = self.perplexity("resm_init", seed, value_lr=HIGH_VALUE_LR)
+        return better(high, self.perplexity("resm_init", seed))
 
     def lines(self) -> List[str]:
         """A line for each claim."""
-        claims: Dict[str, Callable[[], str]] = {
+        claims: Dict[str, Claim] = {
             "1, from scratch a memory goes stale": self.stale,
             "2, INIT raises usage": self.init_raises,
             "3, ResM raises usage": self.resm_raises,
             "4, INIT with ResM exceeds 95 %": self.exceeds,
-            "5, PKM improves perplexity": lambda: self.better(
-                self.perplexity("pkm"), self.perplexity("plain")
-            ),
+            "5, PKM improves perplexity": self.pkm_improves,
             "6, both remedies together are best": self.both_best,
             "7, the early dip passes": self.dip,
             "8, the memory is needed where it is used": self.needed,
         }
         if self.n_keys == self.size.n_keys[0]:
-            claims["9, a higher value rate helps"] = lambda: self.better(
-                self.perplexity("resm_init", value_lr=HIGH_VALUE_LR),
-                self.perplexity("resm_init", value_lr=VALUE_LR),
-            )
-        return [f"- {self.n_keys}²: {name}: {said(claim)}" for name, claim in claims.items()]
+            claims["9, a higher value rate helps"] = self.high_rate_helps
+        return [
+            f"- {self.n_keys}²: {name}: {answer(claim, self.size.seeds)}"
+            for name, claim in claims.items()
+        ]
 
 
-def answer(holds: List[bool], contrary: List[bool]) -> str:
-    """The answer to a claim from whether it, or its contrary, holds in each seed."""
-    return AGREES if all(holds) else CONTRARY if all(contrary) else UNCLEAR
+def better(one: float, other: float) -> Tuple[bool, bool]:
+    """Whether a perplexity is at least 1 % lower than another one, and at least 1 % higher."""
+    return one <= 0.99 * other, one >= 1.01 * other
 
 
-def said(claim: Callable[[], str]) -> str:
-    """The answer, or that runs are missing."""
-    try:
-        return claim()
-    except KeyError:
-        return f"{OPEN}, runs are missing"
+def answer(claim: Claim, seeds: Sequence[int]) -> str:
+    """The answer to a claim. It is open while finished seeds agree, and others are missing."""
+    found: List[Optional[Tuple[bool, bool]]] = []
+    for seed in seeds:
+        try:
+            found.append(claim(seed))
+        except KeyError:
+            found.append(None)
+    done = [of for of in found if of is not None]
+    for which, name in enumerate((AGREES, CONTRARY)):
+        holds = in_every(None if of is None else of[which] for of in found)
+        if holds:
+            return name
+        if holds is None and done:
+            return f"{OPEN}, {name} in {len(done)} of {len(seeds)} seeds"
+    return UNCLEAR if done else f"{OPEN}, runs are missing"
 
 
 # --- chart ---------------------------------------------------------------------------------------

@@ -1,80 +1,97 @@
 #!/usr/bin/env python3
 """The tables of the study, perplexity on old and new text by arm, and what the criteria say of it.
 
-Reads OUT/{runs,further}.seed<k>.{old,new}.json, writes OUT/results.json, prints Markdown. Given
-results.json itself, as results.json of this folder, it only prints. --svg draws the frontier.
+Reads OUT/runs/*/result.json and writes OUT/results.json; or reads a results.json, such as the one
+in this folder. Prints Markdown. Criteria with unfinished runs stay open. --svg draws the frontier.
 """
 
 import argparse
 import json
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from statistics import median
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
+from arms import PARTS, SIZES, Run, Size, runs_of
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
+from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
 from pkm_fairseq.memory.files import write_file
 
-KINDS = {  # by how an arm's name begins
+KINDS = {  # by kind of arm, its name in the picture
     "full": "everything",
-    "key_dropout": "everything, with key dropout",
+    "key dropout": "everything, with key dropout",
     "freeze": "everything but the memory",
     "values": "values",
     "slots": "slots",
+    "low rank": "low-rank additions",
+    "plain full": "plain: everything",
+    "plain low rank": "plain: low-rank additions",
 }
-START = "start"
-Arms = Dict[str, Dict[str, Any]]
+FIRST, HINTS = ("first",), ("first", "further")  # parts of the study
+LITTLE = 1.1  # perplexity of the old text, over that of the start: criteria 5 and 6
+Found = Dict[Run, Dict[str, Any]]
+Arm = Run  # an arm with its rates is its run with the first seed
 
 
-def read(out: Path, part: str) -> Arms:
-    """By arm, the perplexities of the seeds on both texts, and rows per update."""
-    found: Arms = {}
-    for text in ("old", "new"):
-        for file in sorted(out.glob(f"{part}.seed*.{text}.json")):
-            for checkpoint in json.loads(file.read_text())["checkpoints"]:
-                folder = Path(checkpoint["checkpoint"]).parent
-                arm = folder.name if folder.parent.name.startswith("seed") else START
-                perplexity = round(checkpoint["perplexity"], 4)
-                found.setdefault(arm, {}).setdefault(text, []).append(perplexity)
-    for arm, texts in found.items():
-        texts["rows"] = rows_of(out / part, arm)
-    return found
+def read(place: Path) -> Found:
+    """What each finished run found, in the form of results.json."""
+    if place.is_file():
+        results = json.loads(place.read_text())
+    else:
+        results = read_results(place)
+        write_results(place / "results.json", results)
+    return {Run(**result["run"]): result for result in results}
 
 
-def rows_of(runs: Path, arm: str) -> Dict[str, float]:
-    """Rows that an update read and was allowed to move, the mean over the logs of all seeds."""
-    sums: Dict[str, List[float]] = {}
-    for log in runs.glob(f"seed*/{arm}/train.log"):
-        for line in log.read_text().splitlines():
-            if "| train_inner | " in line:
-                logged = json.loads(line.split("| train_inner | ")[1])
-                for name in ("read", "chosen"):
-                    if f"value_rows_{name}" in logged:
-                        sums.setdefault(name, []).append(float(logged[f"value_rows_{name}"]))
-    return {name: round(sum(values) / len(values), 1) for name, values in sums.items()}
+def arms_of(size: Size, parts: Iterable[str] = PARTS) -> List[Arm]:
+    """The arms of some parts, each with its rates."""
+    first = size.seeds[0]
+    return [run for part in parts for run in runs_of(size, part) if run.seed == first]
 
 
-def cell(values: List[float]) -> str:
-    """Mean, and half of the range over the seeds."""
-    return f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+def seeds_of(arm: Arm, found: Found, size: Size) -> List[Dict[str, Any]]:
+    """What an arm found, for each finished seed."""
+    runs = [Run(arm.arm, arm.lr, arm.value_lr, seed) for seed in size.seeds]
+    return [found[run] for run in runs if run in found]
 
 
-def shown(arm: str) -> str:
-    """An arm for people."""
-    return arm.replace("_lr", ", lr ").replace("pct", " %").replace("_", " ")
+def shown(arm: Arm) -> str:
+    """An arm with its rates, for people."""
+    rate = f"{arm.lr or arm.value_lr:.0e}".replace("e-0", "e-")
+    return f"{arm.arm.replace('%', ' %')}, lr {rate}"
 
 
-def markdown(arms: Arms) -> str:
-    """A row for each arm."""
-    start = arms[START]["old"][0]
+def forgotten(result: Dict[str, Any]) -> float:
+    """Perplexity of the old text, over that of the start."""
+    ratio: float = result["old"] / result["start"]["old"]
+    return ratio
+
+
+def table(found: Found, size: Size, part: str) -> str:
+    """A row for each arm of a part, and for the starts."""
     lines = ["| arm | rows moved / read per update | old text | change | new text |"]
     lines += ["|---|--:|--:|--:|--:|"]
-    for arm, found in arms.items():
-        rows, old = found["rows"], found["old"]
-        moved = f"{rows['chosen']:,.0f} / {rows['read']:,.0f}" if rows else ""
-        change = 100 * (sum(old) / len(old) / start - 1)
-        cells = [shown(arm), moved, cell(old), f"{change:+.1f} %", cell(found["new"])]
+    arms = [arm for arm in arms_of(size, [part]) if seeds_of(arm, found, size)]
+    for start in dict.fromkeys(arm.start for arm in arms):
+        arm = next(arm for arm in arms if arm.start == start)
+        before = seeds_of(arm, found, size)[0]["start"]
+        name = "start" if start == "resm_init" else f"start, {start}"
+        lines.append(f"| {name} |  | {before['old']:.2f} |  | {before['new']:.2f} |")
+    for arm in arms:
+        results = seeds_of(arm, found, size)
+        rows = [[r[f"rows_{name}"] for r in results if f"rows_{name}" in r]
+                for name in ("chosen", "read")]  # fmt: skip
+        moved = " / ".join(f"{median(numbers):,.0f}" for numbers in rows if numbers)
+        old, new = (
+            median_and_range([r[text] for r in results], "{:.2f}") for text in ("old", "new")
+        )
+        change = 100 * (median(forgotten(r) for r in results) - 1)
+        cells = [shown(arm), moved, old, f"{change:+.1f} %", new]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -82,77 +99,126 @@ def markdown(arms: Arms) -> str:
 # --- the criteria of README.md -----------------------------------------------------------------
 
 
-def every_seed(one: Dict[str, Any], other: Dict[str, Any], holds: Callable[..., bool]) -> bool:
-    """Whether something holds of old and new perplexity of two arms in every seed."""
-    pairs = zip(one["old"], one["new"], other["old"], other["new"], strict=True)
-    return all(holds(*seed) for seed in pairs)
+def forgets_less(one: Dict[str, Any], other: Dict[str, Any]) -> bool:
+    """Criteria 1 and 4, in one seed."""
+    return forgotten(one) < forgotten(other) and one["new"] <= 1.02 * other["new"]
 
 
-def forgets_less(old: float, new: float, old2: float, new2: float) -> bool:
-    """Criteria 1 and 4."""
-    return old < old2 and new <= 1.02 * new2
+def dominates(one: Dict[str, Any], other: Dict[str, Any]) -> bool:
+    """Criteria 2, 5 and 6, in one seed."""
+    ours, theirs = (forgotten(one), one["new"]), (forgotten(other), other["new"])
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < 0.995 * b for a, b in pairs)
 
 
-def dominates(old: float, new: float, old2: float, new2: float) -> bool:
-    """Criterion 2."""
-    return old <= old2 and new <= new2 and (old < 0.995 * old2 or new < 0.995 * new2)
+Holds = Callable[[Dict[str, Any], Dict[str, Any]], bool]
 
 
-def verdicts(arms: Arms, further: Arms) -> List[str]:
-    """A line for each criterion; what arms show that were added later is a hint, no test."""
-    start = arms[START]["new"][0]
-    of = {
-        kind: [a for a in arms if a.startswith(f"{kind}_")] for kind in ("values", "slots", "full")
-    }
-    best = min(of["full"], key=lambda a: sum(arms[a]["new"]))
+class Verdicts:
+    """What the criteria say; without all runs of a part they stay open."""
 
-    every = {**arms, **further}
+    def __init__(self, found: Found, size: Size) -> None:
+        self.found, self.size = found, size
 
-    def pairs(ours: List[str], theirs: List[str], holds: Callable[..., bool]) -> List[str]:
+    def arms(self, kind: str, parts: Iterable[str] = FIRST) -> List[Arm]:
+        """The arms of a kind."""
+        return [arm for arm in arms_of(self.size, parts) if arm.kind == kind]
+
+    def of(self, arm: Arm) -> List[Dict[str, Any]]:
+        """What an arm found, for each seed."""
+        return seeds_of(arm, self.found, self.size)
+
+    def holds(self, one: Arm, other: Arm, claim: Holds) -> bool:
+        """Whether a claim holds of two arms in every seed."""
+        return all(claim(a, b) for a, b in zip(self.of(one), self.of(other), strict=True))
+
+    def pairs(self, ours: Iterable[Arm], theirs: Iterable[Arm], claim: Holds) -> str:
+        """The pairs of arms of which a claim holds in every seed."""
+        found = [pair for pair in product(ours, theirs) if self.holds(*pair, claim)]
+        return "; ".join(f"{shown(a)} over {shown(b)}" for a, b in found) or "not supported"
+
+    def values_over_full(self) -> str:
+        """Criterion 1."""
+        best = min(self.arms("full"), key=lambda arm: median(r["new"] for r in self.of(arm)))
+        return self.pairs(self.arms("values"), [best], forgets_less)
+
+    def few_slots(self) -> str:
+        """Criterion 3."""
+        said = []
+        for few in (arm for arm in self.arms("slots") if arm.arm == "slots 16"):
+            values = Run("values", few.lr, few.value_lr, few.seed)
+            most, least = (
+                choose(r["start"]["new"] - r["new"] for r in self.of(arm))
+                for arm, choose in ((few, max), (values, min))
+            )
+            if most < 0.1 * least:
+                said.append(f"{100 * most / least:.1f} % of values, {shown(few).split(', ')[1]}")
+        return "; ".join(said) or "not supported"
+
+    def less_than_full(self, kind: str) -> str:
+        """Criterion 4, for arms with equal rates."""
+        of = {arm.lr: arm for arm in self.arms(kind)}
+        pairs = [(of[full.lr], full) for full in self.arms("full") if full.lr in of]
+        found = [pair for pair in pairs if self.holds(*pair, forgets_less)]
+        return "; ".join(f"{shown(a)} over {shown(b)}" for a, b in found) or "not supported"
+
+    def dominated(self, kinds: Sequence[str]) -> str:
+        """Criteria 5 and 6: whether all arms of these kinds that forget little are dominated."""
+        ours = [*self.arms("values", HINTS), *self.arms("slots", HINTS)]
+        theirs = [
+            arm
+            for kind in kinds
+            for arm in self.arms(kind, PARTS)
+            if all(forgotten(result) <= LITTLE for result in self.of(arm))
+        ]
+        left = [arm for arm in theirs if not any(self.holds(our, arm, dominates) for our in ours)]
+        if not theirs:
+            return "not supported: no arm forgets so little"
+        return f"not supported: not {', nor '.join(map(shown, left))}" if left else "supported"
+
+    def lines(self) -> List[str]:
+        """A line for each criterion, and for hints."""
+        slots, values = self.arms("slots"), self.arms("values")
+        claims: List[Tuple[Iterable[str], str, Callable[[], str]]] = [
+            (FIRST, "1, values forget less than full", self.values_over_full),
+            (FIRST, "2, slots over values", lambda: self.pairs(slots, values, dominates)),
+            (FIRST, "3, T = 16 learns next to nothing", self.few_slots),
+        ]
+        for letter, kind in (("a", "key dropout"), ("b", "freeze")):
+            name = f"4{letter}, {kind} forgets less than full"
+            claims.append((FIRST, name, partial(self.less_than_full, kind)))
+        for one, other in (("slots", "values"), ("slots", "full"), ("full", "slots")):
+            name = f"both perplexities lower, of all arms, {one} over {other}"
+            ours, theirs = self.arms(one, HINTS), self.arms(other, HINTS)
+            claims.append((HINTS, name, partial(self.pairs, ours, theirs, dominates)))
+        for name, kinds in (
+            ("5, values or slots over a low-rank adapter", ["low rank"]),
+            ("6, values or slots over the plain model", ["plain full", "plain low rank"]),
+        ):
+            claims.append((PARTS, name, partial(self.dominated, kinds)))
         return [
-            f"{shown(a)} over {shown(b)}"
-            for a in ours
-            for b in theirs
-            if every_seed(every[a], every[b], holds)
+            f"- {name}: {claim() if self.complete(parts) else 'open, runs are missing'}"
+            for parts, name, claim in claims
         ]
 
-    learned = {
-        lr: max(start - x for x in arms[f"slots_16_lr{lr}"]["new"])
-        / min(start - x for x in arms[f"values_lr{lr}"]["new"])
-        for lr in ("1e-3", "1e-2")
-    }
-    found = {
-        "1, values forget less than full": pairs(of["values"], [best], forgets_less),
-        "2, slots over values": pairs(of["slots"], of["values"], dominates),
-        "3, T = 16 learns next to nothing": [
-            f"{100 * x:.1f} % of values, lr {lr}" for lr, x in learned.items() if x < 0.1
-        ],
-    }
-    for number, kind in enumerate(("key_dropout", "freeze")):
-        found[f"4{'ab'[number]}, {kind.replace('_', ' ')} forgets less than full"] = [
-            pair
-            for lr in ("1e-4", "1e-3")
-            for pair in pairs([f"{kind}_lr{lr}"], [f"full_lr{lr}"], forgets_less)
-        ]
-    for kind, other in (("slots", "values"), ("slots", "full"), ("full", "slots")):
-        named = [[a for a in every if a.startswith(f"{k}_")] for k in (kind, other)]
-        found[f"both perplexities lower, of all arms, {kind} over {other}"] = pairs(
-            *named, dominates
-        )
-    return [f"- {name}: {'; '.join(which) or 'not supported'}" for name, which in found.items()]
+    def complete(self, parts: Iterable[str]) -> bool:
+        """Whether all runs of some parts are finished."""
+        return all(run in self.found for part in parts for run in runs_of(self.size, part))
 
 
-def draw_frontier(arms: Arms, axes: Axes) -> None:
-    """Perplexity of the old text over that of the new one, each arm's mean over seeds."""
-    start = arms[START]
-    points = {kind: [arms[a] for a in arms if a.startswith(f"{kind}_")] for kind in KINDS}
-    for (kind, found), colour in zip(points.items(), COLOURS, strict=False):
-        means = [[sum(arm[text]) / len(arm[text]) for text in ("new", "old")] for arm in found]
-        axes.scatter(*zip(*means, strict=True), color=colour, s=28, zorder=3, label=KINDS[kind])
-    axes.scatter(start["new"][0], start["old"][0], color=COLOURS[-1], marker="*", s=80,
-                 label="before finetuning")  # fmt: skip
-    axes.set(xlabel="perplexity of the new text", ylabel="perplexity of the old text")
-    axes.set_ylim(start["old"][0] - 0.2, start["old"][0] + 4)
+def draw_frontier(found: Found, size: Size, axes: Axes) -> None:
+    """What is forgotten of the old text over perplexity of the new one, each arm's median."""
+    for (kind, label), colour in zip(KINDS.items(), COLOURS, strict=True):
+        of = [seeds_of(arm, found, size) for arm in arms_of(size) if arm.kind == kind]
+        of = [results for results in of if results]
+        if of:
+            new = [median(r["new"] for r in results) for results in of]
+            rise = [median(forgotten(r) - 1 for r in results) for results in of]
+            marker = "^" if kind.startswith("plain") else "o"
+            axes.scatter(new, rise, s=28, color=colour, marker=marker, zorder=3, label=label)
+    axes.set(xlabel="perplexity of the new text", ylabel="rise of the perplexity of the old text")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(-0.01, 0.25)
     axes.legend(title="trained", loc="upper right")
 
 
@@ -160,21 +226,17 @@ def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the folder that run.sh fills, or results.json")
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the frontier there")
     args = parser.parse_args()
-    out = args.out
-    if out.is_file():
-        report = json.loads(out.read_text())
-    else:
-        report = {part: read(out, part) for part in ("runs", "further")}
-        report = {part: arms for part, arms in report.items() if arms}
-        write_file(out / "results.json", json.dumps(report, indent=1) + "\n")
-    for part, arms in report.items():
-        print(f"{part}\n\n{markdown(arms)}\n")
-    print("\n".join(verdicts(report["runs"], report.get("further", {}))))
+    found, size = read(args.out), SIZES[args.size]
+    if not found:
+        raise SystemExit(f"{args.out}: no finished run")
+    for part in PARTS:
+        print(f"{part}\n\n{table(found, size, part)}\n")
+    print("\n".join(Verdicts(found, size).lines()))
     if args.svg:
-        arms = {**report["runs"], **report.get("further", {})}
-        write_file(args.svg, draw(lambda axes: draw_frontier(arms, axes)))
+        write_file(args.svg, draw(lambda axes: draw_frontier(found, size, axes)))
 
 
 if __name__ == "__main__":

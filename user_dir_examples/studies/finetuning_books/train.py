@@ -1,114 +1,160 @@
 #!/usr/bin/env python3
-"""The runs of the study, one after the other; what is finished is skipped.
-
-fairseq is imported once; each run is a child of this process, and ends as fairseq-train would.
-"""
+"""Run the study; finished runs are skipped. Each run ends with result.json in its folder."""
 
 import argparse
-import os
-import shlex
+import logging
+import lzma
+import subprocess
 import sys
+from argparse import Namespace
+from functools import cached_property
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
+from arms import HERE, LOW_RANK, PARTS, SIZES, Run, Size, runs_of
+from fairseq.utils import import_user_module
 
-# isort: off
-from fairseq_cli import train as fairseq_train
-import pkm_fairseq
-# isort: on
+from pkm_fairseq.experiments.data.prepare import binarise, load_sentencepiece, write_lines
+from pkm_fairseq.experiments.demo.evaluate import Loaded, evaluate, load, masked_batches
+from pkm_fairseq.experiments.runs.folders import key_of_files, make_once
+from pkm_fairseq.experiments.runs.logs import read_log
+from pkm_fairseq.experiments.runs.study import folder_of, train_and_measure
+from pkm_fairseq.experiments.runs.trainings import LAST, LOG
 
-SEEDS = (1, 2, 3)
-COMMON = shlex.split("""--task pkm_masked_lm --criterion pkm_masked_lm --tokens-per-sample 32
-    --max-positions 32 --arch resm_roberta_tiny --encoder-layers 3 --encoder-embed-dim 128
-    --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 --dropout 0 --attention-dropout 0
-    --memory-layers 1 --memory-n-keys 64 --memory-heads 4 --memory-knn 16 --memory-k-dim 64
-    --optimizer pkm_adam --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0 --batch-size 16
-    --lr-scheduler fixed --max-update 200 --num-workers 0 --cpu --no-epoch-checkpoints
-    --log-format json --log-interval 20 --disable-validation --no-save-optimizer-state
-    --memory-usage-interval 0 --required-batch-size-multiple 1""")
-
-
-def arms(background: Path) -> Dict[str, List[str]]:
-    """By arm, its options."""
-    found: Dict[str, List[str]] = {}
-    for lr in ("1e-4", "1e-3"):
-        found[f"full_lr{lr}"] = ["--lr", lr]
-        found[f"key_dropout_lr{lr}"] = ["--lr", lr, "--memory-key-dropout", "0.3"]
-        found[f"freeze_lr{lr}"] = ["--lr", lr, "--memory-freeze", "all"]
-    for lr in ("1e-3", "1e-2"):
-        values = ["--lr", "0", "--memory-value-lr", lr]
-        found[f"values_lr{lr}"] = [*values, "--memory-finetune", "values"]
-        for top in ("16", "64", "256", "1024", "50%"):
-            slots = ["--memory-finetune", "slots", "--memory-finetune-slots", top]
-            slots += ["--memory-background", str(background)]
-            found[f"slots_{top.replace('%', 'pct')}_lr{lr}"] = [*values, *slots]
-    return found
+NEW = "Immanuel Kant — Critique of Pure Reason"
+SPLITS = {"old": "test", "new": "valid"}  # of each text, the split that is evaluated
+TOKENS = {"old": 200_000, "new": 100_000}  # that reads of slots are counted on
+USAGE = HERE.parents[2] / "scripts" / "memory_usage.py"
 
 
-def further_arms(out: Path) -> Dict[str, List[str]]:
-    """By arm, the options of those that were added when the first table was there."""
-    slots = ["--memory-finetune", "slots", "--memory-background", str(out / "background.pt")]
-    by_count = ["--memory-finetune", "slots", "--memory-finetune-score", "count"]
-    once = [*slots, "--memory-finetune-scope", "data"]
-    once += ["--memory-finetune-counts", str(out / "new_counts.pt")]
-
-    def of_values(lr: str, choice: List[str], top: str = "") -> List[str]:
-        top_flags = ["--memory-finetune-slots", top] if top else []
-        return ["--lr", "0", "--memory-value-lr", lr, *choice, *top_flags]
-
-    return {
-        "full_lr1e-5": ["--lr", "1e-5", "--memory-value-lr", "1e-5"],
-        "full_lr3e-5": ["--lr", "3e-5", "--memory-value-lr", "3e-5"],
-        "values_lr3e-3": of_values("3e-3", ["--memory-finetune", "values"]),
-        "slots_1024_lr3e-2": of_values("3e-2", slots, "1024"),
-        "slots_50pct_lr3e-2": of_values("3e-2", slots, "50%"),
-        "slots_75pct_lr1e-2": of_values("1e-2", slots, "75%"),
-        "slots_50pct_by_count_lr1e-2": of_values("1e-2", by_count, "50%"),
-        "slots_1024_once_lr1e-2": of_values("1e-2", once, "1024"),
-        "slots_50pct_once_lr1e-2": of_values("1e-2", once, "50%"),
-    }
+def read_book(folder: Path, title: str) -> List[str]:
+    """The lines of a book."""
+    titles = (folder / "train.titles.txt").read_text(encoding="utf-8").splitlines()
+    with lzma.open(folder / "train.txt.xz", "rt", encoding="utf-8") as file:
+        books = file.read().strip("\n").split("\n\n")
+    if len(books) != len(titles) or title not in titles:
+        raise SystemExit(f"{folder}: {len(books)} books, {len(titles)} titles, or none is {title}")
+    return books[titles.index(title)].splitlines()
 
 
-def train(folder: Path, options: List[str]) -> int:
-    """Run fairseq-train in a child; its status."""
-    folder.mkdir(parents=True, exist_ok=True)
-    child = os.fork()
-    if child == 0:
-        log = os.open(folder / "train.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.argv = ["fairseq-train", *options, "--save-dir", str(folder)]
-        sys.exit(fairseq_train.cli_main())
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+class Study:
+    """The files of the study.
+
+    Args:
+        demo: the folder that the demo wrote.
+        books: the folder with train.txt.xz and its titles.
+        out: the folder to fill.
+        size: of the study.
+    """
+
+    def __init__(self, demo: Path, books: Path, out: Path, size: Size) -> None:
+        self.demo, self.books, self.out, self.size = demo, books, out, size
+        self.data = {"old": demo / "data" / "bin", "new": self._new_text()}
+
+    def _new_text(self) -> Path:
+        """The new book in the tokens of the demo; its last tenth is for validation."""
+
+        def make(folder: Path) -> None:
+            lines = read_book(self.books, NEW)
+            tokenizer = load_sentencepiece(self.demo / "data" / "spm.model")
+            pieces = [" ".join(line) for line in tokenizer.encode(lines, out_type=str)]
+            border = len(lines) * 9 // 10
+            files = {}
+            for split, part in (("train", pieces[:border]), ("valid", pieces[border:])):
+                files[split] = folder / f"{split}.pieces"
+                write_lines(files[split], part)
+            binarise(files, folder / "bin", self.demo / "data" / "bin" / "dict.txt")
+
+        key = key_of_files(self.books / "train.txt.xz", self.demo / "data" / "spm.model")
+        return make_once(self.out / "new", key, make) / "bin"
+
+    def start(self, arm: str) -> Path:
+        """A model of the demo."""
+        return self.demo / "arms" / arm / LAST
+
+    @cached_property
+    def counts(self) -> Dict[str, Path]:
+        """How often both texts read each slot of the start, counted if needed."""
+        files = {}
+        for text, data in self.data.items():
+            files[text] = file = self.out / f"counts.{text}.pt"
+            if not file.exists():
+                command = [sys.executable, str(USAGE), "--checkpoint", str(self.start("resm_init"))]
+                command += ["--data", str(data), "--split", "train", "--tokens", str(TOKENS[text])]
+                command += ["--save-counts", str(file)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return files
+
+    @cached_property
+    def held_out(self) -> Dict[str, Any]:
+        """Batches of both texts; the task of the start masks the same tokens for all models."""
+        tasks = {text: load(self.start("resm_init"), data).task for text, data in self.data.items()}
+        return {text: masked_batches(task, SPLITS[text]) for text, task in tasks.items()}
+
+    @cached_property
+    def starts(self) -> Dict[str, Dict[str, float]]:
+        """Perplexities of the models that are finetuned."""
+        return {arm: self.perplexities(self.start(arm)) for arm in ("resm_init", "plain")}
+
+    def perplexities(self, checkpoint: Path) -> Dict[str, float]:
+        """Perplexity of both texts."""
+        found = {}
+        for text, batches in self.held_out.items():
+            loaded: Loaded = load(checkpoint, self.data[text])
+            found[text] = round(evaluate(loaded.model, batches, loaded.task).ppl, 4)
+        return found
+
+    def flags(self, run: Run) -> List[str]:
+        """Options of fairseq-train for a run."""
+        flags = [str(self.data["new"]), "--user-dir", str(LOW_RANK)]
+        flags += ["--finetune-from-model", str(self.start(run.start))]
+        return [*flags, *run.flags(self.size, self.counts)]
+
+    def measure(self, run: Run) -> Dict[str, Any]:
+        """Perplexity before and after, and how many rows an update read and moved."""
+        folder = folder_of(self.out, run)
+        found = {"start": self.starts[run.start], **self.perplexities(folder / LAST)}
+        log = read_log(folder / LOG, "train_inner")
+        for name in ("read", "chosen"):
+            logged = [entry[f"value_rows_{name}"] for entry in log if f"value_rows_{name}" in entry]
+            if logged:
+                found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
+        return found
 
 
 def main() -> None:
-    """Train every arm with every seed."""
+    """Train and measure the runs that are not finished."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("start", type=Path, help="the checkpoint that all runs start from")
-    parser.add_argument("data", type=Path, help="the new text")
-    parser.add_argument(
-        "out", type=Path, help="has background.pt, gets runs/seed<k>/<arm>/, or further/"
-    )
-    parser.add_argument("--further", action="store_true", help="the arms that were added later")
+    parser.add_argument("demo", type=Path, help="the folder that the demo wrote")
+    parser.add_argument("books", type=Path, help="the folder with train.txt.xz and its titles")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=[*PARTS], help="only these")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    package = str(Path(pkm_fairseq.__file__).parent)
-    start = ["--user-dir", package, "--finetune-from-model", str(args.start)]
-    for seed in SEEDS:
-        chosen = further_arms(args.out) if args.further else arms(args.out / "background.pt")
-        for arm, options in chosen.items():
-            folder = args.out / ("further" if args.further else "runs") / f"seed{seed}" / arm
-            if (folder / "finished").exists():
-                continue
-            (folder / "checkpoint_last.pt").unlink(missing_ok=True)
-            command = [str(args.data), *start, *COMMON, *options, "--seed", str(seed)]
-            if train(folder, command):
-                raise SystemExit(f"{arm}, seed {seed} failed, see {folder / 'train.log'}")
-            (folder / "finished").touch()
-            print(f"seed {seed}: {arm}", flush=True)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
+    import_user_module(Namespace(user_dir=str(LOW_RANK)))
+    size, out = SIZES[args.size], args.out.resolve()
+    study = Study(args.demo.resolve(), args.books.resolve(), out, size)
+
+    def describe(result: Dict[str, Any]) -> str:
+        return f"perplexity of old text {result['old']:.2f}, of new {result['new']:.2f}"
+
+    train_and_measure(
+        [run for part in args.parts for run in runs_of(size, part)],
+        out,
+        args.workers,
+        lambda run: size.updates,
+        study.flags,
+        study.measure,
+        describe,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
