@@ -175,6 +175,33 @@ def test_results_of_several_places_are_one_table(study, results, tmp_path):
     assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")
 
 
+def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, capsys):
+    import train
+
+    arms, _ = study
+    known = tmp_path / "results.json"
+    run = arms.run_of(arms.SIZES["full"], "resm_init", 1, 64)
+    known.write_text(json.dumps([{"run": vars(run), **results[run]}]))
+    trained = []
+
+    def train_all(runs, out, data, size, workers):
+        trained.extend(runs)
+        for run in runs:
+            (out / "runs" / run.name).mkdir(parents=True)
+            result = {"run": vars(run), **entry(27.0, 0.5)}
+            (out / "runs" / run.name / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(train, "train_all", train_all)
+    monkeypatch.setattr(train, "PUBLISHED", known)
+    train.check("resm_init", tmp_path, tmp_path)
+    assert trained == [arms.Run("plain", 1, 6250), run]
+    here, before = capsys.readouterr().out.splitlines()
+    assert here.endswith("here: perplexity 27.00, top-1 usage 50.0 %")
+    assert before.endswith("in results.json: perplexity 26.00, top-1 usage 97.0 %")
+    with pytest.raises(ValueError, match=r"--check is 'none', must be an arm .*: resm_init"):
+        train.check("none", tmp_path, tmp_path)
+
+
 # --- downstream ----------------------------------------------------------------------------------
 
 

@@ -349,6 +349,6 @@ def test_a_reader_can_train_the_best_run_of_an_arm_again(study, tmp_path, monkey
     said = f"recall by name 25.00 %, in results.json {before:.2f} %"
     assert said in capsys.readouterr().out and before > 40
     with pytest.raises(
-        SystemExit, match=r"--check is 'none', must be an arm .*: .*plain, .*resm_init"
+        ValueError, match=r"--check is 'none', must be an arm .*: .*plain, .*resm_init"
     ):
         train.check("none", tmp_path)

@@ -122,6 +122,13 @@ def in_every(answers: Iterable[Optional[bool]]) -> Optional[bool]:
     return False if False in found else None if None in found else True
 
 
+def refuse_unknown_arm(arm: str, known: Iterable[str]) -> None:
+    """Raise ValueError if ``--check`` names an arm that has no results."""
+    arms = sorted(set(known))
+    if arm not in arms:
+        raise ValueError(f"--check is {arm!r}, must be an arm of results.json: {', '.join(arms)}")
+
+
 def write_results(file: Path, results: Sequence[Dict[str, Any]]) -> None:
     """Write results as JSON, one run a line."""
     lines = ",\n".join(json.dumps(result) for result in results)

@@ -2,13 +2,14 @@
 """Run the study; finished runs are skipped. Each run ends with result.json in its folder."""
 
 import argparse
+import json
 import logging
 import lzma
 from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from arms import SIZES, Run, Size, runs_in_order
+from arms import SIZES, Run, Size, run_of, runs_in_order
 
 from pkm_fairseq.experiments.data.prepare import (
     SPLITS,
@@ -19,10 +20,17 @@ from pkm_fairseq.experiments.data.prepare import (
 )
 from pkm_fairseq.experiments.demo.evaluate import ablations, evaluate, load, masked_batches
 from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish, key_of, key_of_files
-from pkm_fairseq.experiments.runs.study import folder_of, is_finished, train_and_measure
+from pkm_fairseq.experiments.runs.study import (
+    RESULT,
+    folder_of,
+    is_finished,
+    refuse_unknown_arm,
+    train_and_measure,
+)
 from pkm_fairseq.experiments.runs.trainings import LAST
 from pkm_fairseq.memory.observe.log import read_usage_log
 
+PUBLISHED = Path(__file__).with_name("results.json")
 SAMPLE = 10  # sentencepiece is trained on every tenth line
 SUMMARY = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling", "kl_weighted")
 
@@ -96,6 +104,13 @@ def way(file: Path, updates_before: int) -> List[Dict[str, Any]]:
     return found
 
 
+def describe(result: Dict[str, Any]) -> str:
+    """A result in one line."""
+    usage = result.get("usage")
+    top1 = f", top-1 usage {100 * usage['top1_usage']:.1f} %" if usage else ""
+    return f"perplexity {result['perplexity']:.2f}{top1}"
+
+
 def train_all(runs: List[Run], out: Path, data: Path, size: Size, workers: int) -> None:
     """Train and measure the runs that are not finished."""
 
@@ -108,17 +123,24 @@ def train_all(runs: List[Run], out: Path, data: Path, size: Size, workers: int) 
     def measure_run(run: Run) -> Dict[str, Any]:
         return measure(run, folder_of(out, run), data)
 
-    def describe(result: Dict[str, Any]) -> str:
-        usage = result.get("usage")
-        top1 = f", top-1 usage {100 * usage['top1_usage']:.1f} %" if usage else ""
-        return f"perplexity {result['perplexity']:.2f}{top1}"
-
     def is_ready(run: Run) -> bool:
         return not run.start or is_finished(out, run.start)
 
     train_and_measure(
         runs, out, workers, lambda run: run.own_updates, flags, measure_run, describe, is_ready
     )
+
+
+def check(arm: str, out: Path, data: Path) -> None:
+    """Train an arm again, and what it starts from, with the first seed and fewest slots."""
+    size = SIZES["full"]
+    known = {Run(**result["run"]): result for result in json.loads(PUBLISHED.read_text())}
+    refuse_unknown_arm(arm, (run.arm for run in known))
+    run = run_of(size, arm, size.seeds[0], size.n_keys[0])
+    train_all([run.start, run] if run.start else [run], out, data, size, workers=1)
+    found = json.loads((folder_of(out, run) / RESULT).read_text())
+    for where, result in (("here", found), ("in results.json", known[run])):
+        print(f"{run.name}, {where}: {describe(result)}")
 
 
 def main() -> None:
@@ -129,11 +151,18 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--check",
+        metavar="ARM",
+        help="train only this arm, with the first seed and fewest slots, and compare the result",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
     size, out = SIZES[args.size], args.out.resolve()
     data = prepare(args.books.resolve(), out, size)
+    if args.check:
+        return check(args.check, out, data)
     runs = [run for run in runs_in_order(size) if run.seed in (args.seeds or size.seeds)]
     train_all(runs, out, data, size, args.workers)
 

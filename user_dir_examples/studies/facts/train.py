@@ -19,6 +19,7 @@ from pkm_fairseq.experiments.runs.study import (
     folder_of,
     is_finished,
     read_results,
+    refuse_unknown_arm,
     train_and_measure,
 )
 from pkm_fairseq.experiments.runs.trainings import LAST
@@ -93,9 +94,7 @@ def recalls_of(results: List[Dict[str, Any]]) -> Results:
 def check(arm: str, out: Path) -> None:
     """Train the best run of an arm again, and what it starts from."""
     known = recalls_of(json.loads(PUBLISHED.read_text()))
-    if not any(run.arm == arm for run in known):
-        arms = ", ".join(sorted({run.arm for run in known}))
-        raise SystemExit(f"--check is {arm!r}, must be an arm of results.json: {arms}")
+    refuse_unknown_arm(arm, (run.arm for run in known))
     run = best(known, SIZES["full"], arm)
     train_all([run.start, run] if run.start else [run], out, workers=1)
     found, before = recalls_of(read_results(out))[run], known[run]

@@ -21,7 +21,13 @@ from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import make_once
 from pkm_fairseq.experiments.runs.logs import read_log
-from pkm_fairseq.experiments.runs.study import RESULT, folder_of, read_results, train_and_measure
+from pkm_fairseq.experiments.runs.study import (
+    RESULT,
+    folder_of,
+    read_results,
+    refuse_unknown_arm,
+    train_and_measure,
+)
 from pkm_fairseq.experiments.runs.trainings import LAST, LOG
 from pkm_fairseq.memory.delta import APART, VALUES
 from pkm_fairseq.models.checkpoints import read_checkpoint
@@ -177,9 +183,7 @@ def train_all(study: Study, runs: List[Run], workers: int) -> None:
 def check(study: Study, arm: str) -> None:
     """Train the best run of an arm again, with the first seed, and compare what it keeps."""
     known = {Run(**result["run"]): result for result in json.loads(PUBLISHED.read_text())}
-    if not any(run.arm == arm for run in known):
-        arms = ", ".join(sorted({run.arm for run in known}))
-        raise SystemExit(f"--check is {arm!r}, must be an arm of results.json: {arms}")
+    refuse_unknown_arm(arm, (run.arm for run in known))
     run = best(known, study.size, arm)
     train_all(study, [run], workers=1)
     for where, result in (("here", study.results()[run]), ("in results.json", known[run])):
