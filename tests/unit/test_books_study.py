@@ -193,6 +193,7 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(train, "train_all", train_all)
     monkeypatch.setattr(train, "PUBLISHED", known)
+    monkeypatch.setattr(train, "prepare", lambda books, out, size: tmp_path)
     train.check("resm_init", tmp_path, tmp_path)
     assert trained == [arms.Run("plain", 1, 6250), run]
     here, before = capsys.readouterr().out.splitlines()
@@ -200,6 +201,8 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
     assert before.endswith("in results.json: perplexity 26.00, top-1 usage 97.0 %")
     with pytest.raises(ValueError, match=r"--check is 'none', must be an arm .*: resm_init"):
         train.check("none", tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"--check is 'pkm', must be an arm .*: resm_init"):
+        train.check("pkm", tmp_path, tmp_path)
 
 
 # --- downstream ----------------------------------------------------------------------------------

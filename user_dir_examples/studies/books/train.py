@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from arms import SIZES, Run, Size, run_of, runs_in_order
+from arms import ARMS, SIZES, Run, Size, run_of, runs_in_order
 
 from pkm_fairseq.experiments.data.prepare import (
     SPLITS,
@@ -131,12 +131,14 @@ def train_all(runs: List[Run], out: Path, data: Path, size: Size, workers: int) 
     )
 
 
-def check(arm: str, out: Path, data: Path) -> None:
+def check(arm: str, books: Path, out: Path) -> None:
     """Train an arm again, and what it starts from, with the first seed and fewest slots."""
     size = SIZES["full"]
+    first, few = size.seeds[0], size.n_keys[0]
     known = {Run(**result["run"]): result for result in json.loads(PUBLISHED.read_text())}
-    refuse_unknown_arm(arm, (run.arm for run in known))
-    run = run_of(size, arm, size.seeds[0], size.n_keys[0])
+    runs = {name: run_of(size, name, first, few) for name in ARMS}
+    refuse_unknown_arm(arm, (name for name, run in runs.items() if run in known))
+    run, data = runs[arm], prepare(books, out, size)
     train_all([run.start, run] if run.start else [run], out, data, size, workers=1)
     found = json.loads((folder_of(out, run) / RESULT).read_text())
     for where, result in (("here", found), ("in results.json", known[run])):
@@ -159,10 +161,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
-    size, out = SIZES[args.size], args.out.resolve()
-    data = prepare(args.books.resolve(), out, size)
+    size, out, books = SIZES[args.size], args.out.resolve(), args.books.resolve()
     if args.check:
-        return check(args.check, out, data)
+        if args.seeds or args.size != "full":
+            parser.error("--check has its own seed and size: leave out --seeds and --size")
+        return check(args.check, books, out)
+    data = prepare(books, out, size)
     runs = [run for run in runs_in_order(size) if run.seed in (args.seeds or size.seeds)]
     train_all(runs, out, data, size, args.workers)
 

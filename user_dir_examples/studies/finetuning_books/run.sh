@@ -9,7 +9,7 @@ if [ $# -lt 3 ] || [ $# -gt 4 ] || [ "${4-toy}" != toy ]; then
     echo "usage: run.sh DEMO BOOKS OUT [toy]" >&2
     exit 2
 fi
-for file in "$1/arms/resm_init/checkpoint_last.pt" "$2/train.txt.xz" "$2/train.titles.txt"; do
+for file in "$1"/arms/{resm_init,plain}/checkpoint_last.pt "$2/train.txt.xz" "$2/train.titles.txt"; do
     [ -f "$file" ] || { echo "run.sh: no file $file" >&2; exit 2; }
 done
 mkdir -p "$3"
