@@ -8,7 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from .studies import imported
+from .studies import STUDIES, imported
+
+DOCS = STUDIES.parents[1] / "docs"
 
 
 @pytest.fixture
@@ -203,6 +205,18 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
         train.check("none", tmp_path, tmp_path)
     with pytest.raises(ValueError, match=r"--check is 'pkm', must be an arm .*: resm_init"):
         train.check("pkm", tmp_path, tmp_path)
+
+
+def test_the_page_has_the_table_the_answers_and_the_picture_of_the_results(study):
+    arms, table = study
+    size = arms.SIZES["full"]
+    found = table.read([STUDIES / "books/results.json"])
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert table.report(found, size) in page
+    picture = table.draw(lambda axes: table.draw_usage(found, size, 64, axes))
+    assert picture == (DOCS / "evidence/books_usage_64.svg").read_text()
+    found[arms.run_of(size, "plain", 1, 64)]["perplexity"] += 1
+    assert table.report(found, size) not in page
 
 
 # --- downstream ----------------------------------------------------------------------------------

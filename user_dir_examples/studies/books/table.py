@@ -182,6 +182,15 @@ def answer(claim: Claim, seeds: Sequence[int]) -> str:
     return UNCLEAR if done else f"{OPEN}, runs are missing"
 
 
+def report(found: Found, size: Size) -> str:
+    """The table, and the answers for each number of slots that has runs."""
+    lines = [table(found), ""]
+    for n_keys in size.n_keys:
+        if any(run.n_keys == n_keys for run in found):
+            lines += Claims(found, size, n_keys).lines()
+    return "\n".join(lines)
+
+
 # --- chart ---------------------------------------------------------------------------------------
 
 
@@ -215,10 +224,7 @@ def main() -> None:
         raise SystemExit(f"{', '.join(map(str, args.out))}: no finished run")
     if args.json:
         write_results(args.json, list(found.values()))
-    print(table(found))
-    print()
-    for n_keys in size.n_keys:
-        print("\n".join(Claims(found, size, n_keys).lines()))
+    print(report(found, size))
     if args.svg:
         for n_keys in size.n_keys:
             if any(run.n_keys == n_keys for run in found):
