@@ -8,15 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from .studies import STUDIES, imported
+from .studies import STUDIES, fixture_of
 
 DOCS = STUDIES.parents[1] / "docs"
 
 
-@pytest.fixture
-def study(monkeypatch):
-    with imported("books", monkeypatch) as modules:
-        yield modules
+study = fixture_of("books")
 
 
 def entry(perplexity, top1=0.0, topk=1.0, zeroed=None, way=(1.0, 0.5, 1.0)):

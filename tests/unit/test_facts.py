@@ -20,7 +20,7 @@ from pkm_fairseq.experiments.facts.people import (
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.runs.trainings import clear
 
-from .studies import STUDIES, imported
+from .studies import STUDIES, fixture_of
 
 STUDY = STUDIES / "facts"
 N = 64
@@ -125,10 +125,7 @@ def test_other_text_is_refused(people, tmp_path):
 # --- the study ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def study(monkeypatch):
-    with imported("facts", monkeypatch) as modules:
-        yield modules
+study = fixture_of("facts")
 
 
 def entry(recall, zeroed=0.01, way=None):

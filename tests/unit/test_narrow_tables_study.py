@@ -4,13 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from .studies import STUDIES, imported
+from .studies import STUDIES, fixture_of
 
-
-@pytest.fixture
-def study(monkeypatch):
-    with imported("narrow_tables", monkeypatch) as modules:
-        yield modules
+study = fixture_of("narrow_tables")
 
 
 @pytest.fixture

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from .studies import STUDIES, imported
+from .studies import STUDIES, fixture_of
 
 STUDY = STUDIES / "new_people"
 
 
-@pytest.fixture
-def study(monkeypatch):
-    with imported("new_people", monkeypatch) as modules:
-        yield modules
+study = fixture_of("new_people")
 
 
 def point(old, new, control=0.01):

@@ -5,16 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from .studies import STUDIES, imported
+from .studies import STUDIES, fixture_of
 
 DOCS = STUDIES.parents[1] / "docs"
 START = {"old": 20.0, "new": 40.0}
 
 
-@pytest.fixture
-def study(monkeypatch):
-    with imported("finetuning_books", monkeypatch) as modules:
-        yield modules
+study = fixture_of("finetuning_books")
 
 
 @pytest.fixture

@@ -148,6 +148,17 @@ def median_and_range(values: Sequence[float], text: str = "{:.1f}") -> str:
     return f"{shown} ({text.format(min(values))} to {text.format(max(values))})"
 
 
-def read_results(out: Path) -> List[Dict[str, Any]]:
-    """The results of all finished runs, by the names of their folders."""
-    return [json.loads(file.read_text()) for file in sorted(out.glob(f"runs/*/{RESULT}"))]
+def collect_results(place: Path) -> List[Dict[str, Any]]:
+    """As ``read_results``; the results of a folder are written to its results.json, too."""
+    found = read_results(place)
+    if not place.is_file():
+        write_results(place / "results.json", found)
+    return found
+
+
+def read_results(place: Path) -> List[Dict[str, Any]]:
+    """The results in a results.json, or those of all finished runs in a study's folder."""
+    if place.is_file():
+        stored: List[Dict[str, Any]] = json.loads(place.read_text())
+        return stored
+    return [json.loads(file.read_text()) for file in sorted(place.glob(f"runs/*/{RESULT}"))]

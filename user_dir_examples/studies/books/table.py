@@ -6,7 +6,6 @@ with unfinished runs stay open.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -33,8 +32,7 @@ def read(places: List[Path]) -> Found:
     """What finished runs found, in the form of results.json; of two equal runs the last counts."""
     found: Found = {}
     for place in places:
-        results = json.loads(place.read_text()) if place.is_file() else read_results(place)
-        found.update({Run(**result["run"]): result for result in results})
+        found.update({Run(**result["run"]): result for result in read_results(place)})
     return found
 
 

@@ -24,6 +24,7 @@ from pkm_fairseq.experiments.runs.study import (
     RESULT,
     folder_of,
     is_finished,
+    read_results,
     refuse_unknown_arm,
     train_and_measure,
 )
@@ -135,7 +136,7 @@ def check(arm: str, books: Path, out: Path) -> None:
     """Train an arm again, and what it starts from, with the first seed and fewest slots."""
     size = SIZES["full"]
     first, few = size.seeds[0], size.n_keys[0]
-    known = {Run(**result["run"]): result for result in json.loads(PUBLISHED.read_text())}
+    known = {Run(**result["run"]): result for result in read_results(PUBLISHED)}
     runs = {name: run_of(size, name, first, few) for name in ARMS}
     refuse_unknown_arm(arm, (name for name, run in runs.items() if run in known))
     run, data = runs[arm], prepare(books, out, size)

@@ -6,7 +6,6 @@ as the one in this folder, it only prints. Criteria with unfinished runs stay op
 """
 
 import argparse
-import json
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +33,7 @@ Found = Dict[Run, Dict[str, Any]]
 def read(out: Path) -> Found:
     """The measurements of each finished run, in the form of results.json."""
     if out.is_file():
-        return {Run(**entry["run"]): entry for entry in json.loads(out.read_text())}
+        return {Run(**entry["run"]): entry for entry in read_results(out)}
     found: Found = {}
     for entry in read_results(out):
         for part in (entry["train"], entry["control"], *entry["way"].values()):

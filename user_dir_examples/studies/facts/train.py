@@ -2,7 +2,6 @@
 """Run the study; finished runs are skipped. Each run ends with result.json in its folder."""
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
@@ -93,7 +92,7 @@ def recalls_of(results: List[Dict[str, Any]]) -> Results:
 
 def check(arm: str, out: Path) -> None:
     """Train the best run of an arm again, and what it starts from."""
-    known = recalls_of(json.loads(PUBLISHED.read_text()))
+    known = recalls_of(read_results(PUBLISHED))
     refuse_unknown_arm(arm, (run.arm for run in known))
     run = best(known, SIZES["full"], arm)
     train_all([run.start, run] if run.start else [run], out, workers=1)

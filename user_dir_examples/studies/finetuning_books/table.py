@@ -6,7 +6,6 @@ in this folder. Prints Markdown. Criteria with unfinished runs stay open. --svg 
 """
 
 import argparse
-import json
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
-from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
+from pkm_fairseq.experiments.runs.study import collect_results, median_and_range
 from pkm_fairseq.memory.files import write_file
 
 KINDS = {  # by kind of arm, its name in the picture
@@ -40,12 +39,7 @@ Arm = Run  # an arm with its rates is its run with the first seed
 
 def read(place: Path) -> Found:
     """What each finished run found, in the form of results.json."""
-    if place.is_file():
-        results = json.loads(place.read_text())
-    else:
-        results = read_results(place)
-        write_results(place / "results.json", results)
-    return {Run(**result["run"]): result for result in results}
+    return {Run(**result["run"]): result for result in collect_results(place)}
 
 
 def arms_of(size: Size, parts: Iterable[str] = PARTS) -> List[Arm]:
@@ -61,9 +55,13 @@ def seeds_of(arm: Arm, found: Found, size: Size) -> List[Dict[str, Any]]:
 
 
 def shown(arm: Arm) -> str:
-    """An arm with its rates, for people."""
-    rate = f"{arm.lr or arm.value_lr:.0e}".replace("e-0", "e-")
-    return f"{arm.arm.replace('%', ' %')}, lr {rate}"
+    """An arm with its rate, for people."""
+    return f"{arm.arm.replace('%', ' %')}, {rate_of(arm)}"
+
+
+def rate_of(arm: Arm) -> str:
+    """The rate of an arm, for people."""
+    return f"lr {arm.lr or arm.value_lr:.0e}".replace("e-0", "e-")
 
 
 def forgotten(result: Dict[str, Any]) -> float:
@@ -132,15 +130,15 @@ class Verdicts:
         """Whether a claim holds of two arms in every seed."""
         return all(claim(a, b) for a, b in zip(self.of(one), self.of(other), strict=True))
 
-    def pairs(self, ours: Iterable[Arm], theirs: Iterable[Arm], claim: Holds) -> str:
-        """The pairs of arms of which a claim holds in every seed."""
-        found = [pair for pair in product(ours, theirs) if self.holds(*pair, claim)]
+    def pairs(self, of: Iterable[Tuple[Arm, Arm]], claim: Holds) -> str:
+        """Those pairs of arms of which a claim holds in every seed."""
+        found = [pair for pair in of if self.holds(*pair, claim)]
         return "; ".join(f"{shown(a)} over {shown(b)}" for a, b in found) or "not supported"
 
     def values_over_full(self) -> str:
         """Criterion 1."""
         best = min(self.arms("full"), key=lambda arm: median(r["new"] for r in self.of(arm)))
-        return self.pairs(self.arms("values"), [best], forgets_less)
+        return self.pairs(product(self.arms("values"), [best]), forgets_less)
 
     def few_slots(self) -> str:
         """Criterion 3."""
@@ -152,15 +150,14 @@ class Verdicts:
                 for arm, choose in ((few, max), (values, min))
             )
             if most < 0.1 * least:
-                said.append(f"{100 * most / least:.1f} % of values, {shown(few).split(', ')[1]}")
+                said.append(f"{100 * most / least:.1f} % of values, {rate_of(few)}")
         return "; ".join(said) or "not supported"
 
     def less_than_full(self, kind: str) -> str:
         """Criterion 4, for arms with equal rates."""
         of = {arm.lr: arm for arm in self.arms(kind)}
         pairs = [(of[full.lr], full) for full in self.arms("full") if full.lr in of]
-        found = [pair for pair in pairs if self.holds(*pair, forgets_less)]
-        return "; ".join(f"{shown(a)} over {shown(b)}" for a, b in found) or "not supported"
+        return self.pairs(pairs, forgets_less)
 
     def dominated(self, kinds: Sequence[str]) -> str:
         """Criteria 5 and 6: whether all arms of these kinds that forget little are dominated."""
@@ -178,10 +175,10 @@ class Verdicts:
 
     def lines(self) -> List[str]:
         """A line for each criterion, and for hints."""
-        slots, values = self.arms("slots"), self.arms("values")
+        slots_and_values = product(self.arms("slots"), self.arms("values"))
         claims: List[Tuple[Iterable[str], str, Callable[[], str]]] = [
             (FIRST, "1, values forget less than full", self.values_over_full),
-            (FIRST, "2, slots over values", lambda: self.pairs(slots, values, dominates)),
+            (FIRST, "2, slots over values", partial(self.pairs, slots_and_values, dominates)),
             (FIRST, "3, T = 16 learns next to nothing", self.few_slots),
         ]
         for letter, kind in (("a", "key dropout"), ("b", "freeze")):
@@ -189,8 +186,8 @@ class Verdicts:
             claims.append((FIRST, name, partial(self.less_than_full, kind)))
         for one, other in (("slots", "values"), ("slots", "full"), ("full", "slots")):
             name = f"both perplexities lower, of all arms, {one} over {other}"
-            ours, theirs = self.arms(one, HINTS), self.arms(other, HINTS)
-            claims.append((HINTS, name, partial(self.pairs, ours, theirs, dominates)))
+            pairs = product(self.arms(one, HINTS), self.arms(other, HINTS))
+            claims.append((HINTS, name, partial(self.pairs, pairs, dominates)))
         for name, kinds in (
             ("5, values or slots over a low-rank adapter", ["low rank"]),
             ("6, values or slots over the plain model", ["plain full", "plain low rank"]),

@@ -109,7 +109,7 @@ class Study:
         """Options of fairseq-train for a run."""
         flags = [str(self.data["new"]), "--user-dir", str(LOW_RANK)]
         flags += ["--finetune-from-model", str(self.start(run.start))]
-        return [*flags, *run.flags(self.size, self.counts)]
+        return [*flags, *run.flags(self.size, self.counts if run.kind == "slots" else {})]
 
     def measure(self, run: Run) -> Dict[str, Any]:
         """Perplexity before and after, and how many rows an update read and moved."""

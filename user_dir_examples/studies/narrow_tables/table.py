@@ -6,14 +6,13 @@ as the one in this folder, it only prints. Verdicts with unfinished runs stay op
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Dict, List, Sequence
 
 from arms import ARMS, BYTES, SEEDS, TASKS, Run
 
-from pkm_fairseq.experiments.runs.study import median_and_range, read_results, write_results
+from pkm_fairseq.experiments.runs.study import collect_results, median_and_range
 
 MEASURES = {"text": "perplexity", "facts": "recall"}
 Found = Dict[Run, float]
@@ -21,11 +20,8 @@ Found = Dict[Run, float]
 
 def read(out: Path) -> Found:
     """Perplexity or recall of each finished run."""
-    results = json.loads(out.read_text()) if out.is_file() else read_results(out)
-    if not out.is_file():
-        write_results(out / "results.json", results)
     found = {}
-    for result in results:
+    for result in collect_results(out):
         run = Run(**result["run"])
         found[run] = result[MEASURES[run.task]]
     return found

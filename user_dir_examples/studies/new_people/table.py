@@ -6,7 +6,6 @@ as the one in this folder, it only prints. Criteria with unfinished runs stay op
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -18,10 +17,9 @@ from matplotlib.ticker import PercentFormatter
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.runs.study import (
+    collect_results,
     in_every,
     median_and_range,
-    read_results,
-    write_results,
 )
 from pkm_fairseq.memory.files import write_file
 
@@ -30,12 +28,7 @@ DRAWN = ("full", "values", "slots_24000", "slots_24000_once", "low_rank", "freez
 
 def read(out: Path) -> Results:
     """What each finished run found, in the form of results.json."""
-    if out.is_file():
-        found = json.loads(out.read_text())
-    else:
-        found = read_results(out)
-        write_results(out / "results.json", found)
-    return {Run(**result["run"]): result for result in found}
+    return {Run(**result["run"]): result for result in collect_results(out)}
 
 
 def shown(arm: str) -> str:
