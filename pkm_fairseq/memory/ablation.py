@@ -73,12 +73,16 @@ def measure_ablations(
         Results by memory layer (as text, or "all" for all memories), then by kind of ``ablated``.
     """
     parts: Dict[str, Optional[List[int]]] = {"all": None}
-    parts.update({str(layer): [layer] for layer in model.memory_layers()})
+    layers = list(model.memory_layers())
+    if len(layers) > 1:
+        parts.update({str(layer): [layer] for layer in layers})
     found: Dict[str, Dict[str, Measured]] = {part: {} for part in parts}
-    for part, layers in parts.items():
+    for part, of_part in parts.items():
         for kind in ABLATIONS:
-            with ablated(model, kind, layers):
+            with ablated(model, kind, of_part):
                 found[part][kind] = measure()
+    if len(layers) == 1:  # the only memory is all of them
+        found[str(layers[0])] = dict(found["all"])
     return found
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pkm_fairseq.experiments.demo.evaluate import ablations, evaluate
-from pkm_fairseq.memory.ablation import ABLATIONS, ablated
+from pkm_fairseq.memory.ablation import ABLATIONS, ablated, measure_ablations
 from tests.helpers import batch, build, mlm_sample, small_dictionary, small_task
 
 DICTIONARY = small_dictionary()
@@ -101,3 +101,15 @@ def test_perplexities_of_all_memories_and_of_each():
         assert set(part) == {"zero", "permuted", "top1"}
         assert all(abs(ppl - whole) > 1e-3 for ppl in part.values())
     assert ablations(build("roberta", DICTIONARY).eval(), batches, TASK) == {}
+
+
+def test_an_only_memory_is_measured_once():
+    model, measured = model_of(memory_layers=[2]), []
+
+    def measure():
+        measured.append(output(model))
+        return len(measured)
+
+    found = measure_ablations(model, measure)
+    assert found["all"] == found["2"] == {"zero": 1, "permuted": 2, "top1": 3}
+    assert len(measured) == 3

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -64,13 +65,13 @@ def test_an_arm_with_init_goes_on_in_plains_schedule(study):
     arms, _ = study
     size = arms.SIZES["full"]
     run = arms.run_of(size, "pkm_init", 2, 64)
-    assert run.start == arms.Run("plain", 2, 6250)
+    assert run.start == arms.Run("plain", 2, 12_500)
     flags = run.flags(size)
     given = dict(pairwise(flags))
-    # plain's rate falls in a straight line from 2e-3 after 400 updates to 0 after 6,250
-    assert math.isclose(float(given["--lr"]), 2e-3 * (6250 - 3125) / (6250 - 400))
+    # plain's rate falls in a straight line from 1e-3 after 400 updates to 0 after 12,500
+    assert math.isclose(float(given["--lr"]), 1e-3 * (12_500 - 6250) / (12_500 - 400))
     assert given["--warmup-updates"] == "0"
-    assert given["--max-update"] == given["--total-num-update"] == "3125"
+    assert given["--max-update"] == given["--total-num-update"] == "6250"
     assert "--save-interval-updates" in arms.run_of(size, "plain", 1, 64).flags(size)
 
 
@@ -194,7 +195,7 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
     monkeypatch.setattr(train, "PUBLISHED", known)
     monkeypatch.setattr(train, "prepare", lambda books, out, size: tmp_path)
     train.check("resm_init", tmp_path, tmp_path)
-    assert trained == [arms.Run("plain", 1, 6250), run]
+    assert trained == [arms.Run("plain", 1, 12_500), run]
     here, before = capsys.readouterr().out.splitlines()
     assert here.endswith("here: perplexity 27.00, top-1 usage 50.0 %")
     assert before.endswith("in results.json: perplexity 26.00, top-1 usage 97.0 %")
@@ -206,8 +207,8 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
 
 def test_the_page_has_the_table_the_answers_and_the_picture_of_the_results(study):
     arms, table = study
-    size = arms.SIZES["full"]
-    found = table.read([STUDIES / "books/results.json"])
+    size = replace(arms.SIZES["full"], updates=6250)
+    found = table.read([STUDIES / "books/first_setting.json"])
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     assert table.report(found, size) in page
     picture = table.draw(lambda axes: table.draw_usage(found, size, 64, axes))

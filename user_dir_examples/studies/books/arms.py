@@ -8,11 +8,11 @@ from pkm_fairseq.experiments.runs.study import schedule
 
 ARMS = ("plain", "pkm", "resm", "pkm_init", "resm_init")
 MEMORY_ARMS = ARMS[1:]
-LR, VALUE_LR, HIGH_VALUE_LR = 2e-3, 1e-3, 8e-3
-MODEL = shlex.split("""--task pkm_masked_lm --tokens-per-sample 128 --max-positions 128
+LR, VALUE_LR, HIGH_VALUE_LR = 1e-3, 1e-3, 4e-3
+MODEL = shlex.split("""--task pkm_masked_lm --tokens-per-sample 32 --max-positions 128
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
     --encoder-attention-heads 4 --dropout 0 --attention-dropout 0""")
-TRAINING = shlex.split("""--batch-size 32 --adam-betas (0.9,0.98) --adam-eps 1e-6
+TRAINING = shlex.split("""--batch-size 64 --adam-betas (0.9,0.98) --adam-eps 1e-6
     --weight-decay 0.01 --clip-norm 1.0 --lr-scheduler polynomial_decay --num-workers 0 --cpu
     --no-epoch-checkpoints --log-format json --log-interval 50 --no-save-optimizer-state
     --disable-validation --required-batch-size-multiple 1""")
@@ -33,7 +33,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(6250, (64, 128), 32, (1, 2, 3), 8000),
+    "full": Size(12_500, (64, 128), 32, (1, 2, 3), 1000),
     "toy": Size(20, (16,), 8, (1,), 300),  # only a trial run
 }
 
@@ -73,7 +73,7 @@ class Run:
 
     def flags(self, size: Size) -> List[str]:
         """Options of fairseq-train, except paths."""
-        warm_up = self.updates * 400 // 6250
+        warm_up = self.updates * 400 // 12_500
         rates = schedule(self.updates, LR, self.start is not None, warm_up)
         flags = [*MODEL, *TRAINING, "--seed", str(self.seed)]
         flags += [part for pair in rates.items() for part in pair]

@@ -5,6 +5,7 @@ import argparse
 import json
 import logging
 import lzma
+import re
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -33,6 +34,7 @@ from pkm_fairseq.memory.observe.log import read_usage_log
 
 PUBLISHED = Path(__file__).with_name("results.json")
 SAMPLE = 10  # sentencepiece is trained on every tenth line
+CUT = re.compile(r"(?<=[.!?;,:])\s+")  # after punctuation
 SUMMARY = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling", "kl_weighted")
 
 
@@ -42,7 +44,7 @@ def prepare(books: Path, out: Path, size: Size) -> Path:
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise SystemExit(f"no file {missing[0]}")
-    folder, key = out / "data", key_of(size.vocabulary, key_of_files(*files))
+    folder, key = out / "data", key_of(size.vocabulary, CUT.pattern, key_of_files(*files))
     if begin(folder, key):
         texts = {split: read_book(file) for split, file in zip(SPLITS, files, strict=True)}
         model = folder / "spm.model"
@@ -57,9 +59,9 @@ def prepare(books: Path, out: Path, size: Size) -> Path:
 
 
 def read_book(file: Path) -> List[str]:
-    """The paragraphs of a file, without empty lines."""
+    """The text of a file, cut into parts of sentences."""
     with lzma.open(file, "rt", encoding="utf-8") as lines:
-        return [line.strip() for line in lines if line.strip()]
+        return [part for line in lines if line.strip() for part in CUT.split(line.strip())]
 
 
 def half_of(folder: Path, run: Run) -> Path:
