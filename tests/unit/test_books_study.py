@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 
 from .studies import STUDIES, fixture_of
 
@@ -218,6 +219,17 @@ def test_the_page_has_the_table_the_answers_and_the_picture_of_the_results(study
 
 
 # --- downstream ----------------------------------------------------------------------------------
+
+
+def test_positions_that_were_not_trained_repeat_those_that_were(study):
+    from repeat_positions import repeat
+
+    rows = torch.arange(2 + 9.0).view(-1, 1)  # two rows that are no positions, <s>, 8 positions
+    repeat(rows, 4)
+    assert rows.flatten().tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4]
+    before = rows.clone()
+    repeat(rows, 9)
+    assert torch.equal(rows, before)
 
 
 @pytest.fixture

@@ -37,6 +37,9 @@ for seed in "${seeds[@]}"; do
         checkpoints+=("$arm=$folder/checkpoint_last.pt")
     done
     [ -z "$missing" ] || { echo "seed $seed is left out: $missing is not finished"; continue; }
+    run python "$study/repeat_positions.py" "$out/seed$seed/start" "${checkpoints[@]}"
+    checkpoints=()
+    for arm in "${arms[@]}"; do checkpoints+=("$arm=$out/seed$seed/start/$arm.pt"); done
     finetune "$out/seed$seed/none"
     unset 'checkpoints[-1]' # plain, which has no memory
     finetune "$out/seed$seed/freeze" --set memory_freeze=all
