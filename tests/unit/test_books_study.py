@@ -34,6 +34,7 @@ def results(study):
     arms, _ = study
     of = {
         "plain": entry(30.0),
+        "plain_longer": entry(29.5),
         "pkm": entry(29.0, 0.3, 0.99),
         "resm": entry(28.0, 0.6),
         "pkm_init": entry(28.0, 0.7),
@@ -56,10 +57,10 @@ def said(study, found, n_keys):
 def test_every_seed_has_all_arms_and_few_slots_come_first(study):
     arms, _ = study
     runs = arms.runs_in_order(arms.SIZES["full"])
-    assert len(set(runs)) == len(runs) == 3 * 5 + 3 + 3 * 4
+    assert len(set(runs)) == len(runs) == 3 * 5 + 3 + 3 + 3 * 4
     assert [run.arm for run in runs[:5]] == list(arms.ARMS)
-    assert {run.n_keys for run in runs[:18]} == {0, 64}
-    assert {(run.n_keys, run.seed) for run in runs[18:]} == {(128, seed) for seed in (1, 2, 3)}
+    assert {run.n_keys for run in runs[:21]} == {0, 64}
+    assert {(run.n_keys, run.seed) for run in runs[21:]} == {(128, seed) for seed in (1, 2, 3)}
 
 
 def test_an_arm_with_init_goes_on_in_plains_schedule(study):
@@ -77,7 +78,7 @@ def test_an_arm_with_init_goes_on_in_plains_schedule(study):
 
 
 def test_claims_that_all_agree(study, results):
-    assert said(study, results, 64) == ["agrees"] * 9
+    assert said(study, results, 64) == ["agrees"] * 10
     assert said(study, results, 128) == ["agrees"] * 8
 
 
@@ -102,7 +103,7 @@ def test_one_seed_makes_a_claim_unclear(study, results, arm, changed, which):
     answers = said(study, results, 128)
     assert [i for i, answer in enumerate(answers) if answer != before[i]] == which
     assert all(answers[i] == "cannot be said here" for i in which)
-    assert said(study, results, 64) == ["agrees"] * 9
+    assert said(study, results, 64) == ["agrees"] * 10
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,18 @@ def test_all_seeds_can_contradict_a_claim(study, results, arm, changed, which):
     changes = [i for i, answer in enumerate(answers) if answer != before[i]]
     assert changes == which
     assert all(answers[i] == "does not agree" for i in which)
+
+
+def test_a_memory_is_compared_with_longer_training(study, results):
+    arms, _ = study
+    size = arms.SIZES["full"]
+    longer = arms.run_of(size, "plain_longer", 1, 64)
+    assert longer == arms.Run("plain_longer", 1, 18_750)
+    results[longer] = entry(26.0)
+    assert said(study, results, 64)[9] == "cannot be said here"
+    for seed in size.seeds:
+        results[arms.run_of(size, "plain_longer", seed, 64)] = entry(25.7)
+    assert said(study, results, 64) == ["agrees"] * 9 + ["does not agree"]
 
 
 def test_a_memory_that_does_not_go_stale_contradicts_the_paper(study, results):
@@ -172,7 +185,7 @@ def test_results_of_several_places_are_one_table(study, results, tmp_path):
         arms.Run(**e["run"]): e for e in entries
     }
     rows = table.table(results).splitlines()
-    assert len(rows) == 2 + 1 + 5 + 4
+    assert len(rows) == 2 + 2 + 5 + 4
     assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")
 
 

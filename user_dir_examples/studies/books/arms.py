@@ -8,6 +8,7 @@ from pkm_fairseq.experiments.runs.study import schedule
 
 ARMS = ("plain", "pkm", "resm", "pkm_init", "resm_init")
 MEMORY_ARMS = ARMS[1:]
+LONGER = "plain_longer"  # for longer than the arms with a memory take
 LR, VALUE_LR, HIGH_VALUE_LR = 1e-3, 1e-3, 4e-3
 MODEL = shlex.split("""--task pkm_masked_lm --tokens-per-sample 32 --max-positions 128
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
@@ -88,6 +89,8 @@ class Run:
 
 def run_of(size: Size, arm: str, seed: int, n_keys: int, value_lr: float = VALUE_LR) -> Run:
     """The run of an arm; a plain one has neither slots nor a rate of values."""
+    if arm == LONGER:
+        return Run(arm, seed, size.updates * 3 // 2)
     if arm == "plain":
         return Run(arm, seed, size.updates)
     return Run(arm, seed, size.updates, n_keys, value_lr)
@@ -97,6 +100,7 @@ def runs_in_order(size: Size) -> List[Run]:
     """All runs of the study."""
     few, *more = size.n_keys
     runs = [run_of(size, arm, seed, few) for seed in size.seeds for arm in ARMS]
+    runs += [run_of(size, LONGER, seed, few) for seed in size.seeds]
     runs += [run_of(size, "resm_init", seed, few, HIGH_VALUE_LR) for seed in size.seeds]
     for n_keys in more:
         runs += [run_of(size, arm, seed, n_keys) for seed in size.seeds for arm in MEMORY_ARMS]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from arms import ARMS, HIGH_VALUE_LR, MEMORY_ARMS, SIZES, Run, Size, run_of
+from arms import ARMS, HIGH_VALUE_LR, LONGER, MEMORY_ARMS, SIZES, Run, Size, run_of
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
@@ -42,7 +42,8 @@ def table(found: Found) -> str:
     names += "|top-k usage, %|draws per slot|values moved"
     lines = ["| " + " | ".join(names.split("|")) + " |", "|---|" + "--:|" * 10]
     groups: Dict[Any, List[Dict[str, Any]]] = defaultdict(list)
-    for run in sorted(found, key=lambda r: (r.n_keys, ARMS.index(r.arm), r.value_lr, r.seed)):
+    order = (*ARMS, LONGER).index
+    for run in sorted(found, key=lambda r: (r.n_keys, order(r.arm), r.value_lr, r.seed)):
         groups[run.arm, run.n_keys, run.value_lr].append(found[run])
     for (arm, n_keys, value_lr), results in groups.items():
         cells = [arm, f"{n_keys}²" if n_keys else "", f"{value_lr:g}" if n_keys else ""]
@@ -137,6 +138,10 @@ class Claims:
         high = self.perplexity("resm_init", seed, value_lr=HIGH_VALUE_LR)
         return better(high, self.perplexity("resm_init", seed))
 
+    def worth_its_time(self, seed: int) -> Tuple[bool, bool]:
+        """Claim 15."""
+        return better(self.perplexity("resm_init", seed), self.perplexity(LONGER, seed))
+
     def lines(self) -> List[str]:
         """A line for each claim."""
         claims: Dict[str, Claim] = {
@@ -151,6 +156,7 @@ class Claims:
         }
         if self.n_keys == self.size.n_keys[0]:
             claims["9, a higher value rate helps"] = self.high_rate_helps
+            claims["15, a memory is worth its time"] = self.worth_its_time
         return [
             f"- {self.n_keys}²: {name}: {answer(claim, self.size.seeds)}"
             for name, claim in claims.items()
