@@ -221,14 +221,23 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
 
 def test_the_page_has_the_table_the_answers_and_the_picture_of_the_results(study):
     arms, table = study
-    size = replace(arms.SIZES["full"], updates=6250)
-    found = table.read([STUDIES / "books/first_setting.json"])
+    size = arms.SIZES["full"]
+    found = table.read([STUDIES / "books/results.json"])
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     assert table.report(found, size) in page
     picture = table.draw(lambda axes: table.draw_usage(found, size, 64, axes))
     assert picture == (DOCS / "evidence/books_usage_64.svg").read_text()
     found[arms.run_of(size, "plain", 1, 64)]["perplexity"] += 1
     assert table.report(found, size) not in page
+
+
+def test_the_page_has_the_results_of_the_first_setting(study):
+    arms, table = study
+    size = replace(arms.SIZES["full"], updates=6250)
+    found = table.read([STUDIES / "books/first_setting.json"])
+    assert table.table(found) in (DOCS / "evidence.md").read_text(encoding="utf-8")
+    picture = table.draw(lambda axes: table.draw_usage(found, size, 64, axes))
+    assert picture == (DOCS / "evidence/books_first_setting.svg").read_text()
 
 
 # --- downstream ----------------------------------------------------------------------------------
