@@ -8,7 +8,7 @@ from pkm_fairseq.experiments.runs.study import schedule
 
 ARMS = ("plain", "pkm", "resm", "pkm_init", "resm_init")
 MEMORY_ARMS = ARMS[1:]
-LONGER = "plain_longer"  # for longer than the arms with a memory take
+LONGER = "plain_longer"  # with 1.5 times the updates, as a memory costs time
 LR, VALUE_LR, HIGH_VALUE_LR = 1e-3, 1e-3, 4e-3
 MODEL = shlex.split("""--task pkm_masked_lm --tokens-per-sample 32 --max-positions 128
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
