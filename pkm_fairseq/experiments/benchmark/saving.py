@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, NamedTuple
 
 from ..runs.folders import PACKAGE
 from ..runs.processes import Children
-from .machine import peak_bytes, resident_bytes
+from .machine import peak_bytes, release_free_memory, resident_bytes
 
 POLL = 0.1  # seconds
 FLAGS = (
@@ -105,6 +105,7 @@ def _train(setting: Setting, folder: Path, updates: int) -> None:
 def _note(phase: str, file: Path, do: Callable[[], Any]) -> Any:
     """Do something, and write down the peak of this process's memory meanwhile."""
     results: List[Any] = []
+    release_free_memory()  # otherwise a part of the peak fits into it
     before = resident_bytes()
     peak = peak_bytes(lambda: results.append(do()))
     with file.open("a") as out:
