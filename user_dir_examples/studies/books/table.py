@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The table and chart of the study, and its answers claim by claim.
+"""The table and charts of the study, and its answers claim by claim.
 
 Reads OUT/runs/*/result.json, and results.json as the one in this folder. Prints Markdown. Claims
 with unfinished runs stay open.
@@ -7,10 +7,11 @@ with unfinished runs stay open.
 
 import argparse
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from arms import ARMS, HIGH_VALUE_LR, LONGER, MEMORY_ARMS, SIZES, Run, Size, run_of
+from arms import ARMS, HIGH_VALUE_LR, LONGER, MEMORY_ARMS, SIZES, VALUE_LR, Run, Size, run_of
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
@@ -138,9 +139,9 @@ class Claims:
         high = self.perplexity("resm_init", seed, value_lr=HIGH_VALUE_LR)
         return better(high, self.perplexity("resm_init", seed))
 
-    def worth_its_time(self, seed: int) -> Tuple[bool, bool]:
-        """Claim 15."""
-        return better(self.perplexity("resm_init", seed), self.perplexity(LONGER, seed))
+    def worth_its_time(self, arm: str, seed: int) -> Tuple[bool, bool]:
+        """Claims 15 and 16."""
+        return better(self.perplexity(arm, seed), self.perplexity(LONGER, seed))
 
     def lines(self) -> List[str]:
         """A line for each claim."""
@@ -156,7 +157,8 @@ class Claims:
         }
         if self.n_keys == self.size.n_keys[0]:
             claims["9, a higher value rate helps"] = self.high_rate_helps
-            claims["15, a memory is worth its time"] = self.worth_its_time
+            for number, arm in ((15, "resm_init"), (16, "resm")):
+                claims[f"{number}, {arm} is worth its time"] = partial(self.worth_its_time, arm)
         return [
             f"- {self.n_keys}²: {name}: {answer(claim, self.size.seeds)}"
             for name, claim in claims.items()
@@ -195,7 +197,7 @@ def report(found: Found, size: Size) -> str:
     return "\n".join(lines)
 
 
-# --- chart ---------------------------------------------------------------------------------------
+# --- charts --------------------------------------------------------------------------------------
 
 
 def draw_usage(found: Found, size: Size, n_keys: int, axes: Axes) -> None:
@@ -215,6 +217,25 @@ def draw_usage(found: Found, size: Size, n_keys: int, axes: Axes) -> None:
     axes.legend(loc="lower right")
 
 
+def draw_perplexity(found: Found, n_keys: int, axes: Axes) -> None:
+    """Perplexity of the arms, a dot for each seed."""
+    names = (*ARMS, LONGER)
+    for at, arm in enumerate(names):
+        values = [result["perplexity"] for run, result in found.items()
+                  if run.arm == arm and run.n_keys in (0, n_keys)
+                  and run.value_lr in (0, VALUE_LR)]  # fmt: skip
+        axes.plot([at] * len(values), values, "o", color=COLOURS[0], alpha=0.7)
+    axes.set(ylabel=f"perplexity, {n_keys}² slots", xticks=range(len(names)), xticklabels=names)
+
+
+def charts(found: Found, size: Size, n_keys: int) -> Dict[str, str]:
+    """The charts for a number of slots, as SVG, by name."""
+    return {
+        "usage": draw(lambda axes: draw_usage(found, size, n_keys, axes)),
+        "perplexity": draw(lambda axes: draw_perplexity(found, n_keys, axes)),
+    }
+
+
 def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -232,8 +253,8 @@ def main() -> None:
     if args.svg:
         for n_keys in size.n_keys:
             if any(run.n_keys == n_keys for run in found):
-                chart = draw(lambda axes, n=n_keys: draw_usage(found, size, n, axes))
-                write_file(args.svg / f"books_usage_{n_keys}.svg", chart)
+                for name, chart in charts(found, size, n_keys).items():
+                    write_file(args.svg / f"books_{name}_{n_keys}.svg", chart)
 
 
 if __name__ == "__main__":
