@@ -225,7 +225,8 @@ def draw_perplexity(found: Found, n_keys: int, axes: Axes) -> None:
                   if run.arm == arm and run.n_keys in (0, n_keys)
                   and run.value_lr in (0, VALUE_LR)]  # fmt: skip
         axes.plot([at] * len(values), values, "o", color=COLOURS[0], alpha=0.7)
-    axes.set(ylabel=f"perplexity, {n_keys}² slots", xticks=range(len(names)), xticklabels=names)
+    axes.set(ylabel=f"perplexity, {n_keys}² slots", xlim=(-0.5, len(names) - 0.5),
+             xticks=range(len(names)), xticklabels=names)  # fmt: skip
 
 
 def charts(found: Found, size: Size, n_keys: int) -> Dict[str, str]:
