@@ -329,3 +329,11 @@ def test_the_table_of_finetunings_has_a_row_for_each_arm_and_remedy(glue, scores
     stored = [{"run": key._asdict(), "tasks": scores[key]} for key in scores]
     (tmp_path / "glue_results.json").write_text(json.dumps(stored))
     assert glue.read(tmp_path / "glue_results.json") == scores
+
+
+def test_the_page_has_the_downstream_results(glue):
+    found = glue.read(STUDIES / "books/glue_results.json")
+    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    assert glue.report(found) in page
+    found[glue.Key("plain", "none", 1)]["RTE"]["score"] += 1
+    assert glue.report(found) not in page

@@ -141,6 +141,11 @@ class Claims:
         return [f"- {name}: {answer(claim, self.seeds)}" for name, claim in claims.items()]
 
 
+def report(found: Found) -> str:
+    """The table, and the answers."""
+    return "\n".join([table(found), "", *Claims(found, SEEDS, TASKS).lines()])
+
+
 def main() -> None:
     """Read, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,9 +158,7 @@ def main() -> None:
     if args.json:
         results = [{"run": key._asdict(), "tasks": found[key]} for key in sorted(found)]
         write_results(args.json, results)
-    print(table(found))
-    print()
-    print("\n".join(Claims(found, SEEDS, TASKS).lines()))
+    print(report(found))
 
 
 if __name__ == "__main__":
