@@ -21,10 +21,16 @@ study = fixture_of("books")
 def entry(perplexity, top1=0.0, topk=1.0, zeroed=None, way=(1.0, 0.5, 1.0)):
     usage = {"top1_usage": top1, "topk_usage": topk, "draws_per_slot": 100.0}
     points = [
-        {"updates": 312 * at, "topk_usage": share, "top1_usage": top1, "values_moved": 0.1}
+        {
+            "updates": 312 * at,
+            "topk_usage": share,
+            "top1_usage": top1,
+            "values_moved": 0.1,
+            "effective_neighbours": 30.0,
+        }
         for at, share in enumerate(way)
     ]
-    ablated = {"zero": zeroed or perplexity, "permuted": perplexity}
+    ablated = {"zero": zeroed or perplexity, "top1": perplexity, "permuted": perplexity}
     return {"perplexity": perplexity, "usage": usage, "ablated": ablated, "way": points}
 
 
@@ -44,6 +50,7 @@ def results(study):
     found = {run: of[run.arm] for run in arms.runs_in_order(size)}
     for seed in size.seeds:
         found[arms.run_of(size, "resm_init", seed, 64, arms.HIGH_VALUE_LR)] = entry(25.0)
+        found[arms.run_of(size, "resm", seed, 64, value_schedule="follow")] = entry(27.0)
     return found
 
 
@@ -57,10 +64,10 @@ def said(study, found, n_keys):
 def test_every_seed_has_all_arms_and_few_slots_come_first(study):
     arms, _ = study
     runs = arms.runs_in_order(arms.SIZES["full"])
-    assert len(set(runs)) == len(runs) == 3 * 5 + 3 + 3 + 3 * 4
+    assert len(set(runs)) == len(runs) == 3 * 5 + 3 + 3 + 3 + 3 * 4
     assert [run.arm for run in runs[:5]] == list(arms.ARMS)
-    assert {run.n_keys for run in runs[:21]} == {0, 64}
-    assert {(run.n_keys, run.seed) for run in runs[21:]} == {(128, seed) for seed in (1, 2, 3)}
+    assert {run.n_keys for run in runs[:24]} == {0, 64}
+    assert {(run.n_keys, run.seed) for run in runs[24:]} == {(128, seed) for seed in (1, 2, 3)}
 
 
 def test_an_arm_with_init_goes_on_in_plains_schedule(study):
@@ -78,7 +85,7 @@ def test_an_arm_with_init_goes_on_in_plains_schedule(study):
 
 
 def test_claims_that_all_agree(study, results):
-    assert said(study, results, 64) == ["agrees"] * 11
+    assert said(study, results, 64) == ["agrees"] * 12
     assert said(study, results, 128) == ["agrees"] * 8
 
 
@@ -103,7 +110,7 @@ def test_one_seed_makes_a_claim_unclear(study, results, arm, changed, which):
     answers = said(study, results, 128)
     assert [i for i, answer in enumerate(answers) if answer != before[i]] == which
     assert all(answers[i] == "cannot be said here" for i in which)
-    assert said(study, results, 64) == ["agrees"] * 11
+    assert said(study, results, 64) == ["agrees"] * 12
 
 
 @pytest.mark.parametrize(
@@ -134,13 +141,33 @@ def test_a_memory_is_compared_with_longer_training(study, results):
     longer = arms.run_of(size, "plain_longer", 1, 64)
     assert longer == arms.Run("plain_longer", 1, 18_750)
     results[longer] = entry(26.0)
-    assert said(study, results, 64)[9:] == ["cannot be said here"] * 2
+    assert said(study, results, 64)[9:11] == ["cannot be said here"] * 2
     for seed in size.seeds:
         results[arms.run_of(size, "plain_longer", seed, 64)] = entry(25.7)
-    assert said(study, results, 64) == ["agrees"] * 9 + ["does not agree"] * 2
+    assert said(study, results, 64)[:11] == ["agrees"] * 9 + ["does not agree"] * 2
     for seed in size.seeds:
         results[arms.run_of(size, "resm", seed, 64)] = entry(25.4, 0.6)
-    assert said(study, results, 64)[9:] == ["does not agree", "agrees"]
+    assert said(study, results, 64)[9:11] == ["does not agree", "agrees"]
+
+
+def test_a_falling_value_rate_is_an_arm_of_its_own(study, results):
+    arms, table = study
+    size = arms.SIZES["full"]
+    run = arms.run_of(size, "resm", 1, 64, value_schedule="follow")
+    constant = arms.run_of(size, "resm", 1, 64)
+    assert (run.name, constant.name) == (
+        "resm_64keys_values0.001_follow_seed1",
+        "resm_64keys_values0.001_seed1",
+    )
+    for of in (run, constant):
+        assert dict(pairwise(of.flags(size)))["--memory-value-lr-schedule"] == of.value_schedule
+    chart = table.charts(results, size, 64)
+    results[run] = entry(28.0)
+    assert said(study, results, 64)[11] == "cannot be said here"
+    assert table.charts(results, size, 64) == chart
+    for seed in size.seeds:
+        results[arms.run_of(size, "resm", seed, 64, value_schedule="follow")] = entry(28.3)
+    assert said(study, results, 64) == ["agrees"] * 11 + ["does not agree"]
 
 
 def test_a_memory_that_does_not_go_stale_contradicts_the_paper(study, results):
@@ -157,12 +184,12 @@ def test_missing_runs_leave_a_claim_open(study, results):
     del results[arms.run_of(arms.SIZES["full"], "resm", 3, 64)]
     answers = said(study, results, 64)
     assert {i: answer for i, answer in enumerate(answers) if answer != "agrees"} == {
-        i: "open, agrees in 2 of 3 seeds" for i in (1, 2, 5, 10)
+        i: "open, agrees in 2 of 3 seeds" for i in (1, 2, 5, 10, 11)
     }
     for seed in (1, 2):
         del results[arms.run_of(arms.SIZES["full"], "resm", seed, 64)]
     answers = said(study, results, 64)
-    assert [answers[i] for i in (1, 2, 5, 10)] == ["open, runs are missing"] * 4
+    assert [answers[i] for i in (1, 2, 5, 10, 11)] == ["open, runs are missing"] * 5
 
 
 def test_one_seed_decides_what_cannot_be_said(study, results):
@@ -188,7 +215,7 @@ def test_results_of_several_places_are_one_table(study, results, tmp_path):
         arms.Run(**e["run"]): e for e in entries
     }
     rows = table.table(results).splitlines()
-    assert len(rows) == 2 + 2 + 5 + 4
+    assert len(rows) == 2 + 2 + 5 + 1 + 4
     assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")
 
 

@@ -186,6 +186,7 @@ def results(study):
             found[plain] = entry(0.10, way={2_000: 0.05})
             found[arms.Run("wide", people, 4_000, seed, 2e-3)] = entry(0.15)
             found[arms.Run("resm_init", people, 4_000, seed, 2e-3, 1e-2, 256)] = entry(0.50)
+        found[arms.Run("resm_init", 10_000, 4_000, seed, 2e-3, 1e-2, 256, "follow")] = entry(0.55)
     for rate in (1e-3, 5e-3):
         for arm in ("plain", "wide"):
             found[arms.Run(arm, 10_000, 4_000, 1, rate)] = entry(0.05)
@@ -211,7 +212,7 @@ def said(study, found):
 
 def test_criteria_that_all_hold(study, results):
     yes = "supported"
-    assert said(study, results) == [yes, yes, "capacity", *[yes] * 7]
+    assert said(study, results) == [yes, yes, "capacity", *[yes] * 8]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,7 @@ def test_criteria_that_all_hold(study, results):
         ("pkm_init", {}, 0.50, [6]),
         ("plain", {"people": 5_000}, 0.41, [7]),
         ("wide", {"people": 20_000}, 0.41, [8]),
+        ("resm_init", {"value_schedule": "follow"}, 0.51, [10]),
     ],
 )
 def test_one_seed_that_does_not_hold_decides(study, results, arm, changed, recall, which):

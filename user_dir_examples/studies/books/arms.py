@@ -46,6 +46,7 @@ class Run:
     Attributes:
         updates: total; for an arm with INIT, half of them are its start's.
         n_keys: 0 without a memory.
+        value_schedule: ``follow`` if the values' rate falls like the others', else ``constant``.
     """
 
     arm: str
@@ -53,11 +54,13 @@ class Run:
     updates: int
     n_keys: int = 0
     value_lr: float = 0.0
+    value_schedule: str = "constant"
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
         memory = f"_{self.n_keys}keys_values{self.value_lr:g}" if self.n_keys else ""
+        memory += "_follow" if self.value_schedule == "follow" else ""
         return f"{self.arm}{memory}_seed{self.seed}"
 
     @property
@@ -84,16 +87,24 @@ class Run:
         arch = "pkm_roberta_tiny" if self.arm.startswith("pkm") else "resm_roberta_tiny"
         flags += ["--arch", arch, *MEMORY, "--memory-n-keys", str(self.n_keys)]
         flags += ["--memory-knn", str(size.knn), "--memory-value-lr", str(self.value_lr)]
+        flags += ["--memory-value-lr-schedule", self.value_schedule]
         return [*flags, "--memory-usage-interval", str(self.updates // 20)]
 
 
-def run_of(size: Size, arm: str, seed: int, n_keys: int, value_lr: float = VALUE_LR) -> Run:
+def run_of(
+    size: Size,
+    arm: str,
+    seed: int,
+    n_keys: int,
+    value_lr: float = VALUE_LR,
+    value_schedule: str = "constant",
+) -> Run:
     """The run of an arm; a plain one has neither slots nor a rate of values."""
     if arm == LONGER:
         return Run(arm, seed, size.updates * 3 // 2)
     if arm == "plain":
         return Run(arm, seed, size.updates)
-    return Run(arm, seed, size.updates, n_keys, value_lr)
+    return Run(arm, seed, size.updates, n_keys, value_lr, value_schedule)
 
 
 def runs_in_order(size: Size) -> List[Run]:
@@ -102,6 +113,7 @@ def runs_in_order(size: Size) -> List[Run]:
     runs = [run_of(size, arm, seed, few) for seed in size.seeds for arm in ARMS]
     runs += [run_of(size, LONGER, seed, few) for seed in size.seeds]
     runs += [run_of(size, "resm_init", seed, few, HIGH_VALUE_LR) for seed in size.seeds]
+    runs += [run_of(size, "resm", seed, few, value_schedule="follow") for seed in size.seeds]
     for n_keys in more:
         runs += [run_of(size, arm, seed, n_keys) for seed in size.seeds for arm in MEMORY_ARMS]
     return runs

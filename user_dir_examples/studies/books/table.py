@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from arms import ARMS, HIGH_VALUE_LR, LONGER, MEMORY_ARMS, SIZES, VALUE_LR, Run, Size, run_of
+from arms import ARMS, HIGH_VALUE_LR, LONGER, MEMORY_ARMS, SIZES, Run, Size, run_of
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
@@ -39,25 +39,34 @@ def read(places: List[Path]) -> Found:
 
 def table(found: Found) -> str:
     """A row for each arm and setting."""
-    names = "arm|slots|value lr|seeds|perplexity|values zeroed|slots permuted|top-1 usage, %"
-    names += "|top-k usage, %|draws per slot|values moved"
-    lines = ["| " + " | ".join(names.split("|")) + " |", "|---|" + "--:|" * 10]
-    groups: Dict[Any, List[Dict[str, Any]]] = defaultdict(list)
+    names = "arm|slots|value lr|seeds|perplexity|values zeroed|first choice only|slots permuted"
+    names += "|top-1 usage, %|top-k usage, %|draws per slot|effective neighbours|values moved"
+    lines = ["| " + " | ".join(names.split("|")) + " |", "|---|" + "--:|" * 12]
+    groups: Dict[Any, List[Run]] = defaultdict(list)
     order = (*ARMS, LONGER).index
-    for run in sorted(found, key=lambda r: (r.n_keys, order(r.arm), r.value_lr, r.seed)):
-        groups[run.arm, run.n_keys, run.value_lr].append(found[run])
-    for (arm, n_keys, value_lr), results in groups.items():
-        cells = [arm, f"{n_keys}²" if n_keys else "", f"{value_lr:g}" if n_keys else ""]
+
+    def settings(run: Run) -> Tuple[Any, ...]:
+        return run.n_keys, order(run.arm), run.value_lr, run.value_schedule
+
+    for run in sorted(found, key=lambda run: (settings(run), run.seed)):
+        groups[settings(run)].append(run)
+    for runs in groups.values():
+        run, results = runs[0], [found[run] for run in runs]
+        rate = f"{run.value_lr:g}" + (" falling" if run.value_schedule == "follow" else "")
+        cells = [run.arm, f"{run.n_keys}²", rate] if run.n_keys else [run.arm, "", ""]
         cells += [str(len(results)), median_and_range([r["perplexity"] for r in results], "{:.2f}")]
-        if n_keys:
+        if run.n_keys:
             cells += [median_and_range([r["ablated"][kind] for r in results], "{:.2f}")
-                      for kind in ("zero", "permuted")]  # fmt: skip
+                      for kind in ("zero", "top1", "permuted")]  # fmt: skip
             cells += [median_and_range([100 * r["usage"][name] for r in results])
                       for name in ("top1_usage", "topk_usage")]  # fmt: skip
             cells += [f"{results[0]['usage']['draws_per_slot']:.0f}"]
-            cells += [median_and_range([r["way"][-1]["values_moved"] for r in results], "{:.2f}")]
+            last = [result["way"][-1] for result in results]
+            cells += [median_and_range([at["effective_neighbours"] for at in last])
+                      if "effective_neighbours" in last[0] else ""]  # fmt: skip
+            cells += [median_and_range([at["values_moved"] for at in last], "{:.2f}")]
         else:
-            cells += [""] * 6
+            cells += [""] * 8
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -74,7 +83,7 @@ class Claims:
     def __init__(self, found: Found, size: Size, n_keys: int) -> None:
         self.found, self.size, self.n_keys = found, size, n_keys
 
-    def of(self, arm: str, seed: int, **changed: float) -> Dict[str, Any]:
+    def of(self, arm: str, seed: int, **changed: Any) -> Dict[str, Any]:
         """What an arm found with a seed.
 
         Raises:
@@ -87,7 +96,7 @@ class Claims:
         share: float = self.of(arm, seed)["usage"]["top1_usage"]
         return 100 * share
 
-    def perplexity(self, arm: str, seed: int, **changed: float) -> float:
+    def perplexity(self, arm: str, seed: int, **changed: Any) -> float:
         """Perplexity of an arm."""
         perplexity: float = self.of(arm, seed, **changed)["perplexity"]
         return perplexity
@@ -139,6 +148,11 @@ class Claims:
         high = self.perplexity("resm_init", seed, value_lr=HIGH_VALUE_LR)
         return better(high, self.perplexity("resm_init", seed))
 
+    def falling_rate_helps(self, seed: int) -> Tuple[bool, bool]:
+        """Claim 17."""
+        falling = self.perplexity("resm", seed, value_schedule="follow")
+        return better(falling, self.perplexity("resm", seed))
+
     def worth_its_time(self, arm: str, seed: int) -> Tuple[bool, bool]:
         """Claims 15 and 16."""
         return better(self.perplexity(arm, seed), self.perplexity(LONGER, seed))
@@ -159,6 +173,7 @@ class Claims:
             claims["9, a higher value rate helps"] = self.high_rate_helps
             for number, arm in ((15, "resm_init"), (16, "resm")):
                 claims[f"{number}, {arm} is worth its time"] = partial(self.worth_its_time, arm)
+            claims["17, a falling value rate helps resm"] = self.falling_rate_helps
         return [
             f"- {self.n_keys}²: {name}: {answer(claim, self.size.seeds)}"
             for name, claim in claims.items()
@@ -217,13 +232,12 @@ def draw_usage(found: Found, size: Size, n_keys: int, axes: Axes) -> None:
     axes.legend(loc="lower right")
 
 
-def draw_perplexity(found: Found, n_keys: int, axes: Axes) -> None:
+def draw_perplexity(found: Found, size: Size, n_keys: int, axes: Axes) -> None:
     """Perplexity of the arms, a dot for each seed."""
     names = (*ARMS, LONGER)
     for at, arm in enumerate(names):
-        values = [result["perplexity"] for run, result in found.items()
-                  if run.arm == arm and run.n_keys in (0, n_keys)
-                  and run.value_lr in (0, VALUE_LR)]  # fmt: skip
+        runs = (run_of(size, arm, seed, n_keys) for seed in size.seeds)
+        values = [found[run]["perplexity"] for run in runs if run in found]
         axes.plot([at] * len(values), values, "o", color=COLOURS[0], alpha=0.7)
     axes.set(ylabel=f"perplexity, {n_keys}² slots", xlim=(-0.5, len(names) - 0.5),
              xticks=range(len(names)), xticklabels=names)  # fmt: skip
@@ -233,7 +247,7 @@ def charts(found: Found, size: Size, n_keys: int) -> Dict[str, str]:
     """The charts for a number of slots, as SVG, by name."""
     return {
         "usage": draw(lambda axes: draw_usage(found, size, n_keys, axes)),
-        "perplexity": draw(lambda axes: draw_perplexity(found, n_keys, axes)),
+        "perplexity": draw(lambda axes: draw_perplexity(found, size, n_keys, axes)),
     }
 
 

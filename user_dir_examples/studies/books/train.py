@@ -35,7 +35,8 @@ from pkm_fairseq.memory.observe.log import read_usage_log
 PUBLISHED = Path(__file__).with_name("results.json")
 SAMPLE = 10  # sentencepiece is trained on every tenth line
 CUT = re.compile(r"(?<=[.!?;,:])\s+")  # after punctuation
-SUMMARY = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling", "kl_weighted")
+SUMMARY = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling", "kl_weighted",
+           "effective_neighbours")  # fmt: skip
 
 
 def prepare(books: Path, out: Path, size: Size) -> Path:

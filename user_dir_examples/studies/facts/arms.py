@@ -1,7 +1,7 @@
 """The arms of the study, their options, and all runs in their order."""
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from pkm_fairseq.experiments.facts.training import COMMON, PLAIN, epoch_of, memory_flags
 from pkm_fairseq.experiments.runs.study import schedule
@@ -42,6 +42,7 @@ class Run:
     Attributes:
         updates: total; for an arm with INIT, half of them are its start's.
         n_keys: 0 without a memory.
+        value_schedule: ``follow`` if the values' rate falls like the others', else ``constant``.
     """
 
     arm: str
@@ -51,11 +52,13 @@ class Run:
     lr: float
     value_lr: float = 0.0
     n_keys: int = 0
+    value_schedule: str = "constant"
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
         memory = f"_{self.n_keys}keys_values{self.value_lr:g}" if self.n_keys else ""
+        memory += "_follow" if self.value_schedule == "follow" else ""
         return (
             f"{self.arm}_{self.people}people_{self.updates}updates_lr{self.lr:g}{memory}"
             f"_seed{self.seed}"
@@ -84,7 +87,8 @@ class Run:
         if not self.n_keys:
             return [*flags, *PLAIN]
         arch = "pkm_roberta_tiny" if self.arm.startswith("pkm") else "resm_roberta_tiny"
-        return [*flags, *memory_flags(arch, self.n_keys, self.value_lr)]
+        flags += memory_flags(arch, self.n_keys, self.value_lr)
+        return [*flags, "--memory-value-lr-schedule", self.value_schedule]
 
 
 Results = Dict[Run, float]  # recall by name of finished runs
@@ -99,6 +103,7 @@ def tried(results: Results, size: Size, arm: str) -> List[Run]:
         for run in results
         if (run.arm, run.people, run.seed) == (arm, size.people, size.seeds[0])
         and (run.updates, run.n_keys) == (size.updates, n_keys)
+        and run.value_schedule == "constant"
     ]
 
 
@@ -127,14 +132,14 @@ def dense(size: Size, arm: str, lr: float, **changed: int) -> Run:
     return Run(arm, lr=lr, **settings)
 
 
-def memory(size: Size, results: Results, arm: str, value_lr: float, **changed: int) -> Run:
+def memory(size: Size, results: Results, arm: str, value_lr: float, **changed: Any) -> Run:
     """A run with a memory; everything except values has the rate of the best plain run."""
     settings = {"people": size.people, "updates": size.updates, "seed": size.seeds[0], **changed}
     settings = {"n_keys": size.n_keys, **settings}
     return Run(arm, lr=best(results, size, "plain").lr, value_lr=value_lr, **settings)
 
 
-def chosen(size: Size, results: Results, arm: str, **changed: int) -> Run:
+def chosen(size: Size, results: Results, arm: str, **changed: Any) -> Run:
     """A run of an arm with its best rate."""
     run = best(results, size, arm)
     if arm in MEMORIES:
@@ -190,6 +195,14 @@ def _other_people(size: Size, results: Results) -> List[Run]:
     ]
 
 
+def _falling(size: Size, results: Results) -> List[Run]:
+    """The memory with a rate of values that falls."""
+    return [
+        chosen(size, results, "resm_init", value_schedule="follow", seed=seed)
+        for seed in size.seeds
+    ]
+
+
 WAVES: List[Wave] = [  # what decides a criterion comes first
     *_rates("plain"),
     *_rates("resm_init"),
@@ -203,6 +216,7 @@ WAVES: List[Wave] = [  # what decides a criterion comes first
     _all_seeds("resm"),
     _longer,
     _other_people,
+    _falling,
     *_rates("pkm"),
     *_rates("plain2"),
     *_rates("plain4"),
