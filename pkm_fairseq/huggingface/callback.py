@@ -139,6 +139,11 @@ class MemoryUsageCallback(TrainerCallback):
         if state.log_history:  # a copy that the Trainer made before
             state.log_history[-1].update(report)
 
+    def on_predict(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget the look-ups of ``Trainer.predict``: they are not of the next evaluation."""
+        assert self._host is not None
+        self._new_evaluation(self._host)
+
     # --- counts -------------------------------------------------------------------------------
 
     def _begin(self, model: Any) -> HasMemories:

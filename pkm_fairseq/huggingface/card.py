@@ -1,13 +1,16 @@
 """Write the model card of a model with memory, with known facts only."""
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, List
+
+import transformers
 
 from ..memory import MemoryConfig, ValueTable
 from ..memory.files import write_file
 
 FILE = "README.md"
 MARK = "<!-- written by pkm_fairseq; a card without this line is never written over -->"
+LOAD = '.from_pretrained("this folder")'
 USAGE = ("draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling", "kl_weighted", "gini")
 
 
@@ -54,10 +57,7 @@ def model_card(model: Any) -> str:
         "With the package `pkm_fairseq` installed; `trust_remote_code` is not needed:",
         "",
         "```python",
-        "import pkm_fairseq.huggingface  # registers the class with transformers",
-        "from transformers import " + _auto_of(model),
-        "",
-        f'model = {_auto_of(model)}.from_pretrained("this folder")',
+        *_how_to_load(model),
         "```",
         "",
         "## Is the memory used?",
@@ -80,9 +80,19 @@ def _values(model: Any) -> int:
     return sum(table.numel() for table in tables.values())
 
 
-def _auto_of(model: Any) -> str:
-    name = type(model).__name__
-    return f"AutoModelFor{name.rpartition('For')[2]}" if "For" in name else "AutoModel"
+def _how_to_load(model: Any) -> List[str]:
+    """Lines of Python that import the model's class, and load the model."""
+    kind = type(model)
+    auto = f"AutoModelFor{kind.__name__.rpartition('For')[2]}" if "For" in kind.__name__ else ""
+    auto = auto if hasattr(transformers, auto) else "AutoModel"
+    known: Any = getattr(transformers, auto)._model_mapping
+    if type(model.config) in known and known[type(model.config)] is kind:
+        lines = ["import pkm_fairseq.huggingface  # registers the class with transformers"]
+        return [*lines, f"from transformers import {auto}", "", f"model = {auto}{LOAD}"]
+    plain = kind.__mro__[2]  # after MemoryModel
+    lines = [f"from {plain.__module__} import {plain.__name__}"]
+    lines += ["from pkm_fairseq.huggingface import memory_class"]
+    return [*lines, "", f"model = memory_class({plain.__name__}){LOAD}"]
 
 
 def _usage(record: Any) -> List[str]:
@@ -91,10 +101,10 @@ def _usage(record: Any) -> List[str]:
     rows = [
         [str(layer["layer"]), *(f"{layer[key]:.4g}" for key in USAGE)] for layer in record["layers"]
     ]
-    said: Dict[str, Any] = {"update": record["update"], "split": record["split"]}
+    at = "" if record["update"] is None else f" at update {record['update']},"
     return [
-        f"Counted at update {said['update']}, over {record['layers'][0]['tokens']:,} tokens of "
-        f"{said['split']!r}. Usage grows with the draws per slot (tokens x heads / slots).",
+        f"Counted{at} over {record['layers'][0]['tokens']:,} tokens of {record['split']!r}. "
+        "Usage grows with the draws per slot (tokens x heads / slots).",
         "",
         *_table(["layer", *USAGE], rows),
     ]

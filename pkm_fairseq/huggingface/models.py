@@ -14,7 +14,16 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..memory import MemoryConfig, ProductKeyMemory, RunState, ValueTable, build_values
+from ..memory import (
+    MemoryConfig,
+    ProductKeyMemory,
+    RunState,
+    ValueTable,
+    build_values,
+    ignore_read_times_in_ddp,
+)
+from ..memory.gradient import is_table
+from ..memory.kernels import is_half
 from ..memory.observe.staleness import ReadTimes, origin_of
 from ..memory.query import BatchQueryNorm
 from .architectures import ARCHITECTURES, PREFIX, Architecture, architecture_of
@@ -30,7 +39,7 @@ from .blocks import (
 from .card import write_card
 
 # parts of names of tensors that stay in float32 when a model is loaded in half precision
-FLOAT32 = ("memory.values", "memory.query_norm.running_mean", "memory.query_norm.running_var")
+FLOAT32 = ("reads", "memory.query_norm.running_mean", "memory.query_norm.running_var")
 
 
 class MemoryModel:
@@ -52,7 +61,7 @@ class MemoryModel:
             )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not self.memory_layers():  # for a head around AutoModel, the base model has them
-            attach(self)
+            attach(self, build_memories(self, config))
         _complete(self)
 
     @property
@@ -130,23 +139,30 @@ def settings_of(config: MemoryConfig, layers: Iterable[int], mode: str) -> Dict[
     return {"memory_layers": sorted(layers), "memory_mode": mode, "memory": asdict(config)}
 
 
-def attach(model: Any) -> None:
-    """Add the memories that the configuration names to a model without memories."""
-    base, config = model.base_model, model.config
-    if base is not model:
-        base.__class__ = memory_class(type(base))
-    settings, mode = MemoryConfig(**config.memory), config.memory_mode
-    width, run = config.hidden_size, RunState(data_parallel_group)
-    architecture = architecture_of(config)
-    dropout = float(getattr(config, architecture.dropout)) if architecture.dropout else 0.0
-    blocks = architecture.blocks_of(base)
+def build_memories(model: Any, config: Any) -> Dict[int, ProductKeyMemory]:
+    """The memories that a configuration names, by layer; the model does not change."""
+    settings, width = MemoryConfig(**config.memory), config.hidden_size
     shared = build_values(width, settings, keeps_dtype=True) if settings.share_values else None
+    run, memories = RunState(data_parallel_group), {}
     for index in config.memory_layers:
         memory = ProductKeyMemory(width, settings, shared, run=run, keeps_dtype=True)
         for module in memory.modules():
             if isinstance(module, nn.Linear):  # like every Linear of the model
                 model._init_weights(module)
-        _put(architecture, blocks[index], memory, mode, dropout)
+        memories[index] = memory
+    return memories
+
+
+def attach(model: Any, memories: Dict[int, ProductKeyMemory]) -> None:
+    """Put memories into a model without memories, as its configuration says."""
+    base, config = model.base_model, model.config
+    if base is not model:
+        base.__class__ = memory_class(type(base))
+    architecture = architecture_of(config)
+    dropout = float(getattr(config, architecture.dropout)) if architecture.dropout else 0.0
+    blocks = architecture.blocks_of(base)
+    for index, memory in memories.items():
+        _put(architecture, blocks[index], memory, config.memory_mode, dropout)
     parameters = list(inspect.signature(type(base).forward).parameters)
     index = parameters.index("attention_mask") - 1  # without self
     base.register_forward_pre_hook(TellPadding(index), with_kwargs=True)
@@ -171,9 +187,10 @@ def _complete(model: Any) -> None:
         if tied := shared_tables(part):
             part._tied_weights_keys = {**(part._tied_weights_keys or {}), **tied}
         part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
-        part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "reads"}
+        part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), *FLOAT32}
         if part.config.memory["value_dtype"] == "float32":
-            part._keep_in_fp32_modules_strict.update(FLOAT32)
+            part._keep_in_fp32_modules_strict.add("memory.values")
+        ignore_read_times_in_ddp(part)
 
 
 def change_in_place(model: Any, settings: Dict[str, Any]) -> None:
@@ -183,17 +200,24 @@ def change_in_place(model: Any, settings: Dict[str, Any]) -> None:
     config.__class__ = config_class(type(plain))
     for name, value in settings.items():
         setattr(config, name, value)
+    memories = build_memories(model, config)  # a table may not fit; the model is as it was
     for module in model.modules():
         if getattr(module, "config", None) is plain:
             module.config = config
     device, dtype = model.device, model.dtype
     model.__class__ = memory_class(type(model))
-    attach(model)
+    attach(model, memories)
     for block in model.memory_layers().values():
         for part in (block.memory, block.reads):
-            part.to(device, dtype)
+            part._apply(lambda x: _like_model(x, device, dtype))
         block.train(model.training)
     _complete(model)
+
+
+def _like_model(x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a memory in a model's dtype; values in half precision keep theirs."""
+    keeps = not x.is_floating_point() or (is_table(x) and is_half(x.dtype))
+    return x.to(device) if keeps else x.to(device, dtype)
 
 
 def check_model(model: Any, layers: List[int], mode: str) -> None:
@@ -219,6 +243,11 @@ def check_model(model: Any, layers: List[int], mode: str) -> None:
         )
     for index in layers:
         architecture.check_block(blocks[index])
+    if architecture.dropout and not hasattr(model.config, architecture.dropout):
+        raise ValueError(
+            f"the architecture's dropout is {architecture.dropout!r}, must be an entry of "
+            f"{type(model.config).__name__}"
+        )
     if getattr(model.config, "is_decoder", False):
         raise ValueError("the model is a decoder (config.is_decoder), must be an encoder")
     if chunk := getattr(model.config, "chunk_size_feed_forward", 0):

@@ -1,7 +1,8 @@
 """Product-key memory in plain torch; needs no fairseq."""
 
-from .adam import MemoryAdam, ignore_tables_in_ddp, memory_param_groups
+from .adam import MemoryAdam, memory_param_groups
 from .config import MemoryConfig
+from .ddp import ignore_read_times_in_ddp, ignore_tables_in_ddp
 from .experts import Experts
 from .finetune import FinetuneConfig, finetune_values
 from .hosts import HasMemories
@@ -44,6 +45,7 @@ __all__ = [
     "ValuesFile",
     "build_values",
     "finetune_values",
+    "ignore_read_times_in_ddp",
     "ignore_tables_in_ddp",
     "memory_param_groups",
     "product_topk",

@@ -40,6 +40,8 @@ def ablated(
 ) -> Iterator[None]:
     """Ablate memories while the context is open; the model itself does not change.
 
+    Ablations can be nested; that of the inner context changes what the outer one reads.
+
     Args:
         model: a host's model.
         kind: "zero": all values read as zero. "permuted": a random permutation gives each slot the
@@ -88,6 +90,7 @@ def measure_ablations(
 
 @contextmanager
 def _ablated(memory: ProductKeyMemory, kind: str, seed: int) -> Iterator[None]:
+    outer = vars(memory).get("search")  # of an ablation around this one
     search, change = memory.search, ABLATIONS[kind]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(memory.config.n_slots, generator=generator)
@@ -101,3 +104,5 @@ def _ablated(memory: ProductKeyMemory, kind: str, seed: int) -> Iterator[None]:
         yield
     finally:
         del memory.search  # restores the method of the class
+        if outer is not None:
+            memory.search = outer  # type: ignore[method-assign]

@@ -524,25 +524,3 @@ def sgd_rows(
         rows, g = rows[moves], g[moves]
         moved = at_least_float32(values[rows]) - lr * g
         store(values, moved, rows, key, first_column)
-
-
-def ignore_tables_in_ddp(model: nn.Module) -> nn.Module:
-    """Tell torch's DistributedDataParallel to leave value tables to ``MemoryAdam``.
-
-    Call it before DistributedDataParallel wraps the model. Without it, workers exchange a dense
-    gradient of each table, which is correct but slow.
-
-    Args:
-        model: the module that will be wrapped.
-
-    Returns:
-        The model.
-    """
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    tables = [
-        f"{name}.weight" if name else "weight"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, ValueTable)
-    ]
-    model._ddp_params_and_buffers_to_ignore = [*ignored, *tables]  # type: ignore[assignment]
-    return model

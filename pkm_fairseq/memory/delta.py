@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
@@ -98,8 +99,8 @@ def combine(deltas: Sequence[Delta], adds_up: bool = False) -> Dict[str, TableRo
 
     Args:
         deltas: at least one.
-        adds_up: whether to add up changes of the same row, in at least float32; otherwise deltas
-            that change the same rows are refused.
+        adds_up: whether to add up changes of the same row, in at least float32, and round once;
+            otherwise deltas that change the same rows are refused.
 
     Raises:
         ValueError: the deltas have different bases, or change the same rows.
@@ -107,11 +108,11 @@ def combine(deltas: Sequence[Delta], adds_up: bool = False) -> Dict[str, TableRo
     if len({delta.base for delta in deltas}) != 1:
         bases = ", ".join(delta.base[:12] for delta in deltas)
         raise ValueError(f"deltas have different bases ({bases}), must have one")
-    found: Dict[str, TableRows] = {}
+    parts: Dict[str, List[TableRows]] = defaultdict(list)
     for delta in sorted(deltas, key=_fingerprint):  # sums of floats depend on their order
         for name, rows in delta.tables.items():
-            found[name] = rows if name not in found else _joined(name, found[name], rows, adds_up)
-    return found
+            parts[name].append(rows)
+    return {name: _joined(name, of_table, adds_up) for name, of_table in parts.items()}
 
 
 def _fingerprint(delta: Delta) -> str:
@@ -123,26 +124,24 @@ def _fingerprint(delta: Delta) -> str:
     return digest.hexdigest()
 
 
-def _joined(name: str, one: TableRows, other: TableRows, adds_up: bool) -> TableRows:
-    both = one.slots[torch.isin(one.slots, other.slots)]
+def _joined(name: str, parts: Sequence[TableRows], adds_up: bool) -> TableRows:
+    slots, counts = torch.unique(torch.cat([rows.slots for rows in parts]), return_counts=True)
+    both = slots[counts > 1]
     if len(both) and not adds_up:
         raise ValueError(
             f"two deltas both change {len(both)} rows of {name}, such as {int(both[0])}: apply "
             "one, or add their changes up with --sum"
         )
-    slots = torch.unique(torch.cat([one.slots, other.slots]))
-    before = one.before.new_empty(len(slots), one.before.shape[1])
-    for rows in (one, other):
-        before[torch.searchsorted(slots, rows.slots)] = rows.before
+    places = [torch.searchsorted(slots, rows.slots) for rows in parts]
+    before = parts[0].before.new_empty(len(slots), parts[0].before.shape[1])
     change = at_least_float32(torch.zeros_like(before))
-    for rows in (one, other):
-        change[torch.searchsorted(slots, rows.slots)] += at_least_float32(
-            rows.after
-        ) - at_least_float32(rows.before)
+    for rows, at in zip(parts, places, strict=True):
+        before[at] = rows.before
+        change[at] += at_least_float32(rows.after) - at_least_float32(rows.before)
     after = (at_least_float32(before) + change).to(before.dtype)
-    for rows, others in ((one, other), (other, one)):  # rows that only one delta changed, exactly
-        alone = ~torch.isin(rows.slots, others.slots)
-        after[torch.searchsorted(slots, rows.slots[alone])] = rows.after[alone]
+    for rows, at in zip(parts, places, strict=True):  # rows that only one delta changed, exactly
+        alone = counts[at] == 1
+        after[at[alone]] = rows.after[alone]
     return TableRows(slots, before, after)
 
 

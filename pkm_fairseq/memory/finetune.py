@@ -124,7 +124,8 @@ def finetune_values(
 
     From now on training, too, normalises queries by the running statistics, which do not change.
     Only ``MemoryAdam`` can restrict an update to some rows. Parts that are added later, such as a
-    head, are trained.
+    head, are trained. A head that is there already is frozen, too: for a new one, call
+    ``head.requires_grad_(True)`` afterwards.
 
     Args:
         model: any module with memories.

@@ -6,6 +6,7 @@ the batch's reads, times a logarithm that is small if background text reads them
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Optional
 
 import torch
@@ -65,7 +66,8 @@ class RowBudget:
         if self.count is not None:
             return min(self.count, n_read)
         assert self.share is not None
-        return min(math.ceil(self.share * n_read), n_read)
+        share = Fraction(str(self.share))  # 7 % of 100 rows are 7; in floats a little more
+        return min(math.ceil(share * n_read), n_read)
 
 
 class RowChoice:

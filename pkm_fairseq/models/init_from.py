@@ -22,6 +22,9 @@ READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # belong to a training, not 
 ORIGIN = ".reads.origin"  # the part that memories keep
 FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace these
 MAX_NAMED = 8
+# options that change a model's output but no parameter's shape; further ones of memories
+SILENT = ("encoder_attention_heads", "activation_fn", "encoder_normalize_before")
+SILENT_OF_MEMORY = ("memory_score_activation", "memory_score_scale")
 
 
 def apply_init_from(model: nn.Module, plan: Plan, args: Any, dictionary: Dictionary) -> None:
@@ -54,7 +57,8 @@ def load_parameters(
 ) -> None:
     """Load every matching parameter.
 
-    Only a whole memory may be new; only a replaced FFN, and classification heads, are dropped.
+    Only a whole memory may be new. Only classification heads are dropped, and FFNs that a new
+    memory replaces.
 
     Raises:
         ValueError: anything else differs; the message lists it.
@@ -73,7 +77,9 @@ def load_parameters(
     surplus = [name for name in state if name not in own]
     known = {_memory_of(name) for name in state}
     new = [name for name in missing if _memory_of(name) and _memory_of(name) not in known]
-    dropped = heads + [name for name in surplus if _is_replaced_ffn(name, own)]
+    dropped = heads + [
+        name for name in surplus if _is_replaced_ffn(name, own) and _replacing(name) not in known
+    ]
     problems = [f"{name} is missing" for name in missing if name not in new]
     problems += [f"{name} is not in the model" for name in surplus if name not in dropped]
     problems += [
@@ -125,16 +131,26 @@ def _tables(model: nn.Module) -> Dict[str, ValueTable]:
 def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
     """Compare the options that change a model's output but no parameter's shape.
 
+    A memory may read more or fewer slots than before; that is only logged.
+
     Raises:
-        ValueError: an option differs.
+        ValueError: another option differs.
     """
-    theirs = options_of(checkpoint, "model")
-    for name in ("encoder_attention_heads", "activation_fn", "encoder_normalize_before"):
+    theirs, names = options_of(checkpoint, "model"), list(SILENT)
+    has_memory = any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"])
+    if has_memory:
+        names += SILENT_OF_MEMORY
+    for name in names:
         before, now = theirs.get(name), getattr(args, name)
-        if before is not None and str(before) != str(now):
+        if before is not None and before != now and str(before) != str(now):
             raise ValueError(
                 f"--init-from {path}: trained with {flag_of(name)} {before}, not {now}"
             )
+    knn = theirs.get("memory_knn")
+    if has_memory and knn is not None and knn != args.memory_knn:
+        logger.warning(
+            f"--init-from {path}: trained with --memory-knn {knn}, now reads {args.memory_knn}"
+        )
 
 
 def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
@@ -178,10 +194,13 @@ def _shared(own: Dict[str, Tensor]) -> Iterator[Tuple[str, str]]:
 
 
 def _is_replaced_ffn(name: str, own: Dict[str, Tensor]) -> bool:
+    return name not in own and f"{_replacing(name)}keys" in own
+
+
+def _replacing(name: str) -> Optional[str]:
+    """The name prefix of the memory that would replace an FFN, from a parameter of the FFN."""
     match = FFN_PARAMETER.search(name)
-    if match is None or name in own:
-        return False
-    return f"{name[: match.end(1)]}memory.keys" in own
+    return None if match is None else f"{name[: match.end(1)]}memory."
 
 
 def _listed(items: List[str]) -> str:

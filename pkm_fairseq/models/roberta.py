@@ -11,7 +11,13 @@ from fairseq.models.roberta import RobertaHubInterface, RobertaModel
 from omegaconf import OmegaConf, open_dict
 
 from ..errors import TrainingError
-from ..memory import MappedTable, MemoryUsage, RunState, ValueTable
+from ..memory import (
+    MappedTable,
+    MemoryUsage,
+    RunState,
+    ignore_read_times_in_ddp,
+    ignore_tables_in_ddp,
+)
 from ..memory.finetune import FinetuneConfig, check_origins, finetune_values
 from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
 from .architectures import base_architecture, large_architecture, residual, tiny_architecture
@@ -67,7 +73,7 @@ class PkmRobertaModel(RobertaModel):
             model._layers_to_keep = plan.kept_layers
             model._freeze_memory(plan.freeze)
             model._freeze_all_but_values(plan)
-            model._keep_factored_gradients_out_of_ddp(plan)
+            model._tell_ddp(plan)
             apply_init_from(model, plan, args, task.source_dictionary)
         except (ValueError, MemoryError) as error:
             raise ValueError(f"pkm_roberta: {error}") from None
@@ -178,17 +184,14 @@ class PkmRobertaModel(RobertaModel):
         if self._finetunes is not None:
             logger.info(f"--memory-finetune {self._finetunes}: the head {name} is trained, too")
 
-    def _keep_factored_gradients_out_of_ddp(self, plan: Plan) -> None:
-        """Tell torch's DDP which parameters to skip; it wraps the model before an optimizer exists.
+    def _tell_ddp(self, plan: Plan) -> None:
+        """Tell torch's DDP what to skip; it wraps the model before an optimizer exists.
 
-        Otherwise DDP would give ``pkm_adam`` dense gradients of zeros. DDP reads this attribute.
+        Otherwise DDP would give ``pkm_adam`` dense gradients of zeros.
         """
+        ignore_read_times_in_ddp(self)
         if plan.run.optimizer == "pkm_adam":
-            self._ddp_params_and_buffers_to_ignore = [
-                f"{name}.weight"
-                for name, module in self.named_modules(remove_duplicate=False)
-                if isinstance(module, ValueTable)
-            ]
+            ignore_tables_in_ddp(self)
 
     @property
     def run(self) -> RunState:

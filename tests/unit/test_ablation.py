@@ -83,6 +83,21 @@ def test_afterwards_the_model_is_what_it_was(kind):
     assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())
 
 
+@torch.no_grad()
+def test_an_ablation_within_another_ends_without_it():
+    model = model_of()
+    before, generator = output(model), torch.Generator().manual_seed(0)
+    with ablated(model, "permuted", seed=3):
+        permuted = output(model)
+        with ablated(model, "zero", [0]):
+            assert not torch.equal(output(model), permuted)
+        assert torch.equal(output(model), permuted)
+    assert torch.equal(output(model), before)
+    with ablated(model, "zero"), ablated(model, "permuted", [0]):
+        x = torch.randn(6, 16, generator=generator)
+        assert not model.memory_layers()[0].memory(x).any()  # zeros, permuted
+
+
 def test_an_unknown_kind_is_an_error():
     said = "'none', must be one of zero, permuted, top1"
     with pytest.raises(ValueError, match=said), ablated(model_of(), "none"):

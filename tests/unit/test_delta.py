@@ -214,6 +214,15 @@ def test_changes_add_up_in_one_order_and_rows_of_one_delta_alone_are_its_own():
     assert float((whole[0].after.double() - expected[:35]).abs().max()) < float(size) * 1e-6
 
 
+def test_the_sum_of_several_changes_is_rounded_once():
+    state = {"values.weight": torch.full((4, 2), 1 - 2**-8, dtype=torch.bfloat16)}
+    moved = state["values.weight"].clone()
+    moved[1] += 2**-8  # a third step would round to an even 1
+    deltas = [make_delta(state, {"values.weight": moved}, {"number": i}) for i in range(3)]
+    rows = combine(deltas, adds_up=True)["values.weight"]
+    assert rows.after.tolist() == [[1 + 2**-7, 1 + 2**-7]]
+
+
 def test_minus_zero_and_nan_are_values_like_others():
     state = {"values.weight": torch.tensor([[0.0], [float("nan")], [1.0]])}
     moved = {"values.weight": torch.tensor([[-0.0], [float("nan")], [1.0]])}

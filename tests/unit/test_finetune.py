@@ -137,7 +137,18 @@ def test_the_choice_is_that_of_numpy(n_slots, n_batches, budget, random):
 
 @pytest.mark.parametrize(
     ("text", "of_100"),
-    [("24000", 100), (7, 7), ("7", 7), ("0.5", 50), ("50%", 50), ("0.101", 11), ("1.0", 100)],
+    [
+        ("24000", 100),
+        (7, 7),
+        ("7", 7),
+        ("0.5", 50),
+        ("50%", 50),
+        ("0.101", 11),
+        ("1.0", 100),
+        ("7%", 7),
+        ("14%", 14),
+        ("0.55", 55),
+    ],
 )
 def test_a_budget_is_a_number_or_a_share(text, of_100):
     assert RowBudget.parse(text).rows(100) == of_100

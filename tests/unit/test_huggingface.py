@@ -208,11 +208,20 @@ def test_values_and_statistics_stay_in_float32_in_half_precision(tmp_path: Path)
     assert {n for n, x in added.state_dict().items() if x.dtype == torch.float32} == kept
 
 
-def test_values_in_bfloat16_are_loaded_as_such(tmp_path: Path) -> None:
-    model = add_memories(plain("bert"), replace(SMALL, value_dtype="bfloat16"), [1])
-    loaded = saved(model, tmp_path)
-    assert loaded.memory_layers()[1].memory.values.weight.dtype == torch.bfloat16
-    assert loaded.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_in_bfloat16_are_so_from_the_start_and_statistics_never(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = plain("bert").to(dtype)
+    add_memories(model, replace(SMALL, value_dtype="bfloat16"), [1])
+    loaded = saved(model, tmp_path, dtype=dtype)
+    for one in (model, loaded):
+        memory = one.memory_layers()[1].memory
+        assert memory.values.weight.dtype == torch.bfloat16
+        assert memory.query_norm.running_var.dtype == torch.float32
+        assert memory.keys.dtype == one.dtype == dtype
+    for name, x in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x), name
 
 
 def test_memories_that_a_checkpoint_lacks_are_drawn(tmp_path: Path) -> None:
@@ -253,6 +262,8 @@ def test_a_head_of_your_own_is_saved_and_loaded_by_its_class(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     loaded = memory_class(OwnHead).from_pretrained(tmp_path).eval()
     assert isinstance(loaded, OwnHead)
+    card = (tmp_path / "README.md").read_text()
+    assert "import OwnHead\n" in card and "memory_class(OwnHead).from_pretrained(" in card
     assert torch.allclose(loaded(**batch()), model(**batch()), rtol=0, atol=1e-6)
 
 
@@ -264,6 +275,7 @@ def test_the_model_card_says_what_is_known_and_leaves_other_cards_alone(tmp_path
     facts = (f"{n_parameters:,}", f"{2 * 64 * 16:,}", "beside the feed-forward of layers 0, 2")
     for fact in (*facts, "2 heads x 4 slots", "AutoModelForMaskedLM", "No usage was counted"):
         assert fact in card, fact
+    assert "from transformers import AutoModelForMaskedLM\n" in card
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -329,6 +341,17 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
     assert type(model) is kind and list(model.state_dict()) == names
 
 
+def test_a_table_that_does_not_fit_leaves_the_model_as_it_was() -> None:
+    model = plain("bert")
+    before, config = {n: x.clone() for n, x in model.state_dict().items()}, model.config
+    with pytest.raises(MemoryError, match="could not be had"):
+        add_memories(model, replace(SMALL, n_keys=2_000_000), [0])
+    assert type(model) is transformers.BertForMaskedLM and model.config is config
+    assert not hasattr(config, "memory_layers")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert add_memories(model, SMALL, [0]).memory_layers()
+
+
 def test_a_configuration_without_memory_is_refused(tmp_path: Path) -> None:
     plain("bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no memory_layers: load the model without memory"):
@@ -388,6 +411,10 @@ def test_modules_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -
     for wrong, message in (
         (Architecture("encoder.stages"), "BertModel has no list of blocks 'encoder.stages'"),
         (Architecture("encoder.layer", ffn="mlp"), "a block BertLayer has no mlp"),
+        (
+            Architecture("encoder.layer", dropout="hidden_dropout"),
+            "dropout is 'hidden_dropout', must be an entry of BertConfig",
+        ),
     ):
         monkeypatch.setitem(ARCHITECTURES, "bert", wrong)
         with pytest.raises(ValueError, match=message):

@@ -386,6 +386,19 @@ def test_a_count_is_of_training_batches_or_of_an_evaluation_not_of_both(tmp_path
     ]
 
 
+def test_look_ups_of_predict_are_in_no_evaluation(tmp_path: Path) -> None:
+    trainer = MemoryTrainer(with_memories("bert"), arguments(tmp_path))
+    alone = trainer.evaluate(examples()[:2])
+    trainer.predict(examples()[2:12])
+    after = trainer.evaluate(examples()[:2])
+    usage = {key: value for key, value in alone.items() if "memory" in key}
+    assert usage["eval_memory0_tokens"] == 9 + 8
+    assert {key: value for key, value in after.items() if "memory" in key} == usage
+    trainer.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "Counted over 17 tokens of 'eval'." in card  # no training, so no update
+
+
 def test_a_log_of_other_memories_ends_the_training(tmp_path: Path) -> None:
     trained(tmp_path, max_steps=1)
     other = add_memories(plain("bert"), SMALL, [1])

@@ -11,7 +11,7 @@ import torch
 
 from pkm_fairseq.models.checkpoints import dictionary_sha256, read_checkpoint
 from pkm_fairseq.models.init_from import complete_state
-from tests.helpers import batch, build, small_dictionary
+from tests.helpers import batch, build, model_args, small_dictionary
 
 DICTIONARY = small_dictionary()
 TOKENS = batch(DICTIONARY, [7, 3, 5])
@@ -475,6 +475,34 @@ def test_an_option_that_no_shape_shows_is_compared(plain, tmp_path, name, value)
     file = saved(plain, tmp_path, args=Namespace(**{name: value}))
     message = refusal(init_from=file)
     assert f"trained with --{name.replace('_', '-')} {value}, not" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("memory_score_activation", "relu"), ("memory_score_scale", 4.0)]
+)
+def test_an_option_of_a_memory_that_no_shape_shows_is_compared(tmp_path, option, value):
+    model, options = build("resm_roberta_tiny", **{option: value}), {option: value}
+    args = model_args("resm_roberta_tiny", **options)
+    file = save(model, tmp_path / "other.pt", args=args)
+    message = refusal(init_from=file)
+    assert f"trained with --{option.replace('_', '-')} {value}, not" in message
+    build("resm_roberta_tiny", init_from=file, **options)
+    plain_args = save(build("roberta"), tmp_path / "plain.pt", args=args)  # says nothing of memory
+    build("resm_roberta_tiny", init_from=plain_args)
+
+
+def test_another_knn_is_taken_and_said(tmp_path, caplog):
+    args = model_args("resm_roberta_tiny", memory_knn=5)
+    file = save(build("resm_roberta_tiny", memory_knn=5), tmp_path / "five.pt", args=args)
+    build("resm_roberta_tiny", init_from=file)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning == f"--init-from {file}: trained with --memory-knn 5, now reads 3"
+
+
+def test_an_ffn_that_was_trained_beside_its_memory_is_not_dropped(tmp_path):
+    file = save(build("resm_roberta_tiny"), tmp_path / "resm.pt")
+    message = refusal("pkm_roberta_tiny", init_from=file)
+    assert "layers.1.fc1.weight is not in the model" in message
 
 
 def test_a_classification_head_is_dropped_and_said_to_be(plain, tmp_path, caplog):

@@ -492,14 +492,19 @@ def test_args_helper_completes_options_as_the_architecture_does():
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_torchs_ddp_is_told_to_leave_factored_gradients_alone(share):
+def test_torchs_ddp_is_told_to_leave_factored_gradients_and_times_of_reads_alone(share):
     """It asks for every name of a parameter, shared or not."""
     options = {"memory_layers": [0, 2], "memory_share_values": share}
     model = build("resm_roberta_tiny", optimizer="pkm_adam", **options)
     layers = [f"encoder.sentence_encoder.layers.{i}.memory.values.weight" for i in (0, 2)]
-    assert model._ddp_params_and_buffers_to_ignore == layers
+    times = [
+        f"encoder.sentence_encoder.layers.{i}.reads.{name}"
+        for i in (0, 2)
+        for name in ("last_read", "last_top1")
+    ]
+    assert model._ddp_params_and_buffers_to_ignore == times + layers
     dense = build("resm_roberta_tiny", optimizer="adam", **options)
-    assert not hasattr(dense, "_ddp_params_and_buffers_to_ignore")
+    assert dense._ddp_params_and_buffers_to_ignore == times
 
 
 # --- several workers; what they train is in tests/integration/test_workers.py ----------------

@@ -393,6 +393,20 @@ def test_a_slot_read_with_no_weight_is_in_no_top_k_usage_of_the_curve():
     assert [point["topk_usage"] for point in usage.curve()] == [0.25]
 
 
+def test_the_curve_leaves_out_reads_with_no_weight_of_slots_that_have_some():
+    """As under relu; a slot that all look-ups read gets weight from one look-up in eight."""
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.stack([torch.randperm(64, generator=generator)[:8] for _ in range(6400)])
+    weights = torch.zeros(6400, 1, 8)
+    weights[..., 0] = 1
+    usage = MemoryUsage(64, 1)
+    usage.update(slots[:, None], weights)
+    for point in usage.curve():
+        assert point["topk_usage"] == point["top1_usage"]
+    assert usage.extrapolation()["topk"] == usage.extrapolation()["top1"]
+    assert usage.read_count.sum() == 8 * 6400  # the reads themselves are counted
+
+
 def test_shares_of_slots_that_hold_a_share_of_the_uniform_weight():
     # 4 slots, weights 1.5, 0.49, 0.01, 0 of 2: uniform is 0.5
     summary = summary_of([[[0, 1]], [[0, 2]]], [[[0.51, 0.49]], [[0.99, 0.01]]], n_slots=4)

@@ -13,7 +13,7 @@ DRAWS = 100  # per slot in one count; our choice
 HOLDS = (1, 10, 100)  # per cent of the uniform share of weight
 TIE = 1e-10  # a share missed by less counts as reached: rounding
 
-COUNTERS = ("top1_count", "read_count", "read_mass", "top1_weight", "entropy")
+COUNTERS = ("top1_count", "read_count", "weightless_count", "read_mass", "top1_weight", "entropy")
 
 
 class MemoryUsage:
@@ -32,6 +32,7 @@ class MemoryUsage:
         knn: slots read per head; None before the first update.
         top1_count: (H, n_slots), int64: reads as the highest-scoring slot of a head.
         read_count: (H, n_slots), int64: reads at any rank.
+        weightless_count: (H, n_slots), int64: of these, reads with a weight of 0, as relu gives.
         read_mass: (H, n_slots), float64: accumulated weight.
         top1_weight: (H,), float64: accumulated share of the first choices in the weight of their
             look-up; 0 where a look-up has no weight.
@@ -46,6 +47,7 @@ class MemoryUsage:
         self.knn: Optional[int] = None
         self.top1_count = torch.zeros(heads, n_slots, dtype=torch.int64)
         self.read_count = torch.zeros(heads, n_slots, dtype=torch.int64)
+        self.weightless_count = torch.zeros(heads, n_slots, dtype=torch.int64)
         self.read_mass = torch.zeros(heads, n_slots, dtype=torch.float64)
         self.top1_weight = torch.zeros(heads, dtype=torch.float64)
         self.entropy = torch.zeros(heads, dtype=torch.float64)
@@ -99,6 +101,7 @@ class MemoryUsage:
         flat = slots + first  # (N, H, K), each head with slots of its own
         self.top1_count += self._bincount(flat[..., 0])
         self.read_count += self._bincount(flat)
+        self.weightless_count += self._bincount(flat[weights == 0])
         self.read_mass += self._bincount(flat, weights)
         total = weights.sum(dim=-1, keepdim=True)  # (N, H, 1), 1 but for relu
         shares = weights / total.masked_fill(total == 0, 1)  # (N, H, K)
@@ -173,7 +176,8 @@ class MemoryUsage:
         """The expected usage after fewer draws: 1, 3, 10, ... per slot, and all.
 
         A draw is a query: one head's look-up for one token. The top-1 usage counts its first
-        choice, the top-k usage all its ``knn`` reads. Both usages have the same number of draws.
+        choice, the top-k usage all its ``knn`` reads that have weight. Both usages have the same
+        number of draws.
 
         Returns:
             Ascending, each ``draws_per_slot``, ``top1_usage`` and ``topk_usage``.
@@ -200,8 +204,7 @@ class MemoryUsage:
 
     def _hits(self) -> Tuple[Tensor, Tensor]:
         """The number of queries in which each slot was first choice, and got weight: (n_slots,)."""
-        reads = self.read_count.sum(0)
-        return self.top1_count.sum(0), reads.masked_fill(self.read_mass.sum(0) == 0, 0)
+        return self.top1_count.sum(0), (self.read_count - self.weightless_count).sum(0)
 
     def _describe(self, heads: slice) -> Dict[str, Union[int, float]]:
         """Statistics of the joint counts of some heads."""
