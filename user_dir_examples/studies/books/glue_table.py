@@ -57,14 +57,16 @@ def measured(of_task: Dict[str, Any], metric: str) -> Dict[str, float]:
         (drift,) = of_task["memory"][0]["drift"]
         found["same"] = round(100 * drift["top1_same"], 2)
         found["overlap"] = round(100 * drift["topk_jaccard"], 2)
+        found["moved"] = round(drift["query_moved"], 4)
     return found
 
 
 def table(found: Found) -> str:
     """A row for each arm and remedy."""
     tasks = [task for task in TASKS if any(task in of for of in found.values())]
-    lines = ["| arm | remedy | seeds | " + " | ".join(tasks) + " | mean | same first choice, % |"]
-    lines.append("|---|---|" + "--:|" * (len(tasks) + 3))
+    lines = ["| arm | remedy | seeds | " + " | ".join(tasks) + " | mean"]
+    lines[0] += " | same first choice, % | queries moved |"
+    lines.append("|---|---|" + "--:|" * (len(tasks) + 4))
     for remedy in REMEDIES:
         for arm in ARMS:
             results = [found[key] for key in sorted(found) if key[:2] == (arm, remedy)]
@@ -72,9 +74,9 @@ def table(found: Found) -> str:
                 continue
             cells = [median_and_range([of[task]["score"] for of in results]) for task in tasks]
             cells.append(median_and_range([average(of, "score") for of in results]))
-            is_memory = arm in MEMORY_ARMS
-            same = [average(of, "same") for of in results] if is_memory else []
-            cells.append(median_and_range(same) if same else "")
+            for what, text in (("same", "{:.1f}"), ("moved", "{:.2f}")):
+                drift = [average(of, what) for of in results] if arm in MEMORY_ARMS else []
+                cells.append(median_and_range(drift, text) if drift else "")
             lines.append(f"| {arm} | {remedy} | {len(results)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
