@@ -3,16 +3,17 @@
 
 Each checkout trains a model without memory, a PKM and a ResM with its own code, on one thread.
 With --resume the first checkout trains the same number of updates first, and both checkouts resume
-its checkpoint. Parameters, buffers, moments and step counts must be equal to the bit; else the exit
-status is 1.
+its checkpoint. Parameters, buffers, moments and step counts must have equal names, dtypes, shapes
+and bits; else the exit status is 1.
 """
 
 import argparse
+import math
 import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from _script import run
@@ -25,6 +26,8 @@ ARMS = {
     "pkm": ("--arch", "pkm_roberta_tiny"),
     "resm": ("--arch", "resm_roberta_tiny"),
 }
+
+SHOWN = 5  # differences to name
 
 OPTIONS = (
     "--task pkm_masked_lm --criterion pkm_masked_lm --optimizer pkm_adam --lr 1e-3 "
@@ -54,25 +57,55 @@ def numbers(x: Any, name: str) -> Iterator[Tuple[str, Any]]:
         for key in x:
             yield from numbers(x[key], f"{name}.{key}")
     elif isinstance(x, (torch.Tensor, int, float)) and not isinstance(x, bool):
-        yield name, torch.as_tensor(x)
+        # a float of Python is a double
+        yield name, torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
 
 
-def compare(one: Dict[str, Any], other: Dict[str, Any]) -> Tuple[int, float, str]:
-    """The number of compared tensors, the largest difference, and its place."""
-    largest, where, compared = 0.0, "", 0
+def compare(one: Dict[str, Any], other: Dict[str, Any]) -> Tuple[int, List[str]]:
+    """The number of compared tensors, and the differences in words, the largest first."""
+    found: List[Tuple[float, str]] = []
+    compared = 0
     for part in ("model", "last_optimizer_state"):
         inner = [x[part] if part == "model" else x[part]["state"] for x in (one, other)]
         ours, theirs = (dict(numbers(x, part)) for x in inner)
-        if missing := ours.keys() - theirs.keys():
-            raise ValueError(f"the second checkout lacks {min(missing)}")
-        for name in sorted(theirs.keys() - ours.keys()):
-            print(f"only the second checkout has {name}")
-        for name, x in ours.items():
+        for name in {**ours, **theirs}:
             compared += 1
-            difference = float((x.double() - theirs[name].double()).abs().max())
-            if difference > largest:
-                largest, where = difference, name
-    return compared, largest, where
+            difference = difference_of(name, ours.get(name), theirs.get(name))
+            if difference is not None:
+                found.append(difference)
+    return compared, [words for _, words in sorted(found, key=lambda x: x[0], reverse=True)]
+
+
+def difference_of(
+    name: str, x: Optional[torch.Tensor], y: Optional[torch.Tensor]
+) -> Optional[Tuple[float, str]]:
+    """The size of a difference, and the difference in words; None if all bits are equal."""
+    if x is None or y is None:
+        return math.inf, f"only the {'second' if x is None else 'first'} checkout has {name}"
+    if (x.dtype, x.shape) != (y.dtype, y.shape):
+        return math.inf, f"{name}: {shown(x)} and {shown(y)}"
+    if torch.equal(bits(x), bits(y)):
+        return None
+    size = float((x.double() - y.double()).abs().max())
+    return math.inf if math.isnan(size) else size, f"{name} by up to {size:.2g}"
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: NaN equals NaN, and 0 is not -0."""
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def shown(x: torch.Tensor) -> str:
+    """Dtype and shape."""
+    return f"{x.dtype} {tuple(x.shape)}"
+
+
+def verdict(differences: List[str]) -> str:
+    """The differences in one line."""
+    if not differences:
+        return "equal to the bit"
+    more = "; ..." if len(differences) > SHOWN else ""
+    return f"NOT EQUAL in {len(differences)}: {'; '.join(differences[:SHOWN])}{more}"
 
 
 def main() -> None:
@@ -103,10 +136,10 @@ def main() -> None:
                 train(checkout, args.data, arm, updates, place)
                 for checkout, place in zip(args.checkouts, folders, strict=True)
             ]
-        compared, largest, where = compare(*found)
-        is_equal &= not largest
-        verdict = "equal to the bit" if not largest else f"differ by up to {largest:.2g} in {where}"
-        print(f"{arm}: {compared} tensors after {updates} updates: {verdict}", flush=True)
+        compared, differences = compare(*found)
+        is_equal &= not differences
+        told = f"{arm}: {compared} tensors after {updates} updates: {verdict(differences)}"
+        print(told, flush=True)
     sys.exit(0 if is_equal else 1)
 
 

@@ -30,7 +30,7 @@ from pkm_fairseq.analysis.checkpoints import (
     read_text,
     updates_of,
 )
-from pkm_fairseq.analysis.moved import distances_by_layer, what_moved
+from pkm_fairseq.analysis.moved import check_rows, distances_by_layer, what_moved
 from pkm_fairseq.memory.archive import write_rows
 from pkm_fairseq.memory.delta import (
     APART,
@@ -84,7 +84,13 @@ def parse() -> argparse.Namespace:
 
 def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("delta", type=Path, metavar="DELTA")
-    report.add_argument("--checkpoint", type=Path, required=True, metavar="FINETUNED")
+    report.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FINETUNED",
+        help="checkpoint that holds the delta's rows",
+    )
     source = report.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DATA-BIN", help="text to read, such as the new one")
     source.add_argument("--text", metavar="FILE", help="UTF-8 text, one passage per line")
@@ -196,6 +202,7 @@ def report(args: argparse.Namespace) -> None:
     if args.background is not None:
         background = load_counts(args.background, f"--background {args.background}")
     opened = open_checkpoint("finetuned", args.checkpoint, args)
+    check_rows(opened, delta.tables)
     text = read_text(args, opened.dictionary, opened.model.max_positions())
     sequences = mask(opened, first_tokens(text, args.tokens))
     if not sequences:

@@ -21,6 +21,7 @@ from pkm_fairseq.experiments.benchmark.cluster import (
     simulate,
 )
 from pkm_fairseq.experiments.benchmark.exchange import Table
+from pkm_fairseq.memory.files import write_file
 
 # flag, default, meaning; all must be above 0
 NUMBERS = [
@@ -96,7 +97,7 @@ def main() -> None:
     if args.json is not None:
         given = {k: v for k, v in vars(args).items() if k != "json"}
         report = {"options": given, "speeds": speeds, "updates": found}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_file(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def assumed(args: argparse.Namespace) -> Device:

@@ -58,9 +58,7 @@ def run(args: Any) -> bool:
     from pkm_fairseq.models.capture import capture
     from pkm_fairseq.validation import report
 
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{option} {file}: its folder does not exist")
+    check_files(args)
     start = time.perf_counter()
     model, captured = capture(args, args.layers)
     memories = {index: layer.memory for index, layer in model.memory_layers().items()}
@@ -93,6 +91,19 @@ def run(args: Any) -> bool:
         console.print(table)
     print(f"{report.verdict(summary)} ({summary['seconds']:.1f} s)")
     return bool(summary["exact"])
+
+
+def check_files(args: Any) -> None:
+    """Check output files before the work."""
+    from pkm_fairseq.experiments.benchmark.output import FORMATS
+
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{option} {file}: its folder does not exist")
+        if file and Path(file).is_dir():
+            raise ValueError(f"{option} {file} is a folder")
+    if args.plot and Path(args.plot).suffix not in FORMATS:
+        raise ValueError(f"--plot is {args.plot}, must end in {', '.join(FORMATS)}")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Compare logs of memory usage in training."""
 
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -123,28 +123,56 @@ def read_log(name: str, file: Path) -> Log:
 def logs_of_checkpoints(reports: Sequence[Dict[str, Any]], split: str) -> List[Log]:
     """Turn counts of checkpoints into logs, as if their trainings had logged them.
 
-    Checkpoints in one folder belong to one training. A single checkpoint has no curve and is
-    skipped.
+    Checkpoints belong to one training if their folder, shapes and origin are equal. A single
+    checkpoint has no curve and is skipped.
 
     Args:
         reports: reports of checkpoints, from ``pkm_fairseq.analysis.examine.examine``.
         split: the split that they read.
     """
-    trainings: Dict[Tuple[Path, str], List[Dict[str, Any]]] = {}
-    for report in reports:
-        if report["updates"] is not None:
-            folder = Path(report["checkpoint"]).absolute().parent
-            trainings.setdefault((folder, str(_header_of(report))), []).append(report)
     logs = []
-    for (folder, _), found in trainings.items():
+    for found in _trainings(reports):
         by_update = {report["updates"]: {**report, "update": report["updates"], "split": split}
                      for report in found}  # fmt: skip
         records = [by_update[update] for update in sorted(by_update)]
         if len(records) > 1:
+            folder = _folder_of(found[0])
             logs.append(Log(f"{folder.name}, checkpoints", folder, _header_of(found[0]), records,
                             truncated=False))  # fmt: skip
-    names = [log.name for log in logs]
-    return [log._replace(name=str(log.file)) if names.count(log.name) > 1 else log for log in logs]
+    for name_of in (lambda log: str(log.file), _range_of):
+        names = [log.name for log in logs]
+        logs = [
+            log._replace(name=name_of(log)) if names.count(log.name) > 1 else log for log in logs
+        ]
+    return logs
+
+
+def _trainings(reports: Sequence[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+    """The reports of each training.
+
+    Version 0.1.0 stored no origin. Its checkpoints belong to the training of their folder; if the
+    folder holds several, they are a group of their own.
+    """
+    folders: Dict[Tuple[Path, str], Dict[str, List[Dict[str, Any]]]] = {}
+    for report in reports:
+        if report["updates"] is not None:
+            of_folder = folders.setdefault((_folder_of(report), str(_header_of(report))), {})
+            of_folder.setdefault(str(report["origins"]), []).append(report)
+    for of_folder in folders.values():
+        if len(of_folder) == 2 and str(None) in of_folder:
+            yield [report for found in of_folder.values() for report in found]
+        else:
+            yield from of_folder.values()
+
+
+def _folder_of(report: Dict[str, Any]) -> Path:
+    return Path(report["checkpoint"]).absolute().parent
+
+
+def _range_of(log: Log) -> str:
+    """The folder of a training, its first and its last checkpoint."""
+    first, last = (Path(log.records[at]["checkpoint"]).name for at in (0, -1))
+    return f"{log.file}, {first} to {last}"
 
 
 def _header_of(report: Dict[str, Any]) -> Dict[str, Any]:

@@ -1,6 +1,6 @@
 """Run a model on a text, and report the usage of its memories."""
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ def examine(
         advance: called with the number of tokens of each batch.
 
     Returns:
-        The report: ``name``, ``checkpoint``, ``updates``, ``tokens``; ``layers``, for each
+        The report: ``name``, ``checkpoint``, ``updates``, ``tokens``; ``origins``, by layer, the
+        training that created its memory, or None if unknown; ``layers``, for each
         ``MemoryUsage.summary`` and ``layer``, ``knn``, ``staleness`` (None if unknown) and
         ``hot_slots``; ``shared``, summary and ``staleness`` of a table that all layers share, or
         None.
@@ -81,6 +82,7 @@ def examine(
         "name": opened.name,
         "checkpoint": str(opened.file),
         "updates": opened.updates,
+        "origins": _origins(opened),
         "tokens": count_tokens(sequences),
         "layers": layers,
         "shared": _shared(opened, usage),
@@ -162,6 +164,13 @@ def staleness(opened: Opened, layers: Sequence[int]) -> Optional[Dict[str, Any]]
         "read": summarise(last_read, opened.updates),
         "top1": summarise(last_top1, opened.updates),
     }
+
+
+def _origins(opened: Opened) -> Optional[Dict[str, List[int]]]:
+    """The origins of the memories, ready for JSON."""
+    if opened.origins is None:
+        return None
+    return {str(layer): list(origin) for layer, origin in opened.origins.items()}
 
 
 def _shared(opened: Opened, usage: Dict[int, MemoryUsage]) -> Optional[Dict[str, Any]]:

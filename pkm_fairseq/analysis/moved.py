@@ -18,6 +18,31 @@ LAYER = re.compile(r"\.layers\.(\d+)\.memory\.values\.")
 NEEDED = 0.9  # share of the background's reads that its most read slots receive
 
 
+def check_rows(opened: Opened, rows: Mapping[str, TableRows]) -> None:
+    """Check that a checkpoint holds the changed rows; it may hold rows of other deltas, too.
+
+    Args:
+        opened: the finetuned checkpoint.
+        rows: the changed rows, by the name of the table.
+
+    Raises:
+        ValueError: a table is missing or has another shape, or a row has other bits.
+    """
+    state = opened.model.state_dict()
+    for name, table in rows.items():
+        now = state.get(name)
+        if now is None or now.shape[1:] != table.after.shape[1:] or len(now) <= table.slots.max():
+            raise ValueError(
+                f"--checkpoint {opened.file}: the model has no table {name} that fits the delta"
+            )
+        wrong = table.slots[(_bits(now[table.slots]) != _bits(table.after)).any(dim=1)]
+        if len(wrong):
+            raise ValueError(
+                f"--checkpoint {opened.file}: row {int(wrong[0])} of {name} is not the delta's: "
+                "the checkpoint must hold the delta's rows"
+            )
+
+
 def what_moved(
     opened: Opened,
     rows: Mapping[str, TableRows],
@@ -120,6 +145,11 @@ def groups(opened: Opened) -> Dict[int, Tuple[int, ...]]:
     """For each layer, all layers that read its table."""
     memories = {index: layer.memory for index, layer in opened.model.memory_layers().items()}
     return {layer: layers for layers in tables_by_layers(memories) for layer in layers}
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """The bits of rows, (R, V): NaN equals NaN; a model may load a half table in float32."""
+    return rows.double().view(torch.int64)
 
 
 def _counts(opened: Opened, background: CountsFile, layers: Tuple[int, ...]) -> SlotCounts:

@@ -1,8 +1,9 @@
 """The page of a report, one self-contained HTML file; also writes its charts as files."""
 
 import re
+from itertools import chain, count
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Set, Tuple
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -14,15 +15,26 @@ from .plots import COLOURS, Chart, charts_of_checkpoints
 
 
 def write_charts(analysis: Analysis, folder: Path) -> None:
-    """Write each chart of the page as an SVG file, named after its title."""
+    """Write each chart of the page as an SVG file, named after its title.
+
+    Titles that differ only in case or signs get numbers.
+    """
     folder.mkdir(exist_ok=True)
     by_layer = charts_of_checkpoints(analysis.report["checkpoints"], analysis.masses)
     charts = [chart for drawn in by_layer.values() for chart in drawn]
     charts += _curves(analysis)
+    written: Set[str] = set()
     for chart in charts:
-        name = re.sub(r"\W+", "_", chart.title.lower()).strip("_")
+        name = _unused(re.sub(r"\W+", "_", chart.title.lower()).strip("_"), written)
+        written.add(name)
         svg = str(chart.svg).replace("<svg", '<svg style="background: #fff"', 1)
         write_file(folder / f"{name}.svg", f"{svg}\n")
+
+
+def _unused(name: str, used: Set[str]) -> str:
+    """The name, with a number if it is used."""
+    numbered = (f"{name}_{number}" for number in count(2))
+    return next(free for free in chain([name], numbered) if free not in used)
 
 
 def page(analysis: Analysis) -> str:

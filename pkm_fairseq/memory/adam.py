@@ -93,6 +93,14 @@ class MemoryAdam(torch.optim.Optimizer):
     _process_group: Any = None
     _value_optimizer = "adam"
     _moment_dtype = "float32"
+    _is_compared = False  # whether the tables of all workers are known to be equal
+    _copied: Tuple[str, ...] = (
+        "_value_optimizer",
+        "_moment_dtype",
+        "_exchange",
+        "_exchange_as",
+        "_process_group",
+    )
 
     def __init__(
         self,
@@ -113,7 +121,8 @@ class MemoryAdam(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not float(value) >= 0:
                 raise ValueError(f"{name} is {value}, must be at least 0")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not is_pair or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}, must be two numbers in [0, 1)")
         choices = (
             ("value_optimizer", value_optimizer, VALUE_OPTIMIZERS),
@@ -127,7 +136,6 @@ class MemoryAdam(torch.optim.Optimizer):
         self._exchange, self._exchange_as = exchange, exchange_as
         self._process_group = process_group
         self._assembled: Dict[nn.Parameter, Dict[str, Tensor]] = {}  # moments to be saved
-        self._is_compared = False  # whether the tables of all workers are known to be equal
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {**defaults, "foreach": foreach, "fused": fused})
 
@@ -179,6 +187,7 @@ class MemoryAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._end_save()  # what was assembled or referred to is not what the tables will hold
         if self._exchange:
             self.exchange_gradients()
         lazy = [(g, p) for g in self.param_groups for p in g["params"] if is_table(p)]
@@ -279,6 +288,8 @@ class MemoryAdam(torch.optim.Optimizer):
 
         ``step`` calls it. A loop that clips gradients by their norm must call it first, on every
         worker. Otherwise each worker clips by its own norm and scales shared gradients differently.
+        So must a loop with a ``GradScaler``: if it sees infinities on one worker only, this worker
+        skips the step, and the others wait for it in the exchange.
 
         Raises:
             ValueError: the workers' tables differ, or their ``exchange_as``.
@@ -317,12 +328,11 @@ class MemoryAdam(torch.optim.Optimizer):
         """Assemble tables that are split over workers on the first worker, for saving.
 
         Every worker must call it before the first worker calls ``state_dict`` of model and
-        optimizer. After an error perhaps only one worker calls it; it does not wait for the others.
+        optimizer. It holds until both states were made, or the next ``step``. After an error
+        perhaps only one worker calls it; it does not wait for the others.
         """
         tables = [p for p in self._tables() if table_state(p).shards is not None]
-        self._assembled.clear()  # left from a checkpoint that was not written
-        for param in tables:
-            table_state(param).assembled = None
+        self._end_save()  # of a checkpoint that was not written
         if tables and sys.exc_info()[0] is not None:
             logger.warning("after an error only this worker's columns of the values are saved")
             return
@@ -334,13 +344,18 @@ class MemoryAdam(torch.optim.Optimizer):
             whole = {moment: shards.assemble(state[moment]) for moment in moments}
             self._assembled[param] = {m: x for m, x in whole.items() if x is not None}
 
+    def _end_save(self) -> None:
+        self._assembled.clear()
+        for param in self._tables():
+            table_state(param).end_save()
+
     def save_parts(self, folder: Path) -> None:
         """Write tables and their moments into a new folder, each worker its own columns.
 
         Every worker must call it before the first worker calls ``state_dict`` of model and
         optimizer. These states then hold references to the folder instead of tables and moments;
         ``parts.place_parts`` must be called on them before they are loaded. No worker holds whole
-        tables in between.
+        tables in between. It holds until both states were made, or the next ``step``.
 
         Args:
             folder: beside the file of the states; complete or absent.
@@ -380,8 +395,8 @@ class MemoryAdam(torch.optim.Optimizer):
                 state[place] = {**kept, PARTS: reference}
             elif place in state:
                 state[place] = {name: _saved(x) for name, x in state[place].items()}
-            # they were only for this checkpoint
-            table_state(param).assembled = table_state(param).reference = None
+            if table_state(param).is_in_state:  # both states of this checkpoint are made
+                table_state(param).end_save()
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -394,11 +409,20 @@ class MemoryAdam(torch.optim.Optimizer):
             ValueError: the groups or shapes do not fit, the state is from a variant of Adam
                 that this optimizer does not support, or a folder of moments cannot be read.
         """
+        theirs, ours = (
+            [len(group["params"]) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if theirs != ours:
+            raise ValueError(
+                f"the state is of groups of {theirs} parameters, must be {ours}: other parameters "
+                "were trained; start with a new optimizer (fairseq: --reset-optimizer)"
+            )
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         state = dict(state_dict["state"])
         moments = {}
-        for place, param in zip(places, params, strict=False):  # torch checks the lengths
+        for place, param in zip(places, params, strict=True):
             if place in state and self._keeps_precision(param):
                 moments[param] = self._own_moments(param, state[place])
                 state[place] = {k: v for k, v in state[place].items() if k not in (*MOMENTS, PARTS)}
@@ -410,9 +434,14 @@ class MemoryAdam(torch.optim.Optimizer):
         for param, saved in moments.items():
             self.state[param].update(saved)
 
+    def __getstate__(self) -> Dict[str, Any]:
+        """Copies and pickles keep the settings, too."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._copied}}
+
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        """Complete groups and step counts from other kinds of Adam."""
+        """Complete a copy; complete groups and step counts from other kinds of Adam."""
         super().__setstate__(state)
+        vars(self).setdefault("_assembled", {})
         own = {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch adds that
         for group in self.param_groups:
             group.pop("lazy", None)  # of version 0.1.0

@@ -13,6 +13,7 @@ from .gradient import (
     counts_reads,
     entries_of,
     join_entries,
+    mark_exchanged,
     no_entries,
     table_state,
 )
@@ -97,6 +98,7 @@ def average(values: Tensor, group: Any = None) -> Optional[Choice]:
             values.grad.mul_(1 / state.shards.n_shards)
         group = state.shards.replicas
         if group is None:
+            mark_exchanged(values)
             return None
     found = entries_of(values)
     own = no_entries(values) if found is None else found

@@ -41,6 +41,7 @@ class TableState:
         assembled: the whole table while it is being saved, if its columns are split.
         reference: what a state holds in place of the table while it is being saved, if the table
             is in a folder (``parts.py``).
+        is_in_state: whether the state of the model has got one of the two.
     """
 
     def __init__(
@@ -53,6 +54,17 @@ class TableState:
         self.exchanged_as: Optional[str] = None
         self.assembled: Optional[Tensor] = None
         self.reference: Optional[Tensor] = None
+        self.is_in_state = False
+
+    @property
+    def is_being_saved(self) -> bool:
+        """Whether the state of the model holds something in place of the parameter."""
+        return self.assembled is not None or self.reference is not None
+
+    def end_save(self) -> None:
+        """From now on, the state of the model holds the table itself again."""
+        self.assembled = self.reference = None
+        self.is_in_state = False
 
     def __reduce__(self) -> Tuple[Type["TableState"], Tuple[Any, ...]]:
         """Copy and pickle without the attributes that an optimizer sets."""
@@ -208,11 +220,18 @@ class FactoredGradient(Tensor):
             return _one_by_one(func, name, args, kwargs)
         result = _operate(name, args, kwargs)
         if result is NotImplemented:
-            if _writes_or_shares(func):
+            if _writes_or_shares(func) and type(kwargs.get("out")) is not Tensor:
                 raise RuntimeError(REFUSAL.format(name))
-            args = tuple(x.dense() if isinstance(x, FactoredGradient) else x for x in args)
-            result = func(*args, **kwargs)
+            result = func(*_dense(args), **kwargs)
         return result
+
+    def share_memory_(self) -> Any:
+        """Refuse what needs a tensor with memory of its own.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(REFUSAL.format("share_memory_"))
 
     def entries(self) -> Entries:
         """The gradient in the form that kernels take. Callers must not change it."""
@@ -232,7 +251,7 @@ class FactoredGradient(Tensor):
 
     def rescale(self, factor: Number) -> None:
         """Multiply the gradient by a number, in at least float32."""
-        self._factors.scale.mul_(factor)
+        self._factors.scale.mul_(factor.view(()) if isinstance(factor, Tensor) else factor)
 
     def is_finite(self) -> bool:
         """Whether all factors of this worker are finite."""
@@ -240,7 +259,7 @@ class FactoredGradient(Tensor):
         return all(_is_finite(x) for x in [self._factors.scale, *parts])
 
     def p_norm(self, order: float = 2.0) -> Tensor:
-        """The p-norm of all elements, a float64 scalar."""
+        """The p-norm of all elements for p above 0, a float64 scalar."""
         if order == 2:
             return kernels.squared_norm(self, self.entries()).sqrt()
         norms = [torch.linalg.vector_norm(g.double(), order) for _, g in self.rows()]
@@ -279,7 +298,16 @@ def _is_finite(x: Tensor) -> bool:
 def _operate(name: str, args: Any, kwargs: Dict[str, Any]) -> Any:
     """Run an operation; NotImplemented if it is not supported."""
     known = OPERATIONS.get(name)
-    return NotImplemented if known is None else known(*args, **kwargs)
+    if known is None or ("out" in kwargs and name != "mul") or "rounding_mode" in kwargs:
+        return NotImplemented
+    return known(*args, **kwargs)
+
+
+def _dense(x: Any) -> Any:
+    """Arguments of an operation, also in lists, with dense copies of factored gradients."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_dense, x))
+    return x.dense() if isinstance(x, FactoredGradient) else x
 
 
 def _writes_or_shares(func: Any) -> bool:
@@ -379,13 +407,14 @@ def _divide_in_place(x: Any, factor: Any) -> Any:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) or (type(x) is Tensor and x.numel() == 1)
+    return isinstance(x, (int, float)) or (type(x) is Tensor and x.numel() == 1 and x.dim() <= 2)
 
 
 def _copy(x: Tensor, y: Tensor, *_: Any) -> Tensor:
-    """Copy from or to an ordinary tensor, as torch's DistributedDataParallel does."""
+    """Copy. torch's DistributedDataParallel copies the mean over workers from its buckets."""
     if isinstance(x, FactoredGradient):
-        x._factors.assign(_parts_of(y), exchanged=True, counts_reads=_has_reads(y))
+        is_mean = not isinstance(y, FactoredGradient) or y._factors.exchanged
+        x._factors.assign(_parts_of(y), exchanged=is_mean, counts_reads=_has_reads(y))
         return x
     assert isinstance(y, FactoredGradient)
     return x.copy_(y.dense())
@@ -397,9 +426,10 @@ def _zero(x: FactoredGradient) -> FactoredGradient:
 
 
 def _norm(x: FactoredGradient, order: Any = 2, dim: Any = None, *_: Any, dtype: Any = None) -> Any:
-    if dim not in (None, []):
+    order = 2.0 if order is None else float(order)
+    if dim not in (None, []) or order <= 0:  # which zeros matter for
         return NotImplemented
-    return x.p_norm(2.0 if order is None else float(order)).to(dtype or x.dtype)
+    return x.p_norm(order).to(dtype or x.dtype)
 
 
 def _clamp(x: FactoredGradient, low: Any = None, high: Any = None) -> Any:
@@ -524,6 +554,12 @@ def squared_norm(values: Tensor) -> float:
 def is_exchanged(values: Tensor) -> bool:
     """Whether the gradient of a table is already the mean over data-parallel workers."""
     return isinstance(values.grad, FactoredGradient) and values.grad._factors.exchanged
+
+
+def mark_exchanged(values: Tensor) -> None:
+    """Note that a factored gradient is the mean over data-parallel workers."""
+    if isinstance(values.grad, FactoredGradient):
+        values.grad._factors.exchanged = True
 
 
 def join_entries(parts: List[Entries]) -> Entries:

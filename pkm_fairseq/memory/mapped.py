@@ -56,7 +56,8 @@ class ValuesFile:
         self._scales = {layer: self._map(x).clone() for layer, x in content["scales"].items()}
 
     def __reduce__(self) -> Any:
-        return ValuesFile, (self.file,)
+        """Copy and pickle by reference; the file must still hold the same values."""
+        return _reopened, (self.file, self.fingerprint, self.dtype)
 
     @property
     def layers(self) -> List[str]:
@@ -114,6 +115,16 @@ class ValuesFile:
             warnings.simplefilter("ignore", UserWarning)  # the tensor must not be written to
             flat = torch.frombuffer(self._memory, dtype=x.dtype, count=x.numel(), offset=start)
         return flat.view(x.shape)
+
+
+def _reopened(file: Path, fingerprint: str, dtype: str) -> ValuesFile:
+    found = ValuesFile(file)
+    if (found.fingerprint, found.dtype) != (fingerprint, dtype):
+        raise ValueError(
+            f"values file {file} has been written anew since the model read it: it holds "
+            f"{found.dtype} of {found.fingerprint[:8]}, must hold {dtype} of {fingerprint[:8]}"
+        )
+    return found
 
 
 class MappedTable(nn.Module):
@@ -232,11 +243,11 @@ def save_values(
     """
     if dtype not in STORED:
         raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(STORED)}")
-    stored: Dict[int, Tuple[Tensor, Optional[Tensor]]] = {}
+    stored: Dict[Any, Tuple[Tensor, Optional[Tensor]]] = {}
     for layer, table in tables.items():
-        if table.data_ptr() not in stored:
-            stored[table.data_ptr()] = _convert(table.detach(), STORED[dtype], layer)
-    found = {layer: stored[table.data_ptr()] for layer, table in tables.items()}
+        if _place(table) not in stored:
+            stored[_place(table)] = _convert(table.detach(), STORED[dtype], layer)
+    found = {layer: stored[_place(table)] for layer, table in tables.items()}
     content = {
         **{"kind": KIND, "version": VERSION, "fingerprint": fingerprint, "dtype": dtype},
         "about": dict(about),
@@ -245,6 +256,11 @@ def save_values(
     }
     with whole_file(file) as out:
         torch.save(content, out)
+
+
+def _place(table: Tensor) -> Any:
+    """What tensors have in common that are one."""
+    return table.data_ptr(), table.shape, table.stride()
 
 
 def quantise(rows: Tensor) -> Tuple[Tensor, Tensor]:
@@ -262,7 +278,7 @@ def _convert(table: Tensor, dtype: torch.dtype, layer: str) -> Tuple[Tensor, Opt
     """A table's rows in a dtype, and their factors if it is int8; a table of this dtype itself."""
     is_stored = table.dtype == dtype and table.is_contiguous()
     rows = table if is_stored else torch.empty(table.shape, dtype=dtype)
-    scales = torch.empty(len(table)) if dtype == torch.int8 else None
+    scales = torch.empty(len(table), dtype=torch.float32) if dtype == torch.int8 else None
     for start in range(0, len(table), BLOCK):
         part = slice(start, start + BLOCK)
         if scales is not None:

@@ -100,6 +100,8 @@ class ProductKeyMemory(nn.Module):
         real = None if padding_mask is None else ~padding_mask.reshape(-1).bool()  # (all,)
         if real is not None and _drops_padding(self.training, tokens):
             tokens = tokens[real]  # (N, input_dim)
+        elif real is not None:  # NaN at padding would reach the gradients of the parameters
+            tokens = tokens.masked_fill(~real[:, None], 0)
         slots, weights = self.search(tokens)  # (N, H, K)
         read = self._read(slots, weights, tokens).to(x.dtype)  # (N, v_dim)
         read = self.read_dropout(self.output_proj(read, tokens))  # (N, input_dim)

@@ -20,6 +20,9 @@ class ColumnShards:
     sends them back. So every worker of a group must take part in every read, forward and backward.
     All workers must create this object, in the same order.
 
+    torch's ``clip_grad_norm_`` sees the gradient of this worker's columns only, and would clip each
+    worker by another norm. ``gradient.squared_norm`` is over all columns.
+
     Shapes: n tokens of this worker, N of all workers of the group, T reads per token, V v_dim.
 
     Args:

@@ -141,6 +141,7 @@ class ValueTable(nn.Module):
         If the table was written into a folder, the state gets a reference to it.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._state.is_in_state = self._state.is_being_saved
         if self._state.reference is not None:
             del destination[f"{prefix}weight"]
             destination[f"{prefix}{PARTS}"] = self._state.reference
@@ -285,7 +286,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
-    example = convert(table[:0])  # an empty slice, to avoid a converted copy of the table
+    example = convert(torch.empty(0, dtype=table.dtype, device=table.device))
     return table.to(example.device) if is_half(example.dtype) else convert(table)
 
 

@@ -4,8 +4,10 @@ fairseq makes its flags and hydra's fields from the dataclass. Fields that an ar
 default to None ("ask the architecture"); under hydra a concrete default would override it.
 """
 
+import argparse
+import ast
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, List, Optional, Tuple
+from typing import Any, Iterable, List, Optional, Tuple
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -221,7 +223,8 @@ class PkmRobertaConfig(RunNodes, MemoryFlags, RobertaOptions):  # type: ignore[m
 class ParserWithChoices:
     """fairseq's parser, with the current choices of our options.
 
-    fairseq takes choices only from Enums, and an Enum cannot be extended later.
+    fairseq takes choices only from Enums, and an Enum cannot be extended later. It also cuts the
+    fractions off a list of integers.
     """
 
     def __init__(self, parser: Any, config: type) -> None:
@@ -233,7 +236,34 @@ class ParserWithChoices:
         declared = self._options.get(names[0])
         if declared is not None and declared.allowed():
             settings["choices"] = tuple(declared.allowed())
+        if declared is _LAYERS:
+            settings["type"] = _layers_of_flag
         return self._parser.add_argument(*names, **settings)
+
+
+def layer_indices(given: Iterable[Any]) -> List[int]:
+    """The memory layers, as fairseq's options hold them.
+
+    Raises:
+        ValueError: one is no whole number.
+    """
+    layers = list(given)
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ValueError(f"memory-layers names layer {index!r}, must be a whole number")
+    return layers
+
+
+def _layers_of_flag(text: str) -> List[int]:
+    """Read ``--memory-layers``: ``3,7``, ``[3,7]`` or ``3``; nothing or ``[]`` for none."""
+    try:
+        given = ast.literal_eval(text or "[]")
+    except (ValueError, TypeError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers, such as 3,7") from None
+    try:
+        return layer_indices(given if isinstance(given, (list, tuple, str)) else [given])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("memory-layers ")) from None
 
 
 def memory_config(args: Any) -> MemoryConfig:

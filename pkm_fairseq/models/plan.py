@@ -10,7 +10,7 @@ from ..memory import MemoryConfig
 from ..memory.finetune import FinetuneConfig
 from ..memory.option import declared_in
 from .architectures import base_architecture
-from .config import RunOptions, finetune_config, memory_config
+from .config import RunOptions, finetune_config, layer_indices, memory_config
 from .prune import kept_memory_layers, layers_to_keep
 
 
@@ -69,7 +69,7 @@ def read_plan(args: Any) -> Plan:
     Raises:
         ValueError: an option cannot be read.
     """
-    memory_layers = [int(index) for index in args.memory_layers]
+    memory_layers = layer_indices(args.memory_layers)
     kept = layers_to_keep(safe_getattr(args, "encoder_layers_to_keep"), args.encoder_layers)
     if kept is not None:
         memory_layers = kept_memory_layers(memory_layers, kept)

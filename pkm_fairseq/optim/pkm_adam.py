@@ -319,6 +319,7 @@ class FairseqMemoryAdam(MemoryAdam):
     disable_mem_eff_fp16_loading_hack = True
     supports_memory_efficient_fp16 = True
     supports_flat_params = False  # a flat parameter has no rows
+    _copied = (*MemoryAdam._copied, "_parts_beside")
 
     def __init__(self, params: Any, parts_beside: Optional[Path] = None, **settings: Any) -> None:
         super().__init__(params, **settings, exchange=False)

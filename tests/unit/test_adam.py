@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -287,6 +288,39 @@ def test_what_would_be_lost_on_factors_is_refused_in_one_line(change):
     assert "\n" not in str(refused.value)
 
 
+def test_what_only_reads_a_gradient_gets_a_dense_one():
+    model = net()
+    model.memory.values.factored = True
+    loss_of(model, 0).backward()
+    g, half = model.values.grad, torch.tensor([0.5])
+    dense, out = g.dense(), torch.empty_like(g.dense())
+    assert torch.equal(torch.stack([g, g]), torch.stack([dense, dense]))
+    assert torch.equal(torch.cat([g, dense]), torch.cat([dense, dense]))
+    assert torch.equal(torch.add(g, g, out=out), 2 * dense) and torch.equal(out, 2 * dense)
+    assert torch.equal(
+        torch.div(g, 0.3, rounding_mode="floor"), torch.div(dense, 0.3, rounding_mode="floor")
+    )
+    for order in (0, -1, -math.inf, 3, math.inf):
+        norms = [torch.linalg.vector_norm(x, order) for x in (g, dense)]
+        torch.testing.assert_close(*norms)
+    assert torch.equal((g * half).dense(), dense / 2)
+    assert torch.equal(g.mul_(half).dense(), dense / 2)
+    with pytest.raises(RuntimeError, match="share_memory_ does not work on the factored gradient"):
+        model.share_memory()
+
+
+@pytest.mark.parametrize("convert", ["float", "half", "bfloat16", "double"])
+def test_a_table_that_keeps_its_dtype_is_converted_with_its_gradient(convert):
+    table = ValueTable(4, 2, keeps_dtype=True)
+    table.factored = True
+    read_all(table).sum().backward()
+    before = table.weight.grad.dense()
+    getattr(table, convert)()
+    kept = torch.float64 if convert == "double" else torch.float32
+    assert table.weight.dtype == table.weight.grad.dtype == kept
+    assert torch.equal(table.weight.grad.dense().float(), before)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_another_optimizer_is_refused_or_dense(kind):
     model, twin = net(), net()
@@ -430,6 +464,7 @@ def test_a_parameter_that_was_put_in_place_of_the_table_is_a_table():
         (lambda m: dict(params=m.parameters(), lr=-1.0), "lr is -1.0, must be at least 0"),
         (lambda m: dict(params=m.parameters(), eps=-1.0), "eps is -1.0, must be at least 0"),
         (lambda m: dict(params=m.parameters(), betas=(0.9, 1.0)), "betas are .*, must be two"),
+        (lambda m: dict(params=m.parameters(), betas=0.9), "betas are 0.9, must be two"),
         (
             lambda m: dict(params=[{"params": [nn.Embedding(3, 2).weight], "lazy": True}]),
             r"a lazy group holds a parameter of shape \(3, 2\), which is no value table",
@@ -541,8 +576,35 @@ def test_a_state_that_does_not_fit_is_refused():
     train(larger, adam(larger), 1)
     with pytest.raises(ValueError, match=r"has shape .*must be that of its parameter"):
         optimizer.load_state_dict(adam_state(larger))
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    with pytest.raises(ValueError, match=r"of groups of \[\d+\] parameters, must be"):
         optimizer.load_state_dict(MemoryAdam(net().parameters()).state_dict())
+
+
+def test_a_state_of_a_training_that_froze_other_parameters_is_refused():
+    model, frozen = net(), net()
+    frozen.memory.values.requires_grad_(False)
+    state = adam_state(model)
+    with pytest.raises(ValueError, match="were trained; start with a new optimizer") as refused:
+        MemoryAdam(memory_param_groups(frozen)).load_state_dict(state)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(
+    "settings", [{"value_optimizer": "sgd"}, {"moment_dtype": "float8", "exchange": False}]
+)
+def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(copied, steps_before, settings):
+    model = net()
+    optimizer = adam(model, **settings)
+    train(model, optimizer, steps_before)
+    twin, other = copied((model, optimizer))
+    assert other._exchange == settings.get("exchange", True)
+    for x, o in ((model, optimizer), (twin, other)):
+        train(x, o, 2, first=steps_before)
+        o.state_dict()
+    assert_same(model, twin, rtol=0, atol=0)
+    assert model.values is not twin.values
 
 
 def adam_state(model):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary
+from markupsafe import Markup
 
 from pkm_fairseq.analysis import (
     analyse,
@@ -18,6 +19,7 @@ from pkm_fairseq.analysis import (
     curves,
     drift,
     examine,
+    page,
     plots,
     readers,
     tables,
@@ -177,13 +179,17 @@ def test_readers_and_usage_are_what_one_token_at_a_time_gives() -> None:
     sequences = [
         torch.randint(4, 19, (2 + n % 10,), generator=generator) for n in range(40)
     ]  # 3 batches
-    opened = checkpoints.Opened("m", Path("m.pt"), model, dictionary, None, False)
+    origins = {1: (1, 2), 2: (3, 4)}
+    opened = checkpoints.Opened(
+        "m", Path("m.pt"), model, dictionary, None, False, origins=origins
+    )  # fmt: skip
     steps: List[int] = []
     found = examine.examine(opened, sequences, 4, steps.append)
     total = sum(map(len, sequences))
     assert sum(steps) == 2 * total and len(steps) == 6
     assert all(x.memory.observers == [x.reads] for x in model.memory_layers().values())
     assert [layer["layer"] for layer in found.report["layers"]] == [1, 2]
+    assert found.report["origins"] == {"1": [1, 2], "2": [3, 4]}
     for layer in found.report["layers"]:
         mass = found.mass[layer["layer"]]
         assert layer["tokens"] == total and layer["staleness"] is None
@@ -399,12 +405,15 @@ def test_logs_of_different_shapes_stand_side_by_side(
     assert len(rows) == 5
 
 
-def checkpoint_report(file: str, updates: Any, layers: Any = (1, 2)) -> Dict[str, Any]:
+def checkpoint_report(
+    file: str, updates: Any, layers: Any = (1, 2), origin: Any = None
+) -> Dict[str, Any]:
     found = record(updates or 0, "", layers=layers)["layers"]
     for layer in found:
         layer["knn"] = 3
     more = {"updates": updates, "layers": found, "shared": None}
-    return {"name": file, "checkpoint": file, **more}
+    origins = None if origin is None else {str(layer): [origin] * 8 for layer in layers}
+    return {"name": file, "checkpoint": file, "origins": origins, **more}
 
 
 def test_checkpoints_of_a_training_make_a_curve_and_a_lone_one_does_not(
@@ -429,6 +438,36 @@ def test_checkpoints_of_a_training_make_a_curve_and_a_lone_one_does_not(
     usage = curves.draw_curves([first])[0].svg
     assert "split test" in usage and "at update 30" in usage
     assert curves.draw_curves(curves.logs_of_checkpoints(reports[2:3], "test")) == []
+
+
+def test_two_trainings_in_one_folder_make_two_curves() -> None:
+    reports = [
+        checkpoint_report("x/arm/a10.pt", 10, origin=7),
+        checkpoint_report("x/arm/b10.pt", 10, origin=9),
+        checkpoint_report("x/arm/a20.pt", 20, origin=7),
+        checkpoint_report("x/arm/b30.pt", 30, origin=9),
+    ]
+    first, second = curves.logs_of_checkpoints(reports, "test")
+    found = [curves.series(log, "test", "1", ("gini",)) for log in (first, second)]
+    expected = [([10, 20], [reports[0], reports[2]]), ([10, 30], [reports[1], reports[3]])]
+    for (updates, ginis), (at, of) in zip(found, expected, strict=True):
+        assert updates == at and ginis == [report["layers"][0]["gini"] for report in of]
+    assert first.name != second.name
+    assert first.name.endswith("x/arm, a10.pt to a20.pt")
+    assert second.name.endswith("x/arm, b10.pt to b30.pt")
+
+
+def test_checkpoints_without_an_origin_belong_to_the_training_of_their_folder() -> None:
+    old = [checkpoint_report(f"x/arm/{updates}.pt", updates) for updates in (1, 2)]
+    new = [checkpoint_report(f"x/arm/{updates}.pt", updates, origin=7) for updates in (3, 4)]
+    (log,) = curves.logs_of_checkpoints([old[0], *new, old[1]], "test")
+    assert curves.series(log, "test", "1", ("gini",))[0] == [1, 2, 3, 4]
+    other = [checkpoint_report(f"x/arm/other{updates}.pt", updates, origin=9) for updates in (3, 4)]
+    logs = curves.logs_of_checkpoints([*old, *new, *other], "test")  # of which is not known
+    assert [curves.series(log, "test", "1", ("gini",))[0] for log in logs] == [
+        [1, 2], [3, 4], [3, 4]
+    ]  # fmt: skip
+    assert len({log.name for log in logs}) == 3
 
 
 def test_checkpoints_that_cannot_be_compared_still_stand_side_by_side(
@@ -524,6 +563,23 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
     assert (shared["top1"]["p10"], shared["top1"]["p99"], shared["top1"]["never"]) == (6, 10, 0.5)
     counted = {"name": "a", "layers": [], "shared": {"staleness": shared}}
     assert [row[:3] for row in tables.staleness_rows([counted])] == [["a", "shared", "10"]]
+
+
+def test_charts_whose_names_differ_in_signs_only_are_all_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = ["Layer 1, lr 1: usage", "Layer 1, lr-1: usage", "Layer 1, LR/1: usage",
+              "Layer 1, lr 1: usage 2", "Top-1 usage"]  # fmt: skip
+    charts = [plots.Chart(title, "", Markup(f"<svg>{title}</svg>")) for title in titles]
+    monkeypatch.setattr(page, "charts_of_checkpoints", lambda *_: {1: charts[:4]})
+    monkeypatch.setattr(page, "_curves", lambda _: charts[4:])
+    page.write_charts(analyse.Analysis({"checkpoints": []}, [], [], None), tmp_path)
+    written = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert sorted(text.split(">")[1].split("<")[0] for text in written.values()) == sorted(titles)
+    assert list(sorted(written)) == [
+        *("layer_1_lr_1_usage.svg", "layer_1_lr_1_usage_2.svg", "layer_1_lr_1_usage_2_2.svg"),
+        *("layer_1_lr_1_usage_3.svg", "top_1_usage.svg"),
+    ]
 
 
 # --- options ------------------------------------------------------------------------------------

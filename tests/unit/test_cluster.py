@@ -1,6 +1,8 @@
 """The simulation of many workers: against loops over pairs of workers, and in its limits."""
 
+import json
 import math
+import sys
 
 import pytest
 
@@ -13,6 +15,7 @@ from pkm_fairseq.experiments.benchmark.cluster import (
     simulate,
 )
 from pkm_fairseq.experiments.benchmark.exchange import Table, even_tokens, plan_bytes
+from tests.validation.models import SCRIPTS, load_script
 
 TABLE = Table(n_slots=4096, v_dim=64, reads=16)
 FORMS = ("factors", "dense", "owned")
@@ -139,3 +142,18 @@ def test_groups_that_do_not_fit_are_refused(workers, per_node, shards):
 
 def test_this_machine_has_speeds():
     assert all(1e6 < speed < 1e13 for speed in measure(TABLE, tokens=64, repeats=2))
+
+
+# --- the script ---------------------------------------------------------------------------------
+
+
+def test_the_report_replaces_an_older_one_as_a_whole(tmp_path, monkeypatch, capsys):
+    file, older = tmp_path / "found.json", tmp_path / "older.json"
+    file.write_text("older")
+    older.hardlink_to(file)  # a file that is written in place changes here, too
+    options = ["--workers", "4", "--tokens", "64", "--n-keys", "32", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["simulate_cluster.py", *options])
+    load_script(SCRIPTS / "simulate_cluster.py").main()
+    assert json.loads(file.read_text())["updates"]
+    assert older.read_text() == "older"
+    assert {path.name for path in tmp_path.iterdir()} == {"found.json", "older.json"}

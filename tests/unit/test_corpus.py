@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pkm_fairseq.experiments.data import corpus
+from pkm_fairseq.experiments.data import corpus, prepare
 from pkm_fairseq.experiments.data.corpus import (
     RegistryCorpus,
     fetch_corpus,
@@ -127,3 +127,15 @@ def test_splits_are_whole_documents_and_lose_nothing():
         assert share <= sum(map(len, splits[split])) / size < share + 0.05
     assert splits == split_documents(documents)
     assert splits != split_documents(documents, seed=2)
+
+
+@pytest.mark.parametrize("part", [0, 10, -1])
+def test_a_damaged_sentencepiece_model_is_named_in_one_line(tmp_path, part):
+    file, lines = tmp_path / "spm.model", [f"w{i} w{i % 7} w{i % 3}" for i in range(60)]
+    whole = prepare.train_sentencepiece(lines, 20)
+    file.write_bytes(whole[:part])
+    with pytest.raises(ValueError) as error:
+        prepare.load_sentencepiece(file)
+    assert str(error.value) == f"sentencepiece model {file}: not a readable sentencepiece model"
+    file.write_bytes(whole)
+    assert prepare.load_sentencepiece(file).get_piece_size() > 3

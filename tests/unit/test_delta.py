@@ -286,3 +286,40 @@ def test_the_report_says_what_moved_and_who_reads_it(base, delta_of, script, tmp
     assert "layer 1: 2 of 25 rows moved, norm of the change 2.828, farthest 2" in said
     assert "90 % of the old text's reads are of 1 slots; 1 of these moved" in said
     assert "moved slots take 90.0 % of its reads" in said
+
+
+def test_the_report_is_of_the_checkpoint_that_holds_the_deltas_rows(
+    base, delta_of, script, tmp_path
+):
+    dictionary = small_dictionary()
+    (delta, after), further, late = delta_of([2, 3]), delta_of([5])[0], delta_of([20, 21])[0]
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5\n" * 8)
+    dictionary.save(str(tmp_path / "dict.txt"))
+    out, both, half = tmp_path / "report.json", tmp_path / "both.pt", tmp_path / "half.pt"
+    options = ["--text", tmp_path / "text.txt", "--dict", tmp_path / "dict.txt", "--json", out]
+    checkpoint = torch.load(after, weights_only=True)
+    checkpoint["model"][VALUES] = checkpoint["model"][VALUES].half()
+    torch.save(checkpoint, half)
+    seed, layers, slots = (tmp_path / f"{name}.pt" for name in ("seed", "layers", "slots"))
+    save(seed, seed=1)
+    save(layers, memory_layers=[0])
+    save(slots, memory_n_keys=4)  # 16 slots
+    no_table = f"the model has no table {VALUES} that fits the delta"
+    no_row = f"row 2 of {VALUES} is not the delta's"
+    for made, file, said in (
+        (delta, base, no_row),
+        (delta, seed, no_row),
+        (delta, slots, no_row),
+        (late, slots, no_table),
+        (delta, layers, no_table),
+        (delta, half, no_row),
+    ):
+        status, printed = script("report", made, "--checkpoint", file, *options)
+        lines = [line for line in printed.splitlines() if line.strip()]
+        assert status == 1 and len(lines) == 1, (file, printed)
+        assert f"--checkpoint {file}: {said}" in lines[0]
+        assert not out.exists()
+    assert script("apply", base, delta, further, "--out", both)[0] == 0
+    for made in (delta, further):  # a checkpoint may hold several
+        status, said = script("report", made, "--checkpoint", both, *options)
+        assert status == 0, said

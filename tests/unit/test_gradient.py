@@ -19,6 +19,7 @@ from pkm_fairseq.memory.gradient import (
     FactoredGradient,
     entries_of,
     gradient_is_finite,
+    is_exchanged,
     table_state,
 )
 
@@ -120,6 +121,17 @@ def test_factors_that_are_not_finite_are_seen(wrong, where):
     parts[where][2, 3] = wrong
     add(table, *parts)
     assert not gradient_is_finite(table.weight)
+
+
+def test_a_gradient_that_is_copied_back_is_not_taken_for_the_mean_over_workers():
+    table = gradient_after(reads())
+    kept = table.weight.grad.clone()
+    table.weight.grad.zero_()
+    table.weight.grad.copy_(kept)
+    assert torch.equal(table.weight.grad.dense(), kept.dense())
+    assert not is_exchanged(table.weight)
+    table.weight.grad.copy_(kept.dense())  # as DistributedDataParallel does
+    assert is_exchanged(table.weight)
 
 
 def test_the_gradient_of_weights_is_the_same_with_and_without_factors():

@@ -183,6 +183,37 @@ def test_shared_tables_are_stored_once(dtype, tmp_path):
     assert torch.equal(file.rows("1"), file.rows("3"))
 
 
+@pytest.mark.parametrize("dtype", STORED)
+def test_parts_of_a_table_are_tables_of_their_own(dtype, tmp_path):
+    table = torch.randn(16, WIDTH)
+    parts = {"1": table, "3": table[:, :4], "5": table[:8]}
+    save_values(tmp_path / "parts.pt", parts, dtype, MARK, {})
+    file = ValuesFile(tmp_path / "parts.pt")
+    assert {layer: file.rows(layer).shape for layer in parts} == {
+        layer: part.shape for layer, part in parts.items()
+    }
+
+
+def test_a_file_is_the_same_under_another_default_dtype(tmp_path):
+    table = torch.randn(16, WIDTH)
+    torch.set_default_dtype(torch.float64)
+    try:
+        save_values(tmp_path / "values.pt", {"1": table}, "int8", MARK, {})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ValuesFile(tmp_path / "values.pt").scales("1").dtype == torch.float32
+
+
+def test_a_copy_does_not_read_the_values_of_another_model(memory, tmp_path):
+    there = mapped(memory, written(tmp_path, memory.values.weight, "float32"))
+    stored = pickle.dumps(there)
+    written(tmp_path, torch.randn_like(memory.values.weight), "float32", "ab" * 32)
+    for copied in (lambda: pickle.loads(stored), lambda: copy.deepcopy(there)):
+        with pytest.raises(ValueError, match="written anew since the model read it") as refused:
+            copied()
+        assert "\n" not in str(refused.value)
+
+
 def test_copies_read_the_file_and_hold_no_rows(memory, tmp_path):
     there = mapped(memory, written(tmp_path, memory.values.weight, "int8"))
     x = torch.randn(5, WIDTH)

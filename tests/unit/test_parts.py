@@ -206,6 +206,15 @@ def test_a_table_with_a_hole_is_refused(tmp_path: Path) -> None:
         PartsFolder(tmp_path / NAME).read("a", Block(torch.empty(3, 2), (3, 2), (0, 0)))
 
 
+def test_a_reference_does_not_outlive_the_next_update(tmp_path: Path) -> None:
+    table, adam = filled(None, torch.float32)
+    adam.save_parts(tmp_path / NAME)
+    assert "weight" not in table.state_dict()  # and no state of the optimizer is made
+    table(torch.tensor([[[0, 1]]]), torch.ones(1, 1, 2)).sum().backward()
+    adam.step()
+    assert table.state_dict()["weight"].data_ptr() == table.weight.data_ptr()
+
+
 def test_values_without_moments_are_refused_by_adam(tmp_path: Path) -> None:
     table, adam = table_of(None, torch.float32)
     adam = MemoryAdam(table.parameters(), lr=0.1, value_optimizer="sgd")

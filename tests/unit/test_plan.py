@@ -1,6 +1,8 @@
 """fairseq's options become one plan; what is of the run only is cleared in one place."""
 
+import ast
 import copy
+import re
 from argparse import Namespace
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -208,3 +210,35 @@ def test_a_bare_model_trained_with_shards_or_init_asks_for_neither_later(data: P
     model = task.build_model(cfg.model)
     assert type(model) is ARCH_MODEL_REGISTRY["pkm_roberta"]
     assert cfg.model.init_from is None
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [("1.7", "1.7"), ("[0,1.0]", "1.0"), ("'12'", "'1'"), ("True", "True"), ("['a']", "'a'")],
+)
+def test_a_memory_layer_that_is_no_whole_number_is_refused(capsys, said, wrong):
+    with pytest.raises(SystemExit) as end:
+        by_command_line(f"--memory-layers {said}")
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    message = f"names layer {wrong}, must be a whole number"
+    assert last.endswith(f"error: argument --memory-layers: {message}")
+    with pytest.raises(ValueError, match=f"^memory-layers {re.escape(message)}$"):
+        given = ast.literal_eval(said)
+        layers = list(given) if isinstance(given, (list, str)) else [given]
+        read_plan(model_args("resm_roberta_tiny", memory_layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("said", "layers"),
+    [("0,2", (0, 2)), ("[0,2]", (0, 2)), ("2", (2,)), ("[]", ()), ("[-1]", (-1,))],
+)
+def test_memory_layers_are_read_in_all_their_forms(said, layers):
+    assert planned(by_command_line(f"--memory-layers {said}").model).memory_layers == layers
+
+
+def test_memory_layers_that_cannot_be_read_are_named(capsys):
+    with pytest.raises(SystemExit):
+        by_command_line("--memory-layers 1;2")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("--memory-layers: '1;2' is no list of layers, such as 3,7")

@@ -320,6 +320,45 @@ def saved_at_odd_moments(rank: int) -> Dict[str, Any]:
     return {}
 
 
+def saved_in_either_order(rank: int) -> Dict[str, Any]:
+    """The values in states that are made before and after that of the optimizer."""
+    net, adam = small_memory(ColumnShards(2))
+    found = {}
+    adam.consolidate_state_dict()
+    adam.state_dict()
+    found["after"] = net.state_dict()["values.weight"].clone()
+    adam.consolidate_state_dict()
+    found["before"] = net.state_dict()["values.weight"].clone()
+    adam.state_dict()
+    found["no save"] = net.state_dict()["values.weight"].clone()
+    return found
+
+
+def test_a_state_is_whole_whichever_is_made_first(tmp_path: Path) -> None:
+    first, _ = on_workers(2, tmp_path, saved_in_either_order)
+    net, _ = small_memory()
+    assert torch.equal(first["before"], net.values.weight)
+    assert torch.equal(first["after"], net.values.weight)
+    assert first["no save"].shape == (N_SLOTS, V_DIM // 2)
+
+
+def exchanged_twice(rank: int) -> "list[Tensor]":
+    """The gradients of a table that all workers share, after one exchange and after two."""
+    net, adam = small_memory(ColumnShards(2))
+    loss_of(net, rank, 0).backward()
+    found = []
+    for _ in range(2):
+        adam.exchange_gradients()
+        assert net.values.weight.grad is not None
+        found.append(net.values.weight.grad.dense())
+    return found
+
+
+def test_a_gradient_that_was_exchanged_is_not_exchanged_again(tmp_path: Path) -> None:
+    for once, twice in on_workers(2, tmp_path, exchanged_twice):
+        assert once.count_nonzero() and torch.equal(once, twice)
+
+
 def test_only_whole_tables_are_loaded_and_an_error_waits_for_nobody(tmp_path: Path) -> None:
     whole, other = on_workers(2, tmp_path, saved_at_odd_moments)
     net, _ = small_memory()

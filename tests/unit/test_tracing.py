@@ -269,6 +269,18 @@ def test_a_compiled_memory_is_one_graph_in_evaluation(kind, mask):
     assert_close(compiled(inputs(seed=4), mask), memory(inputs(seed=4), mask))
 
 
+def test_nan_at_padding_reaches_no_gradient_of_a_compiled_memory():
+    memory, x = evaluated(), inputs()
+    x[MASK] = float("nan")
+    compiled = torch.compile(memory, backend="aot_eager")
+    compiled(x, MASK).square().sum().backward()
+    found = {name: p.grad for name, p in memory.named_parameters()}
+    assert found and all(grad.isfinite().all() for grad in found.values())
+    right = gradients(memory, x.nan_to_num(), MASK)
+    for name, grad in found.items():
+        assert_close(grad, right[name])
+
+
 @pytest.mark.parametrize("values", ["table", "experts"])
 @pytest.mark.parametrize(("mask", "factored"), [(None, False), (MASK, True)])
 def test_a_compiled_memory_trains_as_the_memory(mask, factored, values):

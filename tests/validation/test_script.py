@@ -13,6 +13,7 @@ import torch
 from fairseq.data import Dictionary
 
 from pkm_fairseq.memory import memory as memory_module
+from pkm_fairseq.models import capture as capture_module
 from pkm_fairseq.models.capture import capture_inputs, load_model, pack
 from tests.helpers import build, small_dictionary
 
@@ -295,6 +296,18 @@ MISTAKES: Dict[str, "tuple[Callable[[Path, Path], List[Any]], str]"] = {
         lambda f, out: good(f, "--json", out / "no/report.json"),
         "its folder does not exist",
     ),
+    **{
+        f"a folder for {option}": (
+            lambda f, out, option=option: good(f, option, out),
+            " is a folder",
+        )
+        for option in ("--json", "--plot")
+    },
+    "a plot of no known kind": (
+        lambda f, out: good(f, "--plot", out / "p.xyz"),
+        "p.xyz, must end in .png, .svg, .pdf",
+    ),
+    "a plot of no kind": (lambda f, out: good(f, "--plot", out / "p"), "/p, must end in .png"),
 }
 
 
@@ -312,6 +325,21 @@ def test_a_mistake_is_one_clear_line_and_status_2(
     last = err.strip().splitlines()[-1]
     assert last.startswith("validate_faiss: error: ")
     assert message in last
+
+
+@pytest.mark.parametrize("name", ["", "no/report.json", "p.xyz"])
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any,
+    option: str, name: str
+) -> None:  # fmt: skip
+    def begin(*_: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(capture_module, "capture", begin)
+    status, _, err = run(capsys, *good(folder, option, tmp_path / name))
+    assert status == 2
+    assert ("the work began" in err) == ((option, name) == ("--json", "p.xyz"))
 
 
 @pytest.mark.parametrize(

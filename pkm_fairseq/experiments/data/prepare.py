@@ -67,11 +67,16 @@ def load_sentencepiece(model: Path) -> sentencepiece.SentencePieceProcessor:
     """Load a sentencepiece model.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it holds something else.
     """
     if not model.is_file():
         raise ValueError(f"sentencepiece model {model}: no such file")
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError):
+        raise ValueError(
+            f"sentencepiece model {model}: not a readable sentencepiece model"
+        ) from None
 
 
 def binarise(pieces: Dict[str, Path], out: Path, dictionary: Optional[Path] = None) -> None:
