@@ -19,6 +19,7 @@ import torch
 from fairseq import checkpoint_utils
 from scipy.stats import pearsonr
 
+from pkm_fairseq.experiments.glue.predict import best_checkpoint
 from pkm_fairseq.experiments.glue.tasks import TASKS
 from tests import glue_data
 
@@ -99,7 +100,7 @@ def test_all_nine_tasks_have_their_official_metrics(nine: SimpleNamespace) -> No
         found = arm["tasks"][name]
         assert list(found["dev"]) == expected, name
         assert list(nine.results["tasks"][name]["baseline"]) == expected, name
-        assert found["updates"] == math.ceil(N_TRAIN / 20)
+        assert found["updates"] == [math.ceil(N_TRAIN / 20)]
         folder = nine.out / "resm" / name / "seed1"
         result = json.loads((folder / "result.json").read_text())
         assert result["dev"] == {key: one["median"] for key, one in found["dev"].items()}
@@ -242,6 +243,36 @@ def test_values_alone_are_finetuned_and_a_head(ready: SimpleNamespace, tmp_path:
     assert moved == {"encoder.sentence_encoder.layers.1.memory.values.weight"}
     heads = {name for name in after if name not in before}
     assert len(heads) == 4 and all(name.startswith("classification_heads.") for name in heads)
+
+
+OWN = """\
+all: {lr: 1e-30, lr_scheduler: polynomial_decay, batch_size: 16, max_epoch: 9, patience: 1}
+"""
+
+
+def test_a_preset_of_ones_own_and_a_run_that_ends_early(
+    ready: SimpleNamespace, tmp_path: Path
+) -> None:
+    """All 20 dev examples count, and the result tells what the run did; then new settings."""
+    (tmp_path / "own.yaml").write_text(OWN)
+    options = ("--preset", tmp_path / "own.yaml", "--tasks", "MRPC")
+    options += ("--checkpoint", f"plain={ready.plain}")
+    changed = ("--set", "update_freq=1,4", "warmup_updates=2")
+    results = finetune_well(ready, tmp_path, *options, "--seeds", "2", *changed)
+    found, folder = results["arms"][0]["tasks"]["MRPC"], tmp_path / "plain" / "MRPC"
+    outputs, targets = answers(*trained(folder / "seed1"))
+    right = [max(range(2), key=o.__getitem__) == t for o, t in zip(outputs, targets, strict=True)]
+    assert len(right) == 20
+    assert found["dev"]["accuracy"]["seeds"][0] == pytest.approx(100 * sum(right) / 20, abs=0.01)
+    n_batches = math.ceil(N_TRAIN / 16)  # 4, then one update in each epoch
+    assert found["updates"] == 2 * [n_batches + 1]  # the second epoch is no better: its last
+    assert found["warmup_updates"] == 2
+    result = json.loads((folder / "seed2" / "result.json").read_text())
+    result["dev"]["accuracy"] = 100.0
+    (folder / "seed2" / "result.json").write_text(json.dumps(result))
+    assert best_checkpoint(folder, TASKS["MRPC"]).parent == folder / "seed2"
+    finetune_well(ready, tmp_path, *options, "--seeds", "1", "--set", "max_epoch=1")
+    assert best_checkpoint(folder, TASKS["MRPC"]).parent == folder / "seed1"
 
 
 def alive(group_leader: int) -> bool:

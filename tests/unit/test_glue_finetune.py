@@ -192,6 +192,16 @@ def test_the_baseline_always_answers_the_most_frequent_training_label(data):
     assert majority_baseline(sts) == {"pearson": 0.0, "spearman": 0.0}
 
 
+def test_the_baseline_can_be_a_longer_label_than_all_of_dev(tmp_path):
+    words = Dictionary()
+    ids = {label: [words.add_symbol(label)] for label in ("no", "no_way")}
+    write_split(tmp_path / "label", "train", words, [ids["no"], ids["no_way"], ids["no_way"]])
+    write_split(tmp_path / "label", "valid", words, [ids["no"], ids["no"]])
+    metrics = ("accuracy", "f1")
+    task = PreparedTask("own", tmp_path, ("no_way", "no"), metrics, ("valid",), 3, "k")
+    assert majority_baseline(task) == {"accuracy": 0.0, "f1": 0.0}
+
+
 # --- what it starts from ----------------------------------------------------------------------
 
 
@@ -300,6 +310,56 @@ def test_warm_up_is_six_per_cent_of_the_updates_there_will_be(tmp_path, data, ar
     assert run.updates == 30
     (run,) = plan(arms[:1], tasks, chosen(tmp_path, max_tokens=12, max_epoch=1))
     assert run.updates > math.ceil(N_TRAIN / 16)  # the longest sentences fill a batch alone
+
+
+def test_each_epoch_has_its_own_update_freq(tmp_path, data, arms):
+    tasks = prepared_tasks(data, ["CoLA"])
+    batches = {"batch_size": 4, "update_freq": "1,4", "max_epoch": 5}
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, **batches))
+    assert run.updates == 6 + 4 * 2
+    assert int(parse_flags(run.flags).total_num_update) == run.updates
+    (run,) = plan(arms[:1], tasks, chosen(tmp_path, **{**batches, "max_epoch": 1}))
+    assert run.updates == 6
+
+
+def test_the_warm_up_is_the_users_if_it_is_given(tmp_path, data, arms):
+    tasks = prepared_tasks(data, ["CoLA"])
+    for choices in (
+        chosen(tmp_path, warmup_updates=3),
+        chosen(tmp_path, further=("--warmup-updates", "3")),
+    ):
+        (run,) = plan(arms[:1], tasks, choices)
+        assert parse_flags(run.flags).warmup_updates == run.warmup == 3
+
+
+def test_no_dev_example_is_left_out_with_a_preset_of_ones_own(tmp_path, data, arms):
+    tasks, file = prepared_tasks(data, ["CoLA"]), tmp_path / "own.yaml"
+    text = "all: {batch_size: 4, max_epoch: 1, lr_scheduler: polynomial_decay}\n"
+    multiple = "required_batch_size_multiple"
+    for own in (text, text.replace("{", f"{{{multiple}: 1, ")):
+        file.write_text(own)
+        choices = Choices(tmp_path / "out", (1,), load_preset(str(file)), {})
+        (run,) = plan(arms[:1], tasks, choices)
+        assert parse_flags(run.flags).required_batch_size_multiple == 1
+    for choices in (
+        chosen(tmp_path, required_batch_size_multiple=8),
+        chosen(tmp_path, further=("--required-batch-size-multiple=8",)),
+    ):
+        with pytest.raises(ValueError, match=f"{multiple} is 8, must be 1"):
+            plan(arms[:1], tasks, choices)
+
+
+def test_the_number_of_updates_is_the_last_one_in_the_log(tmp_path):
+    """An interrupted run had done two updates more than its checkpoint when it was stopped."""
+    logged = [("train_inner", "", 8), ("valid", "valid_", 8), ("train_inner", "", 10)]
+    logged += [("train_inner", "", 9), ("valid", "valid_", 9), ("train", "train_", 9)]
+    lines = [
+        f'now | INFO | {tag} | {{"epoch": 1, "{prefix}num_updates": "{updates}"}}'
+        for tag, prefix, updates in logged
+    ]
+    lines.append('now | INFO | train | {"epoch": 2, "train_num_updates": null}')
+    (tmp_path / "train.log").write_text("\n".join([*lines, "now | INFO | done training"]))
+    assert finetune_module.updates_logged(tmp_path / "train.log") == 9
 
 
 def test_every_arm_on_every_task_with_every_seed(tmp_path, data, arms):

@@ -59,6 +59,14 @@ def test_results_by_arm_and_task_in_the_order_of_seeds():
     assert resm["average"] is None  # a mean over fewer tasks would compare with nothing
 
 
+def test_seeds_may_end_after_different_numbers_of_updates():
+    runs = [{**run, "updates": 10 * run["seed"]} for run in RESULTS]
+    results = collect(ARMS, TASKS, runs)
+    assert results["arms"][0]["tasks"]["CoLA"]["updates"] == [10, 20, 30]
+    lines = to_markdown(results).splitlines()
+    assert "| plain | CoLA | 8,551 | 10-30 | 1 | 1, 2, 3 |" in lines
+
+
 def test_the_markdown_has_every_number(tmp_path):
     results = collect(ARMS, TASKS, RESULTS)
     lines = to_markdown(results).splitlines()

@@ -105,6 +105,25 @@ def test_the_best_seed_by_the_first_metric(tmp_path, capsys):
             best_checkpoint(folder, TASKS[task])
 
 
+def test_seeds_of_other_settings_are_left_out(tmp_path, capsys):
+    """finetune_glue.py was run again with fewer seeds; seed 3 is of a version without settings."""
+    made = {1: (60.0, "new"), 2: (90.0, "old"), 3: (80.0, None), 4: (50.0, "new")}
+    for seed, (accuracy, settings) in made.items():
+        (tmp_path / f"seed{seed}").mkdir()
+        result = {"dev": {"accuracy": accuracy}, **({"settings": settings} if settings else {})}
+        (tmp_path / f"seed{seed}" / "result.json").write_text(json.dumps(result))
+    (tmp_path / "settings.json").write_text(json.dumps({"key": "new"}))
+    assert best_checkpoint(tmp_path, TASKS["RTE"]) == tmp_path / "seed1" / "checkpoint_best.pt"
+    printed = capsys.readouterr().out
+    assert printed.endswith("accuracy on dev 60.0, best of 2; left out, of other settings: 2\n")
+    (tmp_path / "settings.json").write_text(json.dumps({"key": "newer"}))
+    message = "no finished seed has the settings of the last finetune_glue.py: run that again"
+    with pytest.raises(ValueError, match=message):
+        best_checkpoint(tmp_path, TASKS["RTE"])
+    (tmp_path / "settings.json").unlink()  # as of earlier versions
+    assert best_checkpoint(tmp_path, TASKS["RTE"]) == tmp_path / "seed2" / "checkpoint_best.pt"
+
+
 # --- the model ----------------------------------------------------------------------------------
 
 

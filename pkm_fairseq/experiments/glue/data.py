@@ -99,7 +99,7 @@ def majority_baseline(task: PreparedTask) -> Dict[str, float]:
             scores |= {dev_name(metric, split): 0.0 for metric in task.metrics}
             continue
         targets = targets_of(task, split)
-        answers = np.full_like(targets, max(task.labels, key=trained.__getitem__))
+        answers = np.full(len(targets), max(task.labels, key=trained.__getitem__))
         for metric in task.metrics:
             scores[dev_name(metric, split)] = score(metric, answers, targets, task.positive)
     return scores

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,14 @@ from ..runs.trainings import LAST, LOG, run_all, start_training, updates_of
 from .data import PreparedTask, dev_name
 from .memory import measure_memory
 from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
+from .results import SETTINGS
 from .start import Arm, sha256_of
 
 MINUTES = 300.0  # seconds between two lines about a run without terminal
 BEST = "checkpoint_best.pt"
 RESULT = "result.json"
+MULTIPLE = "required_batch_size_multiple"
+UPDATES = re.compile(r'"(?:\w+_)?num_updates": "(\d+)"')  # in a line of the log
 FILES = ("--memory-background", "--memory-finetune-counts")  # flags that name one
 
 
@@ -66,8 +70,9 @@ class Finetuning:
         seed: seed of the new head, dropout, and the order of the examples.
         folder: folder for checkpoints, log and result.
         flags: flags of fairseq-train, except the seed and the folder.
-        updates: number of updates.
+        updates: planned number of updates; a run may end earlier, for example by ``patience``.
         warmup: number of updates in which the learning rate rises.
+        settings: hash of all inputs of the result, except the seed.
         key: hash of all inputs of the result.
     """
 
@@ -78,6 +83,7 @@ class Finetuning:
     flags: Tuple[str, ...]
     updates: int
     warmup: int
+    settings: str
     key: str
 
     @property
@@ -111,9 +117,10 @@ def plan(arms: Sequence[Arm], tasks: Sequence[PreparedTask], choices: Choices) -
         for seed in choices.seeds:
             for arm, (flags, updates, warmup) in planned.items():
                 files = _files(flags)
-                key = key_of(flags, seed, arm.sha256, task.key, choices.memory_tokens, *files)
+                settings = key_of(flags, arm.sha256, task.key, choices.memory_tokens, *files)
                 folder = choices.out.resolve() / arm.name / task.name / f"seed{seed}"
-                runs.append(Finetuning(arm, task, seed, folder, flags, updates, warmup, key))
+                numbers, keys = (updates, warmup), (settings, key_of(settings, seed))
+                runs.append(Finetuning(arm, task, seed, folder, flags, *numbers, *keys))
     return runs
 
 
@@ -123,12 +130,15 @@ def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> "tuple[Tuple[str, .
     ratio = _ratio(settings.pop(WARMUP_RATIO, 0.0))
     fixed, chosen = _fixed_flags(arm, task), [*flags_of(settings), *choices.further]
     args = parse_flags([*fixed, *chosen])
+    multiple = getattr(args, MULTIPLE)
+    if multiple != 1:
+        raise ValueError(f"{MULTIPLE} is {multiple}, must be 1, to keep all dev examples")
     updates = count_updates(args)
-    warmup = round(ratio * updates)
-    schedule = ["--warmup-updates", str(warmup)]
+    schedule = ["--warmup-updates", str(round(ratio * updates))]
     if args.lr_scheduler == "polynomial_decay":
         schedule += ["--total-num-update", str(updates)]
-    parse_flags([*fixed, *schedule, *chosen])  # not every schedule has a warm-up
+    # not every schedule has a warm-up; the user may have set its length
+    warmup = parse_flags([*fixed, *schedule, *chosen]).warmup_updates
     interval = ["--log-interval", str(max(1, updates // 50))]
     return (*fixed, *schedule, *interval, *chosen), updates, warmup
 
@@ -173,6 +183,7 @@ def _fixed_flags(arm: Arm, task: PreparedTask) -> List[str]:
         "best-checkpoint-metric": task.metrics[0],
         "optimizer": "pkm_adam" if arm.has_memory else "adam",
         "finetune-from-model": arm.file,  # on a fresh run only
+        "required-batch-size-multiple": 1,  # else fairseq leaves out the last dev examples
         "distributed-world-size": 1,
         "log-format": "json",
     }
@@ -221,7 +232,10 @@ def count_updates(args: Any) -> int:
         required_batch_size_multiple=args.required_batch_size_multiple,
         seed=args.seed,
     )
-    updates = args.max_epoch * math.ceil(len(batches) / args.update_freq[0])
+    # update_freq has one entry per epoch; its last one also counts for all later epochs
+    first, later = args.update_freq[: args.max_epoch], args.max_epoch - len(args.update_freq)
+    updates = sum(math.ceil(len(batches) / freq) for freq in first)
+    updates += max(0, later) * math.ceil(len(batches) / args.update_freq[-1])
     return min(updates, args.max_update or updates)
 
 
@@ -240,6 +254,9 @@ def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lam
         ValueError: a run failed; the others were stopped.
     """
     waiting = [run for run in runs if not run.is_finished]
+    for run in runs:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_file(run.folder.parent / SETTINGS, json.dumps({"key": run.settings}))
 
     def start(children: Children, run: Finetuning, worker: int) -> Child:
         begin(run.folder, run.key)
@@ -293,8 +310,8 @@ def _finish(run: Finetuning, status: int, choices: Choices) -> Dict[str, Any]:
         memory = measure_memory(run.arm.file, best, task, choices.memory_tokens)
     result = {
         **{"arm": run.arm.name, "task": run.task.name, "seed": run.seed, "dev": dev},
-        **{"best_update": at, "updates": run.updates, "warmup_updates": run.warmup},
-        "memory": memory,
+        **{"best_update": at, "updates": updates_logged(log), "warmup_updates": run.warmup},
+        **{"settings": run.settings, "memory": memory},
     }
     write_file(run.folder / RESULT, json.dumps(result, indent=2))
     if not choices.keep_last:
@@ -302,6 +319,11 @@ def _finish(run: Finetuning, status: int, choices: Choices) -> Dict[str, Any]:
             (run.folder / name).unlink(missing_ok=True)
     finish(run.folder, run.key)
     return result
+
+
+def updates_logged(log: Path) -> int:
+    """The last number of updates in a log of fairseq-train."""
+    return int(UPDATES.findall(log.read_text(encoding="utf-8", errors="replace"))[-1])
 
 
 def _told(dev: Dict[str, float]) -> str:

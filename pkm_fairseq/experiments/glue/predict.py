@@ -5,7 +5,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from fairseq.data import Dictionary, data_utils
@@ -20,6 +20,7 @@ from ...models.checkpoints import (
 from ...models.labels import label_names
 from ..runs.progress import progress_bars
 from .read import numbered_lines, split_line
+from .results import SETTINGS
 from .submission import label_text, prediction_file
 from .tasks import TASKS, TaskSpec
 from .tokenizers import Tokenizer, encode
@@ -199,24 +200,42 @@ def _labels(
 def best_checkpoint(folder: Path, spec: TaskSpec) -> Path:
     """The checkpoint of the seed with the best first metric on dev.
 
+    A folder may also hold seeds of an earlier finetuning with other settings: they do not count.
+
     Args:
-        folder: folder of a finetuned task, with ``seed*[0-9]/result.json``.
+        folder: folder of a finetuned task, with ``seed*[0-9]/result.json`` and ``settings.json``.
         spec: the task.
 
     Raises:
-        ValueError: there is no finished seed.
+        ValueError: there is no finished seed with the settings of the last finetuning.
     """
     metric = spec.metrics[0]
-    found: List[Tuple[float, Path]] = []
-    for result in sorted(folder.glob("seed*[0-9]/result.json")):
-        score = json.loads(result.read_text())["dev"].get(metric)
-        if score is not None:
-            found.append((score, result.with_name("checkpoint_best.pt")))
-    if not found:
+    files = sorted(folder.glob("seed*[0-9]/result.json"))
+    results = {file: json.loads(file.read_text()) for file in files}
+    scores = {file: made["dev"].get(metric) for file, made in results.items()}
+    scores = {file: score for file, score in scores.items() if score is not None}
+    if not scores:
         raise ValueError(f"{folder}: no seed*/result.json with {metric} on dev")
-    score, best = max(found, key=lambda seed: seed[0])
-    print(f"{spec.name}: {best}, {metric} on dev {score:.1f}, best of {len(found)}")
-    return best
+    last = _last_settings(folder)
+    found = {file: x for file, x in scores.items() if last in (None, results[file].get("settings"))}
+    if not found:
+        raise ValueError(
+            f"{folder}: no finished seed has the settings of the last finetune_glue.py: "
+            "run that again to finish it"
+        )
+    best, n_others = max(found, key=found.__getitem__), len(scores) - len(found)
+    others = f"; left out, of other settings: {n_others}" if n_others else ""
+    best_file = best.with_name("checkpoint_best.pt")
+    print(
+        f"{spec.name}: {best_file}, {metric} on dev {found[best]:.1f}, best of {len(found)}{others}"
+    )
+    return best_file
+
+
+def _last_settings(folder: Path) -> Optional[str]:
+    """The settings of the last finetuning on a task; None from versions that stored none."""
+    file = folder / SETTINGS
+    return json.loads(file.read_text())["key"] if file.is_file() else None
 
 
 # --- predicting -------------------------------------------------------------------------------

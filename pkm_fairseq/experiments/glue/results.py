@@ -12,6 +12,7 @@ from rich.table import Table
 from ...memory.files import write_file
 
 BASELINE = "majority class"
+SETTINGS = "settings.json"  # of the last finetuning of an arm on a task, in the task's folder
 NOTE = (
     "Dev scores in per cent: median over seeds [lowest-highest] of the checkpoints that were best "
     "on dev by each task's first metric. Average: over tasks, of the mean of each task's medians."
@@ -40,8 +41,8 @@ def collect(
 
     Returns:
         ``note``, ``tasks`` and ``arms``. Each arm has ``tasks``, and each of them ``dev`` by metric
-        (see ``summarise``), ``seeds``, ``updates`` and ``memory``. Each arm also has ``average``,
-        None if a task is missing.
+        (see ``summarise``), ``seeds``, ``updates`` by seed, ``warmup_updates`` and ``memory``. Each
+        arm also has ``average``, None if a task is missing.
     """
     rows = []
     for arm in arms:
@@ -60,7 +61,7 @@ def _of_seeds(runs: List[Dict[str, Any]]) -> Dict[str, Any]:
     metrics = runs[0]["dev"]
     return {
         "seeds": [run["seed"] for run in runs],
-        "updates": runs[0]["updates"],
+        "updates": [run["updates"] for run in runs],
         "warmup_updates": runs[0]["warmup_updates"],
         "dev": {name: summarise([run["dev"][name] for run in runs]) for name in metrics},
         "memory": [run["memory"] for run in runs] if runs[0]["memory"] else None,
@@ -115,6 +116,11 @@ def _average(arm: Dict[str, Any]) -> str:
     return "-" if arm["average"] is None else f"{arm['average']:.1f}"
 
 
+def _range(numbers: Sequence[int]) -> str:
+    """``1,072``, or ``804-1,072`` if they differ."""
+    return "-".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
+
+
 def to_markdown(results: Dict[str, Any]) -> str:
     """The results as Markdown tables, with arms as rows."""
     columns = _columns(results)
@@ -127,7 +133,7 @@ def to_markdown(results: Dict[str, Any]) -> str:
     rows.append([BASELINE, *(f"{tasks[t]['baseline'][m]:.1f}" for t, m in columns), ""])
     parts = ["# GLUE dev results", results["note"], _markdown(["arm", *heads, "average"], rows)]
     updates = [
-        [arm["name"], task, f"{tasks[task]['n_train']:,}", f"{found['updates']:,}",
+        [arm["name"], task, f"{tasks[task]['n_train']:,}", _range(found["updates"]),
          f"{found['warmup_updates']:,}", ", ".join(map(str, found["seeds"]))]
         for arm in results["arms"] for task, found in arm["tasks"].items()
     ]  # fmt: skip
