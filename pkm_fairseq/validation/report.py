@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Dict, Iterable, List
 
 import faiss
@@ -10,6 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..memory.files import whole_file
 from .results import LayerResult
 
 TOLERANCE = (
@@ -129,7 +131,8 @@ def plot(results: List[LayerResult], file: str) -> None:
         axis.set(xscale="log", ylabel="scores", title=f"layer {result.layer}, {result.source}")
         axis.legend(loc="upper right")
     axes[-1].set_xlabel("absolute difference from FAISS (equal scores at the left edge)")
-    figure.savefig(file, dpi=120)
+    with whole_file(Path(file)) as out:
+        figure.savefig(out, format=Path(file).suffix[1:], dpi=120)
 
 
 def _table(*columns: str) -> Table:

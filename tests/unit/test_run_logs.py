@@ -16,6 +16,7 @@ def test_the_log_of_a_subset(tmp_path):
     log.write_text(
         'x | valid | {"valid_mcc": "3.5", "valid_gini": null, "valid_num_updates": "10"}\n'
         'x | valid | {"valid_mcc": "1.5", "valid_num_updates": "5"}\n'
+        'x | valid | {"valid_mcc": "2.5", "valid_num_updates": null}\n'  # no update was made
         'x | valid1 | {"valid1_mcc": "2.5", "valid1_num_updates": "5"}\n'
         'x | train_inner | {"loss": "7", "num_updates": "5"}\n'
         'x | valid | {"valid_mcc": "4.5", "valid_num_updates": "5"}\n'  # after an interruption

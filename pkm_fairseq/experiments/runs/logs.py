@@ -25,7 +25,8 @@ def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
             for name, number in json.loads(text).items()
             if number is not None  # numbers logged before, but not again
         }
-        found[int(numbers["num_updates"])] = numbers
+        if "num_updates" in numbers:  # not if all updates of an epoch overflowed
+            found[int(numbers["num_updates"])] = numbers
     return dict(sorted(found.items()))
 
 
