@@ -26,7 +26,7 @@ def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
     stored = (out / "results.json").read_bytes()
     results = {result["run"]["arm"]: result for result in json.loads(stored)}
     assert set(results) == {"plain", "plain_longer", "pkm", "pkm_init", "resm", "resm_init"}
-    assert len(json.loads(stored)) == 7  # resm_init has two rates
+    assert len(json.loads(stored)) == 8  # resm_init has two rates of values, resm one that falls
     for arm, result in results.items():
         assert result["perplexity"] < 300  # the size of the vocabulary
         if arm.startswith("plain"):
@@ -37,7 +37,7 @@ def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
     log = (out / "runs/resm_init_16keys_values0.001_seed1/train.log").read_text()
     assert "plain_seed1/checkpoint_" in log
     again = run_well(STUDY, books, out, "toy")
-    assert "[1/7]" in done.output and "[1/" not in again.output  # nothing is trained again
+    assert "[1/8]" in done.output and "[1/" not in again.output  # nothing is trained again
     assert (out / "results.json").read_bytes() == stored
     refused = run(STUDY, tmp_path, out, "toy")
     assert refused.status == 2 and "no file" in refused.output
