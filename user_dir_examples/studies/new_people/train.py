@@ -67,6 +67,8 @@ class Study:
         for file in self.facts.glob(f"runs/*/{RESULT}"):
             result = json.loads(file.read_text())
             of = result["run"]
+            if of.get("value_schedule") == "follow":  # a question of the study of facts alone
+                continue
             if (of["arm"], of.get("people"), of["seed"]) == (arm, self.size.old, run.seed):
                 recall = result["train"]["by_name"]["recall"]
                 found.append(((-of["updates"], of["n_keys"], recall), file, of["n_keys"]))
