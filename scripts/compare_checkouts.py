@@ -19,6 +19,7 @@ import torch
 from _script import run
 
 from pkm_fairseq.experiments.runs.processes import run_to_end
+from pkm_fairseq.memory.delta import bits_of
 from pkm_fairseq.models.checkpoints import read_checkpoint
 
 ARMS = {
@@ -84,15 +85,10 @@ def difference_of(
         return math.inf, f"only the {'second' if x is None else 'first'} checkout has {name}"
     if (x.dtype, x.shape) != (y.dtype, y.shape):
         return math.inf, f"{name}: {shown(x)} and {shown(y)}"
-    if torch.equal(bits(x), bits(y)):
+    if torch.equal(bits_of(x), bits_of(y)):
         return None
     size = float((x.double() - y.double()).abs().max())
     return math.inf if math.isnan(size) else size, f"{name} by up to {size:.2g}"
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor: NaN equals NaN, and 0 is not -0."""
-    return x.contiguous().flatten().view(torch.uint8)
 
 
 def shown(x: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..memory.delta import TableRows, moved_by
+from ..memory.delta import TableRows, moved_by, rows_that_differ
 from ..memory.finetune import tables_by_layers
 from ..memory.observe.readers import SlotReaders
 from ..memory.observe.slot_counts import CountsFile, SlotCounts, needed
@@ -30,12 +30,10 @@ def check_rows(opened: Opened, rows: Mapping[str, TableRows]) -> None:
     """
     state = opened.model.state_dict()
     for name, table in rows.items():
-        now = state.get(name)
-        if now is None or now.shape[1:] != table.after.shape[1:] or len(now) <= table.slots.max():
-            raise ValueError(
-                f"--checkpoint {opened.file}: the model has no table {name} that fits the delta"
-            )
-        wrong = table.slots[(_bits(now[table.slots]) != _bits(table.after)).any(dim=1)]
+        try:
+            wrong = rows_that_differ(state, name, table)
+        except ValueError as error:
+            raise ValueError(f"--checkpoint {opened.file}: {error}") from None
         if len(wrong):
             raise ValueError(
                 f"--checkpoint {opened.file}: row {int(wrong[0])} of {name} is not the delta's: "
@@ -145,11 +143,6 @@ def groups(opened: Opened) -> Dict[int, Tuple[int, ...]]:
     """For each layer, all layers that read its table."""
     memories = {index: layer.memory for index, layer in opened.model.memory_layers().items()}
     return {layer: layers for layers in tables_by_layers(memories) for layer in layers}
-
-
-def _bits(rows: Tensor) -> Tensor:
-    """The bits of rows, (R, V): NaN equals NaN; a model may load a half table in float32."""
-    return rows.double().view(torch.int64)
 
 
 def _counts(opened: Opened, background: CountsFile, layers: Tuple[int, ...]) -> SlotCounts:

@@ -53,7 +53,7 @@ def hash_of(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         if not APART.search(name):
             digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}\n".encode())
-            digest.update(_bits(state[name]).numpy().data)
+            digest.update(bits_of(state[name]).numpy().data)
     return digest.hexdigest()
 
 
@@ -81,7 +81,7 @@ def make_delta(
             raise ValueError(
                 f"{name} is {_shown(now)} in the finetuned model, must be {_shown(was)}"
             )
-        if torch.equal(_bits(was), _bits(now)):
+        if torch.equal(bits_of(was), bits_of(now)):
             continue
         if not VALUES.search(name):
             raise ValueError(
@@ -120,7 +120,7 @@ def _fingerprint(delta: Delta) -> str:
     for name, rows in sorted(delta.tables.items()):
         digest.update(name.encode())
         for tensor in rows:
-            digest.update(_bits(tensor).numpy().tobytes())
+            digest.update(bits_of(tensor).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -156,6 +156,23 @@ def check_base(state: Mapping[str, Tensor], base: str) -> None:
         raise ValueError(f"the model ({ours[:12]}) is not the delta's base ({base[:12]})")
 
 
+def rows_that_differ(state: Mapping[str, Tensor], name: str, rows: TableRows) -> Tensor:
+    """The slots of a delta whose rows in a state have other bits, (R,).
+
+    A state may have the same numbers in another dtype.
+
+    Raises:
+        ValueError: the state has no table of this name that fits the delta.
+    """
+    table, theirs = state.get(name), rows.after
+    if table is None or table.shape[1:] != theirs.shape[1:] or len(table) <= rows.slots[-1]:
+        raise ValueError(f"the model has no table {name} that fits the delta")
+    ours = table[rows.slots]
+    if ours.dtype != theirs.dtype:
+        ours, theirs = ours.double(), theirs.double()
+    return rows.slots[_differing(ours, theirs)]
+
+
 def check_applied(state: Mapping[str, Tensor], rows: Mapping[str, TableRows], base: str) -> None:
     """Check that a state is the base with these rows applied, and nothing else.
 
@@ -164,16 +181,13 @@ def check_applied(state: Mapping[str, Tensor], rows: Mapping[str, TableRows], ba
     """
     reverted = dict(state)
     for name, table in rows.items():
-        now = state.get(name)
-        if now is None or now.shape[1:] != table.after.shape[1:] or len(now) <= table.slots[-1]:
-            raise ValueError(f"the model has no table {name} that fits the delta")
-        wrong = table.slots[_differing(now[table.slots], table.after)]
+        wrong = rows_that_differ(state, name, table)
         if len(wrong):
             raise ValueError(
                 f"row {int(wrong[0])} of {name} differs from the delta's row: the delta was not "
                 "applied, or another one was applied, too"
             )
-        reverted[name] = now.index_copy(0, table.slots, table.before)
+        reverted[name] = state[name].index_copy(0, table.slots, table.before)
     check_base(reverted, base)
 
 
@@ -212,11 +226,11 @@ def moved_by(rows: TableRows) -> List[float]:
 
 def _differing(one: Tensor, other: Tensor) -> Tensor:
     """Which rows differ in any bit, (R,)."""
-    bits = [_bits(x).view(len(x), -1) for x in (one, other)]
+    bits = [bits_of(x).view(len(x), -1) for x in (one, other)]
     return (bits[0] != bits[1]).any(dim=1).nonzero().squeeze(1)
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits_of(x: Tensor) -> Tensor:
     """The bytes of a tensor: NaN equals NaN, and 0 is not -0."""
     return x.detach().cpu().contiguous().flatten().view(torch.uint8)
 

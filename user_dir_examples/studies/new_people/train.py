@@ -59,15 +59,15 @@ class Study:
     def start(self, run: Run) -> Tuple[Path, int]:
         """The model that a run finetunes, and its number of sub-keys (0 without a memory).
 
-        It was trained with the same seed. Of several, it is the one with fewest updates, most
-        slots, and then the highest recall by name.
+        It was trained with the same seed and a constant rate of values. Of several, it is the one
+        with fewest updates, most slots, and then the highest recall by name.
         """
         arm = ARMS[run.arm].start
         found: List[Tuple[Tuple[float, ...], Path, int]] = []
         for file in self.facts.glob(f"runs/*/{RESULT}"):
             result = json.loads(file.read_text())
             of = result["run"]
-            if of.get("value_schedule") == "follow":  # a question of the study of facts alone
+            if of.get("value_schedule") == "follow":
                 continue
             if (of["arm"], of.get("people"), of["seed"]) == (arm, self.size.old, run.seed):
                 recall = result["train"]["by_name"]["recall"]
