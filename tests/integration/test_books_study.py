@@ -4,6 +4,7 @@ import json
 import lzma
 from pathlib import Path
 
+from pkm_fairseq.experiments.data import prepare
 from tests.glue_data import write_glue
 
 from .runs import ROOT, run, run_well, write_sentences
@@ -29,11 +30,16 @@ def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
     assert len(json.loads(stored)) == 8  # resm_init has two rates of values, resm one that falls
     for arm, result in results.items():
         assert result["perplexity"] < 300  # the size of the vocabulary
+        assert ("half" in result) == (arm == "plain")
         if arm.startswith("plain"):
             continue
         assert set(result["ablated"]) == {"zero", "permuted", "top1"}
         updates = [at["updates"] for at in result["way"]]
         assert min(updates) >= (10 if arm.endswith("_init") else 0) and max(updates) <= 20
+    assert (
+        results["plain"]["half"] < 300
+        and results["plain"]["half"] != results["plain"]["perplexity"]
+    )
     log = (out / "runs/resm_init_16keys_values0.001_seed1/train.log").read_text()
     assert "plain_seed1/checkpoint_" in log
     again = run_well(STUDY, books, out, "toy")
@@ -55,3 +61,16 @@ def test_the_study_runs_through_and_is_not_repeated(tmp_path: Path) -> None:
     assert "| resm_init | key_dropout | 1 |" in done.output
     refused = run(GLUE, tmp_path, glue, out, "toy")
     assert refused.status == 2 and "no file" in refused.output
+
+
+def test_several_processes_binarise_to_the_same_bits(tmp_path: Path) -> None:
+    pieces = {"train": tmp_path / "train", "valid": tmp_path / "valid"}
+    for seed, file in enumerate(pieces.values()):
+        write_sentences(file, 50, seed=seed)
+    for workers in (1, 2):
+        prepare.binarise(pieces, tmp_path / str(workers), workers=workers)
+    files = sorted(file.name for file in (tmp_path / "1").iterdir())
+    assert {"dict.txt", "train.bin", "train.idx", "valid.bin", "valid.idx"} <= set(files)
+    for name in files:
+        if name != "preprocess.log":
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

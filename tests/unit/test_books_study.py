@@ -219,6 +219,16 @@ def test_results_of_several_places_are_one_table(study, results, tmp_path):
     assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")
 
 
+def test_the_report_has_plain_at_its_half(study, results):
+    arms, table = study
+    size = arms.SIZES["full"]
+    assert "half of its updates" not in table.report(results, size)
+    for seed in (1, 2):
+        results[arms.run_of(size, "plain", seed, 64)] = {**entry(30.0), "half": 40.0 + seed}
+    shown = "where arms with INIT start: 41.50 (41.00 to 42.00); seeds: 2."
+    assert f"Plain after half of its updates, {shown}" in table.report(results, size).splitlines()
+
+
 def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, capsys):
     import train
 
@@ -247,6 +257,46 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
         train.check("none", tmp_path, tmp_path)
     with pytest.raises(ValueError, match=r"--check is 'pkm', must be an arm .*: resm_init"):
         train.check("pkm", tmp_path, tmp_path)
+
+
+def test_a_reader_can_train_half_of_plain_again(study, tmp_path, monkeypatch, capsys):
+    import train
+
+    arms, _ = study
+    size = arms.SIZES["full"]
+    runs = [arms.run_of(size, arm, seed, 64) for seed in (1, 2) for arm in ("plain", "pkm")]
+    known = tmp_path / "results.json"
+    halves = {
+        run: {"half": 20.0 + run.seed} if run.arm == "plain" else {"way": [1]} for run in runs
+    }
+    known.write_text(
+        json.dumps([{"run": vars(run), "perplexity": 9.0, **halves[run]} for run in runs])
+    )
+    trained = []
+
+    def train_all(runs, out, data, size, workers):
+        (run,) = runs
+        trained.append(run)
+        (out / "runs" / run.name).mkdir(parents=True)
+        (out / "runs" / run.name / "result.json").write_text('{"perplexity": 20.5}')
+
+    monkeypatch.setattr(train, "train_all", train_all)
+    monkeypatch.setattr(train, "PUBLISHED", known)
+    monkeypatch.setattr(train, "prepare", lambda books, out, size: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path), str(tmp_path), "--check", "half"])
+    train.main()
+    (run,) = trained
+    assert run != runs[0] and run.name != runs[0].name  # its folder is not the whole run's
+    assert capsys.readouterr().out.splitlines() == [
+        "plain_half_seed1, here: perplexity 20.50",
+        "plain's half, in results.json, seed 1: perplexity 21.00",
+        "plain's half, in results.json, seed 2: perplexity 22.00",
+    ]
+    whole, half = runs[0].flags(size), run.flags(size)
+    at = whole.index("--max-update") + 1
+    assert half[at] == "6250" and whole[at] == "12500"
+    assert half == [*whole[:at], "6250", *whole[at + 1 :]]  # the schedule is the whole run's
+    assert run.own_updates == 6250
 
 
 def test_the_page_has_the_table_the_answers_and_the_pictures_of_the_results(study):

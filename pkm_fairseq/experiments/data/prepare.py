@@ -79,20 +79,23 @@ def load_sentencepiece(model: Path) -> sentencepiece.SentencePieceProcessor:
         ) from None
 
 
-def binarise(pieces: Dict[str, Path], out: Path, dictionary: Optional[Path] = None) -> None:
+def binarise(
+    pieces: Dict[str, Path], out: Path, dictionary: Optional[Path] = None, workers: int = 1
+) -> None:
     """Run fairseq-preprocess over encoded splits.
 
     Args:
         pieces: by split, a file with pieces separated by spaces.
         out: folder for the data; its old content is deleted.
         dictionary: a dictionary file of fairseq; None makes one from train.
+        workers: number of processes; the data are the same for any.
 
     Raises:
         ValueError: fairseq-preprocess failed.
     """
     shutil.rmtree(out, ignore_errors=True)  # fairseq-preprocess does not overwrite a dictionary
     command = [str(Path(sys.executable).parent / "fairseq-preprocess"), "--only-source"]
-    command += ["--destdir", str(out), "--workers", "1"]
+    command += ["--destdir", str(out), "--workers", str(workers)]
     command += ["--srcdict", str(dictionary)] if dictionary else []
     for split, file in pieces.items():
         command += [f"--{split}pref", str(file)]

@@ -47,6 +47,7 @@ class Run:
         updates: total; for an arm with INIT, half of them are its start's.
         n_keys: 0 without a memory.
         value_schedule: ``follow`` if the values' rate falls like the others', else ``constant``.
+        stops_at_half: ends after half of its updates, where arms with INIT start.
     """
 
     arm: str
@@ -55,13 +56,15 @@ class Run:
     n_keys: int = 0
     value_lr: float = 0.0
     value_schedule: str = "constant"
+    stops_at_half: bool = False
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
         memory = f"_{self.n_keys}keys_values{self.value_lr:g}" if self.n_keys else ""
         memory += "_follow" if self.value_schedule == "follow" else ""
-        return f"{self.arm}{memory}_seed{self.seed}"
+        half = "_half" if self.stops_at_half else ""
+        return f"{self.arm}{memory}{half}_seed{self.seed}"
 
     @property
     def start(self) -> Optional["Run"]:
@@ -73,12 +76,13 @@ class Run:
     @property
     def own_updates(self) -> int:
         """Updates of this training, without those of its start."""
-        return self.updates // 2 if self.start else self.updates
+        return self.updates // 2 if self.start or self.stops_at_half else self.updates
 
     def flags(self, size: Size) -> List[str]:
         """Options of fairseq-train, except paths."""
         warm_up = self.updates * 400 // 12_500
         rates = schedule(self.updates, LR, self.start is not None, warm_up)
+        rates["--max-update"] = str(self.own_updates)
         flags = [*MODEL, *TRAINING, "--seed", str(self.seed)]
         flags += [part for pair in rates.items() for part in pair]
         if not self.n_keys:

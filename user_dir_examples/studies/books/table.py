@@ -204,8 +204,12 @@ def answer(claim: Claim, seeds: Sequence[int]) -> str:
 
 
 def report(found: Found, size: Size) -> str:
-    """The table, and the answers for each number of slots that has runs."""
+    """The table, plain at its half, and the answers for each number of slots that has runs."""
     lines = [table(found), ""]
+    halves = [result["half"] for result in found.values() if "half" in result]
+    if halves:
+        shown = f"{median_and_range(halves, '{:.2f}')}; seeds: {len(halves)}"
+        lines += [f"Plain after half of its updates, where arms with INIT start: {shown}.", ""]
     for n_keys in size.n_keys:
         if any(run.n_keys == n_keys for run in found):
             lines += Claims(found, size, n_keys).lines()

@@ -5,6 +5,7 @@ import argparse
 import json
 import logging
 import lzma
+import os
 import re
 from pathlib import Path
 from typing import Any, Dict, List
@@ -35,6 +36,7 @@ from pkm_fairseq.memory.observe.log import read_usage_log
 PUBLISHED = Path(__file__).with_name("results.json")
 SAMPLE = 10  # sentencepiece is trained on every tenth line
 CUT = re.compile(r"(?<=[.!?;,:])\s+")  # after punctuation
+HALF = "half"  # what --check takes beside the arms
 SUMMARY = ("layer", "draws_per_slot", "top1_usage", "topk_usage", "top1_ceiling", "kl_weighted",
            "effective_neighbours")  # fmt: skip
 
@@ -54,7 +56,8 @@ def prepare(books: Path, out: Path, size: Size) -> Path:
         for split, lines in texts.items():
             encoded = (" ".join(tokenizer.encode(line, out_type=str)) for line in lines)
             write_lines(folder / f"{split}.pieces", encoded)
-        binarise({split: folder / f"{split}.pieces" for split in SPLITS}, folder / "bin")
+        pieces = {split: folder / f"{split}.pieces" for split in SPLITS}
+        binarise(pieces, folder / "bin", workers=os.cpu_count() or 1)
         finish(folder, key)
     return folder / "bin"
 
@@ -72,11 +75,14 @@ def half_of(folder: Path, run: Run) -> Path:
 
 
 def measure(run: Run, folder: Path, data: Path) -> Dict[str, Any]:
-    """Perplexity and usage on the test books, and usage on the way."""
+    """Perplexity and usage on the test books, plain's at its half, and usage on the way."""
     loaded = load(folder / LAST, data)
     batches = masked_batches(loaded.task)
     result = evaluate(loaded.model, batches, loaded.task)
     found: Dict[str, Any] = {"perplexity": round(result.ppl, 4)}
+    if run.arm == "plain" and not run.stops_at_half:
+        half = load(half_of(folder, run), data).model
+        found["half"] = round(evaluate(half, batches, loaded.task).ppl, 4)
     if run.n_keys:
         (usage,) = result.memory
         found["usage"] = summary(usage)
@@ -149,6 +155,19 @@ def check(arm: str, books: Path, out: Path) -> None:
         print(f"{run.name}, {where}: {describe(result)}")
 
 
+def check_half(books: Path, out: Path) -> None:
+    """Train plain again up to its half, where arms with INIT start, with the first seed."""
+    size = SIZES["full"]
+    run = Run("plain", size.seeds[0], size.updates, stops_at_half=True)
+    train_all([run], out, prepare(books, out, size), size, workers=1)
+    found = json.loads((folder_of(out, run) / RESULT).read_text())
+    print(f"{run.name}, here: {describe(found)}")
+    for result in read_results(PUBLISHED):
+        if "half" in result:
+            seed, half = result["run"]["seed"], result["half"]
+            print(f"plain's half, in results.json, seed {seed}: perplexity {half:.2f}")
+
+
 def main() -> None:
     """Prepare the text, and train all runs in their order."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -160,7 +179,8 @@ def main() -> None:
     parser.add_argument(
         "--check",
         metavar="ARM",
-        help="train only this arm, with the first seed and fewest slots, and compare the result",
+        help="train only this arm, with the first seed and fewest slots, and compare the result; "
+        f"{HALF}: only the first half of plain, which takes the least time",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -169,7 +189,7 @@ def main() -> None:
     if args.check:
         if args.seeds or args.size != "full":
             parser.error("--check has its own seed and size: leave out --seeds and --size")
-        return check(args.check, books, out)
+        return check_half(books, out) if args.check == HALF else check(args.check, books, out)
     data = prepare(books, out, size)
     runs = [run for run in runs_in_order(size) if run.seed in (args.seeds or size.seeds)]
     train_all(runs, out, data, size, args.workers)
