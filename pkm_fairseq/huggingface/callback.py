@@ -115,8 +115,10 @@ class MemoryUsageCallback(TrainerCallback):
             self._switch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After an update: finish the count if it is full."""
-        if self._window is None or self._host is None:
+        """After an update, before anything is saved: merge times of reads, finish a full count."""
+        assert self._host is not None
+        merge_read_times(self._host)
+        if self._window is None:
             return
         self._window.check(args.device)
         if self._window.is_full:
@@ -141,8 +143,8 @@ class MemoryUsageCallback(TrainerCallback):
 
     def on_predict(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget the look-ups of ``Trainer.predict``: they are not of the next evaluation."""
-        assert self._host is not None
-        self._new_evaluation(self._host)
+        if self._host is not None:  # None if it was added later, and nothing was trained yet
+            self._new_evaluation(self._host)
 
     # --- counts -------------------------------------------------------------------------------
 
@@ -191,7 +193,6 @@ class MemoryUsageCallback(TrainerCallback):
         self._switch()
         if count is None:
             return
-        merge_read_times(host)
         count.updates = updates
         count.add_up(device)
         if count.total:
@@ -201,7 +202,6 @@ class MemoryUsageCallback(TrainerCallback):
     def _finish_evaluation(self, prefix: str, state: Any, args: Any) -> Dict[str, float]:
         host, count = self._host, self._evaluation
         assert host is not None and count is not None
-        merge_read_times(host)
         count.split = prefix
         count.updates = None if host.run.updates is None else state.global_step
         count.add_up(args.device)

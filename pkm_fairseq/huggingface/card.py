@@ -89,7 +89,9 @@ def _how_to_load(model: Any) -> List[str]:
     if type(model.config) in known and known[type(model.config)] is kind:
         lines = ["import pkm_fairseq.huggingface  # registers the class with transformers"]
         return [*lines, f"from transformers import {auto}", "", f"model = {auto}{LOAD}"]
-    plain = kind.__mro__[2]  # after MemoryModel
+    from .models import MemoryModel  # it imports this module
+
+    plain = kind.__mro__[kind.__mro__.index(MemoryModel) + 1]
     lines = [f"from {plain.__module__} import {plain.__name__}"]
     lines += ["from pkm_fairseq.huggingface import memory_class"]
     return [*lines, "", f"model = memory_class({plain.__name__}){LOAD}"]

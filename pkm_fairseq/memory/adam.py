@@ -33,6 +33,7 @@ from .values import ValueTable
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TABLES = "_tables_and_states"  # in a copy or pickle
 MOMENT_DTYPES = {
     "float32": "float64 for values in float64",
     "bfloat16": "halves their bytes; they are rounded stochastically",
@@ -287,7 +288,8 @@ class MemoryAdam(torch.optim.Optimizer):
         """Average the gradients of tables over workers, unless they are averaged already.
 
         ``step`` calls it. A loop that clips gradients by their norm must call it first, on every
-        worker. Otherwise each worker clips by its own norm and scales shared gradients differently.
+        worker, after its last micro-batch. Otherwise each worker clips by its own norm and scales
+        shared gradients differently.
         So must a loop with a ``GradScaler``: if it sees infinities on one worker only, this worker
         skips the step, and the others wait for it in the exchange.
 
@@ -328,8 +330,9 @@ class MemoryAdam(torch.optim.Optimizer):
         """Assemble tables that are split over workers on the first worker, for saving.
 
         Every worker must call it before the first worker calls ``state_dict`` of model and
-        optimizer. It holds until both states were made, or the next ``step``. After an error
-        perhaps only one worker calls it; it does not wait for the others.
+        optimizer. It holds until the optimizer's state was made after the model's, the next
+        ``step``, or the next loading. After an error perhaps only one worker calls it; it does not
+        wait for the others.
         """
         tables = [p for p in self._tables() if table_state(p).shards is not None]
         self._end_save()  # of a checkpoint that was not written
@@ -355,7 +358,7 @@ class MemoryAdam(torch.optim.Optimizer):
         Every worker must call it before the first worker calls ``state_dict`` of model and
         optimizer. These states then hold references to the folder instead of tables and moments;
         ``parts.place_parts`` must be called on them before they are loaded. No worker holds whole
-        tables in between. It holds until both states were made, or the next ``step``.
+        tables in between. It holds as long as that of ``consolidate_state_dict``.
 
         Args:
             folder: beside the file of the states; complete or absent.
@@ -386,7 +389,7 @@ class MemoryAdam(torch.optim.Optimizer):
         state = dict(saved["state"])
         for place, param in zip(places, params, strict=True):
             if self._assembled.get(param):
-                state[place] = {**state[place], **self._assembled.pop(param)}
+                state[place] = {**state[place], **self._assembled[param]}
             if not is_table(param):
                 continue
             reference = table_state(param).reference
@@ -397,6 +400,7 @@ class MemoryAdam(torch.optim.Optimizer):
                 state[place] = {name: _saved(x) for name, x in state[place].items()}
             if table_state(param).is_in_state:  # both states of this checkpoint are made
                 table_state(param).end_save()
+                self._assembled.pop(param, None)
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -430,16 +434,29 @@ class MemoryAdam(torch.optim.Optimizer):
             for option in UNSUPPORTED:
                 if group.get(option):
                     raise ValueError(f"the state is of an Adam with {option}, which must be off")
+        self._end_save()  # what was assembled or referred to is not what is loaded
         super().load_state_dict({**state_dict, "state": copy.deepcopy(state)})
         for param, saved in moments.items():
             self.state[param].update(saved)
 
     def __getstate__(self) -> Dict[str, Any]:
-        """Copies and pickles keep the settings, too."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._copied}}
+        """Copies and pickles keep the settings, and know the tables, too."""
+        settings = {name: getattr(self, name) for name in self._copied}
+        tables = [(param, table_state(param)) for param in self._tables()]
+        return {**super().__getstate__(), **settings, TABLES: tables}
+
+    def __deepcopy__(self, memo: Any) -> "MemoryAdam":
+        """A copy has the same process group, which cannot be copied."""
+        memo[id(self._process_group)] = self._process_group
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """Complete a copy; complete groups and step counts from other kinds of Adam."""
+        for param, table in state.pop(TABLES, ()):
+            param.value_table = table  # torch does not copy attributes of parameters
         super().__setstate__(state)
         vars(self).setdefault("_assembled", {})
         own = {k: v for k, v in self.defaults.items() if k != "differentiable"}  # torch adds that

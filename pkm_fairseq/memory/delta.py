@@ -182,6 +182,10 @@ def check_applied(state: Mapping[str, Tensor], rows: Mapping[str, TableRows], ba
     reverted = dict(state)
     for name, table in rows.items():
         wrong = rows_that_differ(state, name, table)
+        if state[name].dtype != table.after.dtype:
+            raise ValueError(
+                f"{name} is {state[name].dtype}, must be {table.after.dtype} as in the delta"
+            )
         if len(wrong):
             raise ValueError(
                 f"row {int(wrong[0])} of {name} differs from the delta's row: the delta was not "

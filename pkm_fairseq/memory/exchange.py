@@ -98,7 +98,7 @@ def average(values: Tensor, group: Any = None) -> Optional[Choice]:
             values.grad.mul_(1 / state.shards.n_shards)
         group = state.shards.replicas
         if group is None:
-            mark_exchanged(values)
+            mark_exchanged(values, state.shards.n_shards)
             return None
     found = entries_of(values)
     own = no_entries(values) if found is None else found
@@ -114,6 +114,8 @@ def average(values: Tensor, group: Any = None) -> Optional[Choice]:
     is_dense = state.exchanged_as == "dense"
     exchange = _exchange_dense if is_dense else _exchange_factors
     values.grad = exchange(values, own, sizes, counted, group)
+    if state.shards is not None:
+        mark_exchanged(values, state.shards.n_shards)
     return choice
 
 

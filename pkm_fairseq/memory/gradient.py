@@ -41,7 +41,8 @@ class TableState:
         assembled: the whole table while it is being saved, if its columns are split.
         reference: what a state holds in place of the table while it is being saved, if the table
             is in a folder (``parts.py``).
-        is_in_state: whether the state of the model has got one of the two.
+        is_in_state: whether the state of the model has got one of the two. The optimizer's state,
+            if it is made after that, ends the save.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class _Factors:
         parts: entries that own their memory and are never changed in place.
         scale: a scalar in at least float32. It multiplies all parts.
         exchanged: whether this is the mean over data-parallel workers.
+        divided: the number by which the exchange divided the gradient of a split table, whose
+            factors are a sum over its workers; else 1.
         counts_reads: whether it is known how often each slot was read.
         reads: these numbers, (n_slots,), int64; None if there is one entry for each read.
     """
@@ -100,15 +103,17 @@ class _Factors:
         exchanged: bool = False,
         counts_reads: bool = True,
         reads: Optional[Tensor] = None,
+        divided: int = 1,
     ) -> None:
         self.parts = parts
         self.scale = scale
         self.exchanged = exchanged
+        self.divided = divided
         self.counts_reads = counts_reads
         self.reads = reads
 
     def copy(self) -> "_Factors":
-        others = self.exchanged, self.counts_reads, self.reads
+        others = self.exchanged, self.counts_reads, self.reads, self.divided
         return _Factors(list(self.parts), self.scale.clone(), *others)
 
     def apply_scale(self) -> None:
@@ -121,7 +126,7 @@ class _Factors:
     ) -> None:
         """Replace the parts, for all tensors that share them."""
         self.parts, self.exchanged, self.counts_reads = parts, exchanged, counts_reads
-        self.reads = None
+        self.reads, self.divided = None, 1
         self.scale = torch.ones_like(self.scale)
 
 
@@ -361,6 +366,7 @@ def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or not _have_one_shape(x, y):
         return NotImplemented
     if isinstance(x, FactoredGradient):
+        x.rescale(x._factors.divided)  # the next exchange divides again
         parts, counted = [*x.parts(), *_parts_of(y)], _has_reads(x) and _has_reads(y)
         x._factors.assign(parts, counts_reads=counted)
         return x
@@ -425,9 +431,16 @@ def _zero(x: FactoredGradient) -> FactoredGradient:
     return x
 
 
-def _norm(x: FactoredGradient, order: Any = 2, dim: Any = None, *_: Any, dtype: Any = None) -> Any:
+def _norm(
+    x: FactoredGradient,
+    order: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: Any = None,
+) -> Any:
     order = 2.0 if order is None else float(order)
-    if dim not in (None, []) or order <= 0:  # which zeros matter for
+    if dim not in (None, []) or keepdim or order <= 0:  # which zeros matter for
         return NotImplemented
     return x.p_norm(order).to(dtype or x.dtype)
 
@@ -556,10 +569,10 @@ def is_exchanged(values: Tensor) -> bool:
     return isinstance(values.grad, FactoredGradient) and values.grad._factors.exchanged
 
 
-def mark_exchanged(values: Tensor) -> None:
-    """Note that a factored gradient is the mean over data-parallel workers."""
+def mark_exchanged(values: Tensor, divided: int) -> None:
+    """Note that a factored gradient is the mean over workers, and was divided by this number."""
     if isinstance(values.grad, FactoredGradient):
-        values.grad._factors.exchanged = True
+        values.grad._factors.exchanged, values.grad._factors.divided = True, divided
 
 
 def join_entries(parts: List[Entries]) -> Entries:

@@ -6,6 +6,7 @@ the batch's reads, times a logarithm that is small if background text reads them
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Optional
 
@@ -43,12 +44,12 @@ class RowBudget:
         said = str(text).strip()
         try:
             if said.endswith("%"):
-                budget = cls(share=float(said[:-1]) / 100)
+                budget = cls(share=float(Decimal(said[:-1]) / 100))  # 1.1 % is 0.011
             elif said.isdecimal():
                 budget = cls(count=int(said))
             else:
                 budget = cls(share=float(said))
-        except ValueError:
+        except (ValueError, InvalidOperation):
             budget = cls(count=0)
         if not (budget.count or 0) >= 1 and not 0 < (budget.share or 0) <= 1:
             raise ValueError(

@@ -127,6 +127,7 @@ class ValueTable(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new initial values."""
+        self._state.end_save()  # what is being saved are not these
         std = self.v_dim**-0.5
         if self.init == "zero":
             nn.init.zeros_(self.weight)
@@ -154,6 +155,7 @@ class ValueTable(nn.Module):
         Raises:
             ValueError: the state's values are in a file, or in a folder that cannot be read.
         """
+        self._state.end_save()  # what is being saved are not these
         reference = state_dict.pop(f"{prefix}{PARTS}", None)
         if reference is not None:
             self.read_parts(reference)

@@ -22,9 +22,8 @@ READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # belong to a training, not 
 ORIGIN = ".reads.origin"  # the part that memories keep
 FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace these
 MAX_NAMED = 8
-# options that change a model's output but no parameter's shape; further ones of memories
+# options that change a model's output but no parameter's shape
 SILENT = ("encoder_attention_heads", "activation_fn", "encoder_normalize_before")
-SILENT_OF_MEMORY = ("memory_score_activation", "memory_score_scale")
 
 
 def apply_init_from(model: nn.Module, plan: Plan, args: Any, dictionary: Dictionary) -> None:
@@ -139,7 +138,8 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
     theirs, names = options_of(checkpoint, "model"), list(SILENT)
     has_memory = any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"])
     if has_memory:
-        names += SILENT_OF_MEMORY
+        names.append("memory_score_activation")
+        names += [] if args.memory_learn_score_scale else ["memory_score_scale"]
     for name in names:
         before, now = theirs.get(name), getattr(args, name)
         if before is not None and before != now and str(before) != str(now):

@@ -24,6 +24,7 @@ from pkm_fairseq.memory import (
     ignore_tables_in_ddp,
     memory_param_groups,
 )
+from pkm_fairseq.memory.adam import MOMENTS
 from pkm_fairseq.memory.gradient import FactoredGradient
 from pkm_fairseq.memory.kernels import Float8Table
 from tests.workers import on_workers
@@ -605,6 +606,38 @@ def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(copied, steps_before, 
         o.state_dict()
     assert_same(model, twin, rtol=0, atol=0)
     assert model.values is not twin.values
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("moment_dtype", ["float32", "float8"])
+def test_a_copy_knows_its_tables_whichever_is_copied_first(copied, moment_dtype):
+    model = net()
+    optimizer = adam(model, moment_dtype=moment_dtype)
+    train(model, optimizer, 2)
+    alone = copied(optimizer).state_dict()
+    other, twin = copied((optimizer, model))
+    for state in (alone, other.state_dict()):
+        assert torch.equal(all_moments(state), all_moments(optimizer.state_dict()))
+    for x, o in ((model, optimizer), (twin, other)):
+        train(x, o, 2, first=2)
+        assert x.memory.values.factored
+    assert_same(model, twin, rtol=0, atol=0)
+
+
+def all_moments(state):
+    return torch.cat(
+        [s[m].double().flatten() for _, s in sorted(state["state"].items()) for m in MOMENTS]
+    )
+
+
+def test_a_copy_has_the_same_process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        optimizer = adam(net(), process_group=group)
+        assert copy.deepcopy(optimizer)._process_group is group
+    finally:
+        dist.destroy_process_group()
 
 
 def adam_state(model):

@@ -13,7 +13,7 @@ import torch
 
 from pkm_fairseq.analysis.moved import overlap
 from pkm_fairseq.memory.archive import write_rows
-from pkm_fairseq.memory.delta import combine, load_delta, make_delta
+from pkm_fairseq.memory.delta import check_applied, combine, load_delta, make_delta
 from pkm_fairseq.memory.observe.slot_counts import CountsFile, SlotCounts, save_counts
 from tests.helpers import small_dictionary
 from tests.unit.test_glue_finetune import save
@@ -242,6 +242,17 @@ def test_rows_are_written_into_views_and_half_precision(tmp_path, dtype):
     written = torch.load(out, weights_only=True)["model"]
     assert torch.equal(written["b"], expected)
     assert torch.equal(written["a"], expected[8:32].view(6, 4))
+
+
+def test_a_state_in_another_dtype_is_not_the_base_with_the_delta():
+    before = {"a.memory.values.weight": torch.ones(4, 2, dtype=torch.bfloat16)}
+    after = {name: table.clone() for name, table in before.items()}
+    after["a.memory.values.weight"][1] = 2
+    delta = make_delta(before, after, {})
+    check_applied(after, delta.tables, delta.base)
+    wider = {name: table.float() for name, table in after.items()}
+    with pytest.raises(ValueError, match=r"is torch\.float32, must be torch\.bfloat16 as in the"):
+        check_applied(wider, delta.tables, delta.base)
 
 
 def test_files_that_cannot_be_changed_in_place_are_refused(tmp_path):

@@ -154,6 +154,12 @@ def test_a_budget_is_a_number_or_a_share(text, of_100):
     assert RowBudget.parse(text).rows(100) == of_100
 
 
+def test_a_budget_in_per_cent_is_exact():
+    for tenths in range(1, 1000):
+        rows = RowBudget.parse(f"{tenths / 10:.1f}%").rows(1000)
+        assert rows == tenths, f"{tenths / 10:.1f}%"
+
+
 @pytest.mark.parametrize("text", ["", "0", "-3", "0.0", "1.5", "150%", "many", "nan", "%", None])
 def test_an_impossible_budget_is_refused(text):
     with pytest.raises(ValueError, match=r"must be a number of rows, e\.g\. 1024, or a share"):

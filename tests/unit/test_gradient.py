@@ -134,6 +134,14 @@ def test_a_gradient_that_is_copied_back_is_not_taken_for_the_mean_over_workers()
     assert is_exchanged(table.weight)
 
 
+def test_norms_can_keep_dimensions():
+    grad = gradient_after(reads()).weight.grad
+    for keepdim in (False, True):
+        norm = torch.linalg.vector_norm(grad, 2, keepdim=keepdim)
+        expected = torch.linalg.vector_norm(grad.dense(), 2, keepdim=keepdim)
+        assert norm.shape == expected.shape and torch.allclose(norm, expected)
+
+
 def test_the_gradient_of_weights_is_the_same_with_and_without_factors():
     table = ValueTable(N_SLOTS, WIDTH).double()
     slots, weights, grads = reads()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pkm_fairseq.huggingface import Architecture, memory_class, register_architecture
 from pkm_fairseq.huggingface.architectures import ARCHITECTURES
+from pkm_fairseq.huggingface.card import model_card
 from pkm_fairseq.memory import ProductKeyMemory
 from pkm_fairseq.memory.hosts import new_usage, observing
 from pkm_fairseq.memory.observe.staleness import origin_of
@@ -264,6 +265,8 @@ def test_a_head_of_your_own_is_saved_and_loaded_by_its_class(tmp_path: Path) -> 
     assert isinstance(loaded, OwnHead)
     card = (tmp_path / "README.md").read_text()
     assert "import OwnHead\n" in card and "memory_class(OwnHead).from_pretrained(" in card
+    kind: Any = type("Mine", (memory_class(OwnHead),), {})
+    assert "memory_class(OwnHead).from_pretrained(" in model_card(kind(loaded.config))
     assert torch.allclose(loaded(**batch()), model(**batch()), rtol=0, atol=1e-6)
 
 

@@ -399,6 +399,12 @@ def test_look_ups_of_predict_are_in_no_evaluation(tmp_path: Path) -> None:
     assert "Counted over 17 tokens of 'eval'." in card  # no training, so no update
 
 
+def test_a_callback_that_is_added_later_does_not_hinder_predict(tmp_path: Path) -> None:
+    trainer = MemoryTrainer(with_memories("bert"), arguments(tmp_path), callbacks=[])
+    trainer.add_callback(MemoryUsageCallback())
+    assert len(trainer.predict(examples()[:4]).predictions) == 4
+
+
 def test_a_log_of_other_memories_ends_the_training(tmp_path: Path) -> None:
     trained(tmp_path, max_steps=1)
     other = add_memories(plain("bert"), SMALL, [1])

@@ -491,6 +491,15 @@ def test_an_option_of_a_memory_that_no_shape_shows_is_compared(tmp_path, option,
     build("resm_roberta_tiny", init_from=plain_args)
 
 
+def test_a_scale_of_scores_that_is_learned_needs_no_option_to_agree(tmp_path):
+    options = {"memory_learn_score_scale": True, "memory_score_scale": 4.0}
+    args = model_args("resm_roberta_tiny", **options)
+    file = save(build("resm_roberta_tiny", **options), tmp_path / "learned.pt", args=args)
+    model = build("resm_roberta_tiny", init_from=file, memory_learn_score_scale=True)
+    (scale,) = [x for name, x in model.state_dict().items() if name.endswith("score_scale")]
+    assert scale == 4
+
+
 def test_another_knn_is_taken_and_said(tmp_path, caplog):
     args = model_args("resm_roberta_tiny", memory_knn=5)
     file = save(build("resm_roberta_tiny", memory_knn=5), tmp_path / "five.pt", args=args)

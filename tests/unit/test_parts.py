@@ -215,6 +215,21 @@ def test_a_reference_does_not_outlive_the_next_update(tmp_path: Path) -> None:
     assert table.state_dict()["weight"].data_ptr() == table.weight.data_ptr()
 
 
+@pytest.mark.parametrize("made", ["optimizer model", "model", ""])
+@pytest.mark.parametrize("how", ["load", "reset"])
+def test_a_reference_does_not_outlive_other_values(tmp_path: Path, made: str, how: str) -> None:
+    table, adam = filled(None, torch.float32)
+    other = filled(None, torch.float32)[0].state_dict()
+    adam.save_parts(tmp_path / NAME)
+    for which in made.split():
+        assert "weight" not in {"model": table, "optimizer": adam}[which].state_dict()
+    if how == "load":
+        table.load_state_dict(other)
+    else:
+        table.reset_parameters()
+    assert table.state_dict()["weight"].data_ptr() == table.weight.data_ptr()
+
+
 def test_values_without_moments_are_refused_by_adam(tmp_path: Path) -> None:
     table, adam = table_of(None, torch.float32)
     adam = MemoryAdam(table.parameters(), lr=0.1, value_optimizer="sgd")

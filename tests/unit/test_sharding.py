@@ -1,7 +1,7 @@
 """A value table split over workers computes what a whole one computes."""
 
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import pytest
 import torch
@@ -357,6 +357,26 @@ def exchanged_twice(rank: int) -> "list[Tensor]":
 def test_a_gradient_that_was_exchanged_is_not_exchanged_again(tmp_path: Path) -> None:
     for once, twice in on_workers(2, tmp_path, exchanged_twice):
         assert once.count_nonzero() and torch.equal(once, twice)
+
+
+def exchanged_in_between(rank: int) -> "Tuple[Tensor, Tensor]":
+    """The gradient of two micro-batches, exchanged after the last and after each of them."""
+    net, adam = small_memory(ColumnShards(2))
+    found = []
+    for exchanges in (1, 2):
+        adam.zero_grad()
+        for batch in range(2):
+            loss_of(net, rank, batch).backward()
+            if batch == 1 or exchanges == 2:
+                adam.exchange_gradients()
+        assert net.values.weight.grad is not None
+        found.append(net.values.weight.grad.dense())
+    return found[0], found[1]
+
+
+def test_what_is_added_to_an_exchanged_gradient_counts_as_much(tmp_path: Path) -> None:
+    for once, each in on_workers(2, tmp_path, exchanged_in_between):
+        assert once.count_nonzero() and torch.allclose(once, each, rtol=1e-6, atol=1e-9)
 
 
 def test_only_whole_tables_are_loaded_and_an_error_waits_for_nobody(tmp_path: Path) -> None:

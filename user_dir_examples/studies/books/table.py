@@ -63,7 +63,7 @@ def table(found: Found) -> str:
             cells += [f"{results[0]['usage']['draws_per_slot']:.0f}"]
             last = [result["way"][-1] for result in results]
             cells += [median_and_range([at["effective_neighbours"] for at in last])
-                      if "effective_neighbours" in last[0] else ""]  # fmt: skip
+                      if all("effective_neighbours" in at for at in last) else ""]  # fmt: skip
             cells += [median_and_range([at["values_moved"] for at in last], "{:.2f}")]
         else:
             cells += [""] * 8
