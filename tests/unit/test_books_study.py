@@ -219,6 +219,20 @@ def test_results_of_several_places_are_one_table(study, results, tmp_path):
     assert rows[2].startswith("| plain |  |  | 3 | 30.00 (30.00 to 30.00) |")
 
 
+def test_results_from_before_effective_neighbours_leave_its_cell_empty(study, results):
+    arms, table = study
+    run = arms.run_of(arms.SIZES["full"], "pkm", 2, 64)
+
+    def cell():
+        row = next(line for line in table.table(results).splitlines() if line.startswith("| pkm |"))
+        return row.split("|")[-3].strip()
+
+    assert cell() == "30.0 (30.0 to 30.0)"
+    del results[run]["way"][-1]["effective_neighbours"]  # of one entry that all seeds share
+    results[arms.run_of(arms.SIZES["full"], "pkm", 1, 64)] = entry(29.0, 0.3, 0.99)
+    assert cell() == ""
+
+
 def test_the_report_has_plain_at_its_half(study, results):
     arms, table = study
     size = arms.SIZES["full"]
