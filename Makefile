@@ -48,7 +48,7 @@ test: install ## run every test, on all cores
 
 test-triton: install ## run triton's kernels in its interpreter, on the CPU, against plain loops
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements/triton.txt
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/unit/test_kernels.py -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/unit/test_kernels.py -k triton
 
 check: install ## lint and type-check
 	$(BIN)/ruff check .

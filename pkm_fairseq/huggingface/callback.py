@@ -85,8 +85,10 @@ class MemoryUsageCallback(TrainerCallback):
         """Prepare for a training, which may resume from a checkpoint.
 
         Raises:
-            ValueError: the log in the output folder is of other memories.
+            ValueError: the model has no memories, the training cannot work with them, or the log
+                in the output folder is of other memories.
         """
+        check_training(model, args)  # again, for a callback that was added later
         host = self._begin(model)
         set_finished_updates(host, state.global_step)
         self._folder = Path(args.output_dir)

@@ -91,10 +91,19 @@ def _how_to_load(model: Any) -> List[str]:
         return [*lines, f"from transformers import {auto}", "", f"model = {auto}{LOAD}"]
     from .models import MemoryModel  # it imports this module
 
-    plain = kind.__mro__[kind.__mro__.index(MemoryModel) + 1]
-    lines = [f"from {plain.__module__} import {plain.__name__}"]
-    lines += ["from pkm_fairseq.huggingface import memory_class"]
+    if MemoryModel not in kind.__bases__:  # a subclass of a class with memory
+        return [_import_of(kind), "", f"model = {kind.__name__}{LOAD}"]
+    plain = kind.__bases__[1]
+    lines = [_import_of(plain), "from pkm_fairseq.huggingface import memory_class"]
     return [*lines, "", f"model = memory_class({plain.__name__}){LOAD}"]
+
+
+def _import_of(kind: type) -> str:
+    """A line of Python that imports a class, or asks for its definition in a script."""
+    name = kind.__name__
+    if kind.__module__ == "__main__":
+        return f"# {name}: define it as the script that saved this model does"
+    return f"from {kind.__module__} import {name}"
 
 
 def _usage(record: Any) -> List[str]:

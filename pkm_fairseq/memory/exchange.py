@@ -11,6 +11,7 @@ from .collectives import all_gather, all_gather_rows, narrow
 from .gradient import (
     FactoredGradient,
     counts_reads,
+    divide_once,
     entries_of,
     join_entries,
     mark_exchanged,
@@ -94,11 +95,11 @@ def average(values: Tensor, group: Any = None) -> Optional[Choice]:
     """
     state = table_state(values)
     if state.shards is not None:  # the factors are a sum over the workers that share the table
-        if values.grad is not None:
-            values.grad.mul_(1 / state.shards.n_shards)
+        divide_once(values, state.shards.n_shards)
         group = state.shards.replicas
         if group is None:
-            mark_exchanged(values, state.shards.n_shards)
+            if values.grad is not None:
+                mark_exchanged(values, state.shards.n_shards)
             return None
     found = entries_of(values)
     own = no_entries(values) if found is None else found

@@ -122,11 +122,15 @@ class _Factors:
         self.scale = torch.ones_like(self.scale)
 
     def assign(
-        self, parts: List[Entries], exchanged: bool = False, counts_reads: bool = True
+        self,
+        parts: List[Entries],
+        exchanged: bool = False,
+        counts_reads: bool = True,
+        divided: int = 1,
     ) -> None:
         """Replace the parts, for all tensors that share them."""
         self.parts, self.exchanged, self.counts_reads = parts, exchanged, counts_reads
-        self.reads, self.divided = None, 1
+        self.reads, self.divided = None, divided
         self.scale = torch.ones_like(self.scale)
 
 
@@ -276,7 +280,8 @@ class FactoredGradient(Tensor):
     def map_elements(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to each element, in place. The function must map 0 to 0."""
         mapped = [entries_of_rows(rows, function(of_rows)) for rows, of_rows in self.rows()]
-        self._factors.assign(mapped, self._factors.exchanged, counts_reads=False)
+        factors = self._factors
+        factors.assign(mapped, factors.exchanged, counts_reads=False, divided=factors.divided)
 
     def parts(self) -> List[Entries]:
         """The parts, with the scale applied. Callers must not change them."""
@@ -336,7 +341,10 @@ def _one_by_one(func: Any, name: str, args: Any, kwargs: Dict[str, Any]) -> Any:
         of_one = [x[i] if isinstance(x, (list, tuple)) else x for x in args]
         results[i] = _operate(name.removeprefix("_foreach_"), of_one, kwargs)
         if results[i] is NotImplemented:
-            raise RuntimeError(REFUSAL.format(name))
+            if func._schema.is_mutable:
+                raise RuntimeError(REFUSAL.format(name))
+            dense = [[_dense(x[i])] if isinstance(x, (list, tuple)) else x for x in args]
+            (results[i],) = func(*dense, **kwargs)
     return [results[i] for i in range(len(args[0]))] if func._schema.returns else None
 
 
@@ -419,8 +427,10 @@ def _is_number(x: Any) -> bool:
 def _copy(x: Tensor, y: Tensor, *_: Any) -> Tensor:
     """Copy. torch's DistributedDataParallel copies the mean over workers from its buckets."""
     if isinstance(x, FactoredGradient):
-        is_mean = not isinstance(y, FactoredGradient) or y._factors.exchanged
-        x._factors.assign(_parts_of(y), exchanged=is_mean, counts_reads=_has_reads(y))
+        is_mean, divided = True, x._factors.divided
+        if isinstance(y, FactoredGradient):
+            is_mean, divided = y._factors.exchanged, y._factors.divided
+        x._factors.assign(_parts_of(y), is_mean, _has_reads(y), divided)
         return x
     assert isinstance(y, FactoredGradient)
     return x.copy_(y.dense())
@@ -569,10 +579,24 @@ def is_exchanged(values: Tensor) -> bool:
     return isinstance(values.grad, FactoredGradient) and values.grad._factors.exchanged
 
 
+def divide_once(values: Tensor, workers: int) -> None:
+    """Divide the gradient of a split table, unless that was done, and note it.
+
+    A dense gradient becomes factored, since it cannot note that.
+    """
+    if values.grad is None:
+        return
+    if not isinstance(values.grad, FactoredGradient):
+        whole = _Factors([entries_of_dense(values.grad)], _one(values), counts_reads=False)
+        values.grad = FactoredGradient(whole, values)
+    values.grad.rescale(values.grad._factors.divided / workers)
+    values.grad._factors.divided = workers
+
+
 def mark_exchanged(values: Tensor, divided: int) -> None:
     """Note that a factored gradient is the mean over workers, and was divided by this number."""
-    if isinstance(values.grad, FactoredGradient):
-        values.grad._factors.exchanged, values.grad._factors.divided = True, divided
+    assert isinstance(values.grad, FactoredGradient)
+    values.grad._factors.exchanged, values.grad._factors.divided = True, divided
 
 
 def join_entries(parts: List[Entries]) -> Entries:

@@ -6,7 +6,7 @@ the batch's reads, times a logarithm that is small if background text reads them
 
 import math
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from typing import Optional
 
@@ -49,7 +49,7 @@ class RowBudget:
                 budget = cls(count=int(said))
             else:
                 budget = cls(share=float(said))
-        except (ValueError, InvalidOperation):
+        except (ValueError, ArithmeticError):  # of floats and of decimals
             budget = cls(count=0)
         if not (budget.count or 0) >= 1 and not 0 < (budget.share or 0) <= 1:
             raise ValueError(

@@ -24,6 +24,12 @@ FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memo
 MAX_NAMED = 8
 # options that change a model's output but no parameter's shape
 SILENT = ("encoder_attention_heads", "activation_fn", "encoder_normalize_before")
+# the same of a memory; its first versions had no such options, and computed with these
+SILENT_OF_MEMORY = {
+    "memory_score_activation": "softmax",
+    "memory_learn_score_scale": False,
+    "memory_score_scale": 1.0,
+}
 
 
 def apply_init_from(model: nn.Module, plan: Plan, args: Any, dictionary: Dictionary) -> None:
@@ -137,15 +143,19 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
     """
     theirs, names = options_of(checkpoint, "model"), list(SILENT)
     has_memory = any(MEMORY_PARAMETER.search(name) for name in checkpoint["model"])
-    if has_memory:
-        names.append("memory_score_activation")
-        names += [] if args.memory_learn_score_scale else ["memory_score_scale"]
+    if has_memory and theirs:
+        theirs = {**SILENT_OF_MEMORY, **theirs}
+        names += SILENT_OF_MEMORY
+        if args.memory_learn_score_scale:  # the checkpoint holds the scale
+            names.remove("memory_score_scale")
     for name in names:
         before, now = theirs.get(name), getattr(args, name)
         if before is not None and before != now and str(before) != str(now):
-            raise ValueError(
-                f"--init-from {path}: trained with {flag_of(name)} {before}, not {now}"
-            )
+            flag = flag_of(name)
+            said = f"with {flag} {before}, not {now}"
+            if isinstance(now, bool):  # a flag without a value
+                said = f"with {flag}, not without" if before else f"without {flag}, not with"
+            raise ValueError(f"--init-from {path}: trained {said}")
     knn = theirs.get("memory_knn")
     if has_memory and knn is not None and knn != args.memory_knn:
         logger.warning(

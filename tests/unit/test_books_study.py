@@ -267,9 +267,9 @@ def test_a_reader_can_train_an_arm_again(study, results, tmp_path, monkeypatch, 
     here, before = capsys.readouterr().out.splitlines()
     assert here.endswith("here: perplexity 27.00, top-1 usage 50.0 %")
     assert before.endswith("in results.json: perplexity 26.00, top-1 usage 97.0 %")
-    with pytest.raises(ValueError, match=r"--check is 'none', must be an arm .*: resm_init"):
+    with pytest.raises(ValueError, match=r"--check is 'none', must be one of half, resm_init"):
         train.check("none", tmp_path, tmp_path)
-    with pytest.raises(ValueError, match=r"--check is 'pkm', must be an arm .*: resm_init"):
+    with pytest.raises(ValueError, match=r"--check is 'pkm', must be one of half, resm_init"):
         train.check("pkm", tmp_path, tmp_path)
 
 
@@ -311,6 +311,17 @@ def test_a_reader_can_train_half_of_plain_again(study, tmp_path, monkeypatch, ca
     assert half[at] == "6250" and whole[at] == "12500"
     assert half == [*whole[:at], "6250", *whole[at + 1 :]]  # the schedule is the whole run's
     assert run.own_updates == 6250
+
+
+def test_the_half_that_a_reader_trains_is_no_run_of_the_table(study, tmp_path):
+    arms, table = study
+    run = arms.Run("plain", 1, 12500, stops_at_half=True)
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"run": vars(run), "perplexity": 17.5}))
+    published = STUDIES / "books/results.json"
+    assert table.read([published, tmp_path]) == table.read([published])
+    assert table.read([tmp_path]) == {}
 
 
 def test_the_page_has_the_table_the_answers_and_the_pictures_of_the_results(study):

@@ -142,6 +142,14 @@ def test_norms_can_keep_dimensions():
         assert norm.shape == expected.shape and torch.allclose(norm, expected)
 
 
+@pytest.mark.parametrize("how", [(0,), (1,), (2, torch.float64)])
+def test_norms_of_lists_are_those_of_dense_gradients(how):
+    grad, other = gradient_after(reads()).weight.grad, torch.ones(3, dtype=torch.float64)
+    norms = torch._foreach_norm([other, grad], *how)
+    for norm, right in zip(norms, torch._foreach_norm([other, grad.dense()], *how), strict=True):
+        assert norm.dtype == right.dtype and torch.allclose(norm, right)
+
+
 def test_the_gradient_of_weights_is_the_same_with_and_without_factors():
     table = ValueTable(N_SLOTS, WIDTH).double()
     slots, weights, grads = reads()

@@ -265,8 +265,13 @@ def test_a_head_of_your_own_is_saved_and_loaded_by_its_class(tmp_path: Path) -> 
     assert isinstance(loaded, OwnHead)
     card = (tmp_path / "README.md").read_text()
     assert "import OwnHead\n" in card and "memory_class(OwnHead).from_pretrained(" in card
-    kind: Any = type("Mine", (memory_class(OwnHead),), {})
-    assert "memory_class(OwnHead).from_pretrained(" in model_card(kind(loaded.config))
+    kind: Any = type("Mine", (memory_class(OwnHead),), {"__module__": "of_mine"})
+    assert "from of_mine import Mine\n\nmodel = Mine.from_pretrained(" in (
+        model_card(kind(loaded.config))
+    )
+    kind.__module__ = "__main__"
+    card = model_card(kind(loaded.config))
+    assert "__main__" not in card and "# Mine: define it as the script" in card
     assert torch.allclose(loaded(**batch()), model(**batch()), rtol=0, atol=1e-6)
 
 

@@ -405,6 +405,13 @@ def test_a_callback_that_is_added_later_does_not_hinder_predict(tmp_path: Path) 
     assert len(trainer.predict(examples()[:4]).predictions) == 4
 
 
+def test_a_callback_that_is_added_later_refuses_a_model_without_memories(tmp_path: Path) -> None:
+    trainer = transformers.Trainer(plain("bert"), arguments(tmp_path), train_dataset=examples())
+    trainer.add_callback(MemoryUsageCallback())
+    with pytest.raises(ValueError, match="the model has no memories: call add_memories first"):
+        trainer.train()
+
+
 def test_a_log_of_other_memories_ends_the_training(tmp_path: Path) -> None:
     trained(tmp_path, max_steps=1)
     other = add_memories(plain("bert"), SMALL, [1])

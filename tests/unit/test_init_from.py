@@ -498,6 +498,24 @@ def test_a_scale_of_scores_that_is_learned_needs_no_option_to_agree(tmp_path):
     model = build("resm_roberta_tiny", init_from=file, memory_learn_score_scale=True)
     (scale,) = [x for name, x in model.state_dict().items() if name.endswith("score_scale")]
     assert scale == 4
+    assert "trained with --memory-learn-score-scale, not without" in refusal(init_from=file)
+    fixed = {"memory_score_scale": 4.0}
+    args = model_args("resm_roberta_tiny", **fixed)
+    file = save(build("resm_roberta_tiny", **fixed), tmp_path / "fixed.pt", args=args)
+    message = refusal(init_from=file, memory_learn_score_scale=True)
+    assert "trained without --memory-learn-score-scale, not with" in message
+
+
+def test_a_memory_of_a_version_without_these_options_computed_with_their_defaults(tmp_path):
+    args = model_args("resm_roberta_tiny")
+    for option in ("memory_score_activation", "memory_score_scale", "memory_learn_score_scale"):
+        delattr(args, option)
+    file = save(build("resm_roberta_tiny"), tmp_path / "first.pt", args=args)
+    build("resm_roberta_tiny", init_from=file)
+    message = refusal(init_from=file, memory_score_activation="relu")
+    assert "trained with --memory-score-activation softmax, not relu" in message
+    message = refusal(init_from=file, memory_score_scale=4.0)
+    assert "trained with --memory-score-scale 1.0, not 4.0" in message
 
 
 def test_another_knn_is_taken_and_said(tmp_path, caplog):

@@ -166,7 +166,7 @@ def test_a_reader_can_train_the_best_run_of_an_arm_again(study, monkeypatch, cap
     assert trained == [run] and run.value_lr == 3e-2
     here, before = capsys.readouterr().out.splitlines()
     assert here.rpartition(": ")[2] == before.rpartition(": ")[2] == "old 96.8 %, new 95.9 %"
-    with pytest.raises(ValueError, match=r"--check is 'none', must be an arm .*: freeze, full"):
+    with pytest.raises(ValueError, match=r"--check is 'none', must be one of freeze, full"):
         train.check(Known(), "none")
 
 

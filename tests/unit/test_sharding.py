@@ -1,7 +1,7 @@
 """A value table split over workers computes what a whole one computes."""
 
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import pytest
 import torch
@@ -342,41 +342,72 @@ def test_a_state_is_whole_whichever_is_made_first(tmp_path: Path) -> None:
     assert first["no save"].shape == (N_SLOTS, V_DIM // 2)
 
 
-def exchanged_twice(rank: int) -> "list[Tensor]":
+def exchanged_twice(rank: int) -> "list[Tuple[Tensor, Tensor]]":
     """The gradients of a table that all workers share, after one exchange and after two."""
-    net, adam = small_memory(ColumnShards(2))
-    loss_of(net, rank, 0).backward()
     found = []
-    for _ in range(2):
+    for factored in (True, False):
+        net, adam = small_memory(ColumnShards(2))
+        net.values.factored = factored
+        loss_of(net, rank, 0).backward()
         adam.exchange_gradients()
-        assert net.values.weight.grad is not None
-        found.append(net.values.weight.grad.dense())
+        once = gradient_of(net).dense()
+        adam.exchange_gradients()
+        found.append((once, gradient_of(net).dense()))
     return found
 
 
+def gradient_of(net: ProductKeyMemory) -> FactoredGradient:
+    gradient = net.values.weight.grad
+    assert isinstance(gradient, FactoredGradient)  # a dense one becomes it in an exchange
+    return gradient
+
+
 def test_a_gradient_that_was_exchanged_is_not_exchanged_again(tmp_path: Path) -> None:
-    for once, twice in on_workers(2, tmp_path, exchanged_twice):
-        assert once.count_nonzero() and torch.equal(once, twice)
+    for found in on_workers(2, tmp_path, exchanged_twice):
+        for once, twice in found:
+            assert once.count_nonzero() and torch.equal(once, twice)
 
 
-def exchanged_in_between(rank: int) -> "Tuple[Tensor, Tensor]":
-    """The gradient of two micro-batches, exchanged after the last and after each of them."""
-    net, adam = small_memory(ColumnShards(2))
-    found = []
-    for exchanges in (1, 2):
-        adam.zero_grad()
-        for batch in range(2):
-            loss_of(net, rank, batch).backward()
-            if batch == 1 or exchanges == 2:
+AFTER_AN_EXCHANGE: Dict[str, Callable[[FactoredGradient], Any]] = {
+    "nothing": lambda gradient: None,
+    "clipped by element": lambda gradient: gradient.clamp_(-1e9, 1e9),
+    "copied back": lambda gradient: gradient.copy_(gradient.clone()),
+    "copied back dense": lambda gradient: gradient.copy_(gradient.dense()),
+}
+
+
+def exchanged_in_between(rank: int, adding: int) -> "Dict[str, Tuple[Tensor, Tensor]]":
+    """The gradient of two micro-batches, exchanged after the last and after each of them.
+
+    Args:
+        rank: of this worker.
+        adding: workers from this rank on have no second micro-batch.
+    """
+    found = {}
+    for name, then in AFTER_AN_EXCHANGE.items():
+        net, adam = small_memory(ColumnShards(2))
+        of = []
+        for exchanges in (1, 2):
+            adam.zero_grad()
+            loss_of(net, rank, 0).backward()
+            if exchanges == 2:
                 adam.exchange_gradients()
-        assert net.values.weight.grad is not None
-        found.append(net.values.weight.grad.dense())
-    return found[0], found[1]
+                then(gradient_of(net))
+            if rank < adding:
+                loss_of(net, rank, 1).backward()
+            adam.exchange_gradients()
+            of.append(gradient_of(net).dense())
+        found[name] = of[0], of[1]
+    return found
 
 
-def test_what_is_added_to_an_exchanged_gradient_counts_as_much(tmp_path: Path) -> None:
-    for once, each in on_workers(2, tmp_path, exchanged_in_between):
-        assert once.count_nonzero() and torch.allclose(once, each, rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_is_added_to_an_exchanged_gradient_counts_as_much(tmp_path: Path, world: int) -> None:
+    """Also if only one of two groups that share a table has another micro-batch."""
+    for found in on_workers(world, tmp_path, exchanged_in_between, 2):
+        for name, (once, each) in found.items():
+            assert once.count_nonzero(), name
+            torch.testing.assert_close(each, once, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_only_whole_tables_are_loaded_and_an_error_waits_for_nobody(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Dict, Iterable, List, Optional, Protocol, Sequence, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Optional, Protocol, Sequence, Set, TypeVar
 
 from ...memory.files import write_file
 from .logs import last_line, read_log
@@ -122,11 +122,10 @@ def in_every(answers: Iterable[Optional[bool]]) -> Optional[bool]:
     return False if False in found else None if None in found else True
 
 
-def refuse_unknown_arm(arm: str, known: Iterable[str]) -> None:
-    """Raise ValueError if ``--check`` names an arm that has no results."""
-    arms = sorted(set(known))
-    if arm not in arms:
-        raise ValueError(f"--check is {arm!r}, must be an arm of results.json: {', '.join(arms)}")
+def refuse_unknown_arm(arm: str, known: Set[str]) -> None:
+    """Raise ValueError if ``--check`` names what is not known: an arm without results."""
+    if arm not in known:
+        raise ValueError(f"--check is {arm!r}, must be one of {', '.join(sorted(known))}")
 
 
 def write_results(file: Path, results: Sequence[Dict[str, Any]]) -> None:

@@ -30,11 +30,14 @@ AGREES, CONTRARY, UNCLEAR, OPEN = "agrees", "does not agree", "cannot be said he
 
 
 def read(places: List[Path]) -> Found:
-    """What finished runs found, in the form of results.json; of two equal runs the last counts."""
+    """What finished runs found, in the form of results.json; of two equal runs the last counts.
+
+    What ``train.py --check half`` trained is no run of the study.
+    """
     found: Found = {}
     for place in places:
         found.update({Run(**result["run"]): result for result in read_results(place)})
-    return found
+    return {run: result for run, result in found.items() if not run.stops_at_half}
 
 
 def table(found: Found) -> str:

@@ -147,7 +147,7 @@ def check(arm: str, books: Path, out: Path) -> None:
     first, few = size.seeds[0], size.n_keys[0]
     known = {Run(**result["run"]): result for result in read_results(PUBLISHED)}
     runs = {name: run_of(size, name, first, few) for name in ARMS}
-    refuse_unknown_arm(arm, (name for name, run in runs.items() if run in known))
+    refuse_unknown_arm(arm, {HALF, *(name for name, run in runs.items() if run in known)})
     run, data = runs[arm], prepare(books, out, size)
     train_all([run.start, run] if run.start else [run], out, data, size, workers=1)
     found = json.loads((folder_of(out, run) / RESULT).read_text())

@@ -93,7 +93,7 @@ def recalls_of(results: List[Dict[str, Any]]) -> Results:
 def check(arm: str, out: Path) -> None:
     """Train the best run of an arm again, and what it starts from."""
     known = recalls_of(read_results(PUBLISHED))
-    refuse_unknown_arm(arm, (run.arm for run in known))
+    refuse_unknown_arm(arm, {run.arm for run in known})
     run = best(known, SIZES["full"], arm)
     train_all([run.start, run] if run.start else [run], out, workers=1)
     found, before = recalls_of(read_results(out))[run], known[run]

@@ -185,7 +185,7 @@ def train_all(study: Study, runs: List[Run], workers: int) -> None:
 def check(study: Study, arm: str) -> None:
     """Train the best run of an arm again, with the first seed, and compare what it keeps."""
     known = {Run(**result["run"]): result for result in read_results(PUBLISHED)}
-    refuse_unknown_arm(arm, (run.arm for run in known))
+    refuse_unknown_arm(arm, {run.arm for run in known})
     run = best(known, study.size, arm)
     train_all(study, [run], workers=1)
     for where, result in (("here", study.results()[run]), ("in results.json", known[run])):
