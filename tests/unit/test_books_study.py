@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from .studies import STUDIES, fixture_of
 
@@ -322,6 +323,19 @@ def test_the_half_that_a_reader_trains_is_no_run_of_the_table(study, tmp_path):
     published = STUDIES / "books/results.json"
     assert table.read([published, tmp_path]) == table.read([published])
     assert table.read([tmp_path]) == {}
+
+
+def test_the_chart_of_perplexity_has_a_row_for_each_arm_that_has_runs(study):
+    arms, table = study
+    size = arms.SIZES["full"]
+    runs = [arms.run_of(size, "plain", seed, 64) for seed in (1, 2)]
+    runs += [arms.run_of(size, "resm_init", 3, 64, arms.HIGH_VALUE_LR)]
+    axes = Figure().subplots()
+    table.draw_perplexity({run: {"perplexity": 13.0 + run.seed} for run in runs}, size, 64, axes)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["plain", "resm_init, value lr 0.004"]
+    points = [(x, y) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)]
+    assert points == [(14.0, 0), (15.0, 0), (16.0, 1)]
 
 
 def test_the_page_has_the_table_the_answers_and_the_pictures_of_the_results(study):

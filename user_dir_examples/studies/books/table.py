@@ -240,14 +240,19 @@ def draw_usage(found: Found, size: Size, n_keys: int, axes: Axes) -> None:
 
 
 def draw_perplexity(found: Found, size: Size, n_keys: int, axes: Axes) -> None:
-    """Perplexity of the arms, a dot for each seed."""
-    names = (*ARMS, LONGER)
-    for at, arm in enumerate(names):
-        runs = (run_of(size, arm, seed, n_keys) for seed in size.seeds)
+    """Perplexity of the arms that have runs, a dot for each seed."""
+    arms: List[Tuple[str, str, Dict[str, Any]]] = [(arm, arm, {}) for arm in (*ARMS, LONGER)]
+    arms += [(f"resm_init, value lr {HIGH_VALUE_LR:g}", "resm_init", {"value_lr": HIGH_VALUE_LR})]
+    arms += [("resm, value lr falling", "resm", {"value_schedule": "follow"})]
+    names: List[str] = []
+    for name, arm, changed in arms:
+        runs = [run_of(size, arm, seed, n_keys, **changed) for seed in size.seeds]
         values = [found[run]["perplexity"] for run in runs if run in found]
-        axes.plot([at] * len(values), values, "o", color=COLOURS[0], alpha=0.7)
-    axes.set(ylabel=f"perplexity, {n_keys}² slots", xlim=(-0.5, len(names) - 0.5),
-             xticks=range(len(names)), xticklabels=names)  # fmt: skip
+        if values:
+            axes.plot(values, [len(names)] * len(values), "o", color=COLOURS[0], alpha=0.7)
+            names.append(name)
+    axes.set(xlabel=f"perplexity, {n_keys}² slots", ylim=(len(names) - 0.5, -0.5),
+             yticks=range(len(names)), yticklabels=names)  # fmt: skip
 
 
 def charts(found: Found, size: Size, n_keys: int) -> Dict[str, str]:
