@@ -162,10 +162,10 @@ def test_a_falling_value_rate_is_an_arm_of_its_own(study, results):
     )
     for of in (run, constant):
         assert dict(pairwise(of.flags(size)))["--memory-value-lr-schedule"] == of.value_schedule
-    chart = table.charts(results, size, 64)
+    chart = table.charts(results, size, 64)["usage"]
     results[run] = entry(28.0)
     assert said(study, results, 64)[11] == "cannot be said here"
-    assert table.charts(results, size, 64) == chart
+    assert table.charts(results, size, 64)["usage"] == chart
     for seed in size.seeds:
         results[arms.run_of(size, "resm", seed, 64, value_schedule="follow")] = entry(28.3)
     assert said(study, results, 64) == ["agrees"] * 11 + ["does not agree"]
@@ -329,13 +329,15 @@ def test_the_chart_of_perplexity_has_a_row_for_each_arm_that_has_runs(study):
     arms, table = study
     size = arms.SIZES["full"]
     runs = [arms.run_of(size, "plain", seed, 64) for seed in (1, 2)]
+    runs += [arms.run_of(size, "resm", 1, 64)]
     runs += [arms.run_of(size, "resm_init", 3, 64, arms.HIGH_VALUE_LR)]
+    runs += [arms.run_of(size, "resm", 2, 64, value_schedule="follow")]
     axes = Figure().subplots()
     table.draw_perplexity({run: {"perplexity": 13.0 + run.seed} for run in runs}, size, 64, axes)
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["plain", "resm_init, value lr 0.004"]
+    assert names == ["plain", "resm", "resm_init, value lr 0.004", "resm, value lr falling"]
     points = [(x, y) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)]
-    assert points == [(14.0, 0), (15.0, 0), (16.0, 1)]
+    assert points == [(14.0, 0), (15.0, 0), (14.0, 1), (16.0, 2), (15.0, 3)]
 
 
 def test_the_page_has_the_table_the_answers_and_the_pictures_of_the_results(study):
