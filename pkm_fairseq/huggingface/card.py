@@ -91,7 +91,7 @@ def _how_to_load(model: Any) -> List[str]:
         return [*lines, f"from transformers import {auto}", "", f"model = {auto}{LOAD}"]
     from .models import MemoryModel  # it imports this module
 
-    if MemoryModel not in kind.__bases__:  # a subclass of a class with memory
+    if kind.__module__ != MemoryModel.__module__:  # not made by memory_class
         return [_import_of(kind), "", f"model = {kind.__name__}{LOAD}"]
     plain = kind.__bases__[1]
     lines = [_import_of(plain), "from pkm_fairseq.huggingface import memory_class"]
