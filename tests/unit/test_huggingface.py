@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pkm_fairseq.huggingface import Architecture, memory_class, register_architecture
 from pkm_fairseq.huggingface.architectures import ARCHITECTURES
 from pkm_fairseq.huggingface.card import model_card
+from pkm_fairseq.huggingface.models import MemoryModel
 from pkm_fairseq.memory import ProductKeyMemory
 from pkm_fairseq.memory.hosts import new_usage, observing
 from pkm_fairseq.memory.observe.staleness import origin_of
@@ -269,6 +270,8 @@ def test_a_head_of_your_own_is_saved_and_loaded_by_its_class(tmp_path: Path) -> 
     assert "from of_mine import Mine\n\nmodel = Mine.from_pretrained(" in (
         model_card(kind(loaded.config))
     )
+    mixed: Any = type("Mixed", (MemoryModel, OwnHead), {"__module__": "of_mine"})
+    assert "model = Mixed.from_pretrained(" in model_card(mixed(loaded.config))
     kind.__module__ = "__main__"
     card = model_card(kind(loaded.config))
     assert "__main__" not in card and "# Mine: define it as the script" in card
