@@ -8,12 +8,13 @@ faster. Exit status: 0 measured, 1 the two sides compute different results, 2 an
 import argparse
 import logging
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
-from _script import Parser, take_interrupts
+from _script import INTERRUPTED, Parser, take_interrupts
 
 
 def parse(argv: Optional[List[str]]) -> Any:
@@ -130,16 +131,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"benchmark_memory: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        from pkm_fairseq.experiments.benchmark.textbook import MismatchError
-
-        if not isinstance(error, MismatchError):
-            raise
-        print(f"benchmark_memory: NOT THE SAME: {error}; nothing was compared", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("benchmark_memory: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        from pkm_fairseq.experiments.benchmark.textbook import MismatchError
+
+        if not isinstance(error, MismatchError):  # a fault never looks like a result
+            traceback.print_exception(error)
+            return 2
+        print(f"benchmark_memory: NOT THE SAME: {error}; nothing was compared", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check with FAISS that the memories of a trained model find the exact top-k slots.
 
-Exit status: 0 exact, 1 not exact, 2 any error.
+Exit status: 0 exact, 1 not exact, 2 any error, 130 interrupted.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Optional
 
 DTYPES = ("bfloat16", "float16")
+INTERRUPTED = 130  # exit status
 
 
 def parse(argv: Optional[List[str]]) -> Any:
@@ -118,7 +119,10 @@ def progress_bar(total: int) -> Iterator[Any]:
 
 
 def failed(error: BaseException) -> int:
-    """Report an error: one line for a known kind of error, else the traceback."""
+    """Report an error: one line for an interrupt or a known kind of error, else the traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        print("validate_faiss: interrupted", file=sys.stderr)
+        return INTERRUPTED
     if isinstance(error, (ValueError, OSError, ImportError, SystemExit)):
         print(f"validate_faiss: error: {error}", file=sys.stderr)
     else:

@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from .draws import draw_curves_of_draws
+from .readers import times_uniform
 from .svg import draw
 
 # Okabe and Ito, which colour-blind people can tell apart; black last
@@ -67,7 +68,7 @@ def mass_chart(layer: int, masses: Dict[str, Tensor]) -> Chart:
     return chart(
         f"Layer {layer}: weight of the slots",
         "Softmax weight of each slot, sorted; 1 is the weight under uniform use. If a line ends "
-        "early, the remaining slots were never read.",
+        "early, the remaining slots received no weight.",
         f"Sorted weight of the slots of layer {layer}. {heaviest}.",
         plot,
     )
@@ -147,8 +148,9 @@ def heat_chart(mass: Tensor, title: str) -> Chart:
         title: of the chart.
     """
     n_keys = math.isqrt(len(mass))
-    grid = binned((mass / mass.mean()).view(n_keys, n_keys).cpu().numpy())
-    used = grid[grid > 0]
+    multiples = times_uniform(mass)
+    grid = binned(multiples.view(n_keys, n_keys).cpu().numpy())
+    used = grid[grid > 0] if mass.any() else np.ones(1)  # the colour bar of an empty grid
     high = float(used.max()) * 1.001
     low = min(max(float(used.min()), high / 1e5), high / 10)
 
@@ -164,10 +166,10 @@ def heat_chart(mass: Tensor, title: str) -> Chart:
     return chart(
         title,
         "Each point is a slot: the sub-key of its row and the sub-key of its column. White slots "
-        f"were never read. Stripes are sub-keys that are used often or never.{bins}",
+        f"received no weight. Stripes are sub-keys that are used often or never.{bins}",
         f"{title}: heat map of {n_keys} by {n_keys} slots. "
         f"{100 * float((mass > 0).double().mean()):.1f} % of the slots received weight, the "
-        f"heaviest {float(mass.max() / mass.mean()):.3g} times the uniform weight.",
+        f"heaviest {float(multiples.max()):.3g} times the uniform weight.",
         plot,
     )
 
@@ -184,7 +186,7 @@ def binned(grid: np.ndarray, most: int = MOST_BINS) -> np.ndarray:
 
 
 def _sorted_mass(mass: Tensor) -> np.ndarray:
-    return (mass / mass.mean()).sort(descending=True).values.cpu().numpy()
+    return times_uniform(mass).sort(descending=True).values.cpu().numpy()
 
 
 def _thin(n: int) -> np.ndarray:

@@ -30,9 +30,11 @@ def describe_readers(
         the first readers, with ``before``, ``token``, ``after`` and its ``weight``.
     """
     has_pieces = is_made_of_pieces(dictionary)
+    multiples = times_uniform(mass)
     found = []
     for rank, slot in enumerate(readers.slots.tolist()):
         weight = readers.weight[rank]
+        shares = weight / weight.sum() if weight.any() else weight  # relu reads with weight 0
         order = weight.argsort(descending=True, stable=True)[:TOKENS]
         symbols = [symbol for symbol in order.tolist() if readers.reads[rank, symbol]]
         contexts = [
@@ -42,13 +44,13 @@ def describe_readers(
         found.append(
             {
                 "slot": slot,
-                "times_uniform": float(mass[slot] / mass.mean()),
+                "times_uniform": float(multiples[slot]),
                 "symbols": int((readers.reads[rank] > 0).sum()),
                 "readers": [
                     {
                         "token": shown(dictionary[symbol], has_pieces),
                         "reads": int(readers.reads[rank, symbol]),
-                        "weight_share": float(weight[symbol] / weight.sum()),
+                        "weight_share": float(shares[symbol]),
                     }
                     for symbol in symbols
                 ],
@@ -56,6 +58,11 @@ def describe_readers(
             }
         )
     return found
+
+
+def times_uniform(mass: Tensor) -> Tensor:
+    """Weights of slots as multiples of uniform use, (n_slots,); 0 if no slot has any weight."""
+    return mass / mass.mean() if mass.any() else mass
 
 
 def _context(

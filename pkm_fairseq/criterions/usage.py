@@ -96,6 +96,8 @@ class UsageReports(FairseqCriterion):
         self._window: Optional[Count] = None  # of training batches
         self._next_window = 0  # updates
         self._report: Dict[str, float] = {}  # of the last window
+        self._shown: Dict[str, float] = {}  # the report in the outputs of this update
+        self._shown_at: Optional[int] = None  # updates
 
     def train(self, mode: bool = True) -> Any:
         """When training continues, finish the counts of the last validation and drop them."""
@@ -137,9 +139,9 @@ class UsageReports(FairseqCriterion):
             self._window.check(loss.device)
             if self._window.is_full:
                 self._close_window(host, updates + 1, loss.device)
-        logging_output.update(
-            self._report
-        )  # from then on in every output, or fairseq would log None
+        if updates != self._shown_at:  # one report in all batches of an update: fairseq adds them
+            self._shown_at, self._shown = updates, self._report
+        logging_output.update(self._shown)  # in every output, or fairseq would log None
         return loss, sample_size, logging_output
 
     def _begin_training(self, model: HasMemories, updates: int) -> None:

@@ -1,6 +1,7 @@
 """The settings of one product-key memory, each declared and checked once."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Optional
 
 from .option import (
@@ -180,7 +181,8 @@ class MemoryConfig:
     @property
     def n_kept_keys(self) -> int:
         """Sub-keys per half that remain in a training step after key dropout."""
-        return self.n_keys - int(self.key_dropout * self.n_keys)
+        # as a fraction: 0.29 * 100 is below 29
+        return self.n_keys - int(Fraction(str(self.key_dropout)) * self.n_keys)
 
     def value_width(self, input_dim: int) -> int:
         """Width of a value, V, for an input of this width."""

@@ -106,7 +106,9 @@ def load_model(
         raise ValueError(f"{path} holds no options of a pkm_roberta model")
     compare_dictionary(checkpoint, dictionary, path)
     task = SimpleNamespace(source_dictionary=dictionary)
-    model = PkmRobertaModel.build_model(Namespace(**{**options, "init_from": None}), task)
+    # None is an option that was not given; fairseq takes None in a Namespace for a value
+    given = {name: value for name, value in options.items() if value is not None}
+    model = PkmRobertaModel.build_model(Namespace(**{**given, "init_from": None}), task)
     try:
         model.load_state_dict(checkpoint["model"], strict=True)
     except RuntimeError as error:  # lists all parameters that do not fit, one per line

@@ -25,6 +25,7 @@ from pkm_fairseq.analysis import (
     tables,
 )
 from pkm_fairseq.memory import MemoryConfig, MemoryUsage, ProductKeyMemory, ReadTimes
+from pkm_fairseq.memory.observe.readers import SlotReaders
 from tests.helpers import SMALL, build, small_dictionary
 
 WIDTH = 8
@@ -215,6 +216,26 @@ def test_readers_and_usage_are_what_one_token_at_a_time_gives() -> None:
                 assert around == words[around_at]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_reads_without_weight_have_no_share(weight: float) -> None:
+    """Relu gives reads of scores below 0 no weight."""
+    dictionary = small_dictionary()
+    slots = torch.tensor([0, 1]).expand(5, 1, 1, 2)
+    weights = torch.tensor([weight, 0.0]).expand(5, 1, 1, 2)
+    usage = MemoryUsage(4, 1)
+    usage.update(slots, weights)
+    mass = usage.read_mass.sum(0)
+    sequence = torch.tensor([0, 4, 5, 6, 7])
+    watcher = SlotReaders(torch.arange(2), 4, len(dictionary))
+    watcher.begin(sequence[None])
+    watcher.update(slots, weights)
+    first, second = readers.describe_readers(watcher, mass, [sequence], dictionary)
+    assert (first["times_uniform"], second["times_uniform"]) == (4 * weight, 0)
+    assert [reader["weight_share"] for reader in first["readers"]] == [weight / 5] * 5
+    assert [reader["weight_share"] for reader in second["readers"]] == [0] * 5
+    assert second["symbols"] == 5
+
+
 def test_padding_reads_no_slot() -> None:
     watcher = readers.SlotReaders(torch.tensor([0, 3]), 9, 6)
     watcher.begin(torch.tensor([[5, 1]]))  # (B, T), the second is padding
@@ -289,7 +310,12 @@ def test_a_thinned_curve_keeps_its_ends(n: int) -> None:
 
 @pytest.mark.parametrize(
     ("masses", "name"),
-    [([1.0] * 9, "_a"), ([0.0] * 8 + [3.0], "a$b$_c"), (list(range(9)), '<b>&"')],
+    [
+        ([1.0] * 9, "_a"),
+        ([0.0] * 8 + [3.0], "a$b$_c"),
+        (list(range(9)), '<b>&"'),
+        ([0.0] * 9, "relu gave no read any weight"),
+    ],
 )
 def test_charts_of_any_masses_and_names(masses: List[float], name: str) -> None:
     mass = torch.tensor(masses, dtype=torch.float64)
@@ -298,6 +324,7 @@ def test_charts_of_any_masses_and_names(masses: List[float], name: str) -> None:
     assert f"{html.escape(name, quote=False)}</text>" in chart.svg  # in the legend, as it is
     assert "<b>" not in chart.svg
     assert "heat map of 3 by 3" in plots.heat_chart(mass, "Layer 1").svg
+    assert "nan" not in chart.svg + plots.heat_chart(mass, "Layer 1").svg
 
 
 # --- logs ---------------------------------------------------------------------------------------

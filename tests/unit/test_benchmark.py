@@ -561,6 +561,26 @@ def test_bad_input_is_one_line_and_status_2(script, command, message, capsys, mo
     assert message in error
 
 
+def test_an_unknown_backend_is_one_line_and_status_2(script, capsys, monkeypatch):
+    monkeypatch.setenv("PKM_BACKEND", "cuda")
+    sizes = ["--what=layer", "--tokens=8", "--n-keys=32", "--pairs=1"]
+    assert script.main(sizes) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "benchmark_memory: error: PKM_BACKEND is cuda, must be one of torch, numba, triton"
+    )
+
+
+def test_a_fault_does_not_look_like_different_results(script, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(benchmark_run, "run", fail)
+    assert script.main(["--quick"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.endswith("RuntimeError: a fault\n")
+
+
 RESULT = {"what", "tokens", "n_keys", "subject", "against", "ratio", "subject_ms", "against_ms"}
 MORE = {"spread", "pairs", "distinct_slots"}
 MOVED = {"bytes", "gb_s", "share_of_memcpy"}

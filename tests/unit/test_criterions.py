@@ -218,6 +218,20 @@ def test_reports_summed_over_workers_are_divided_again():
     assert values["memory0_tokens"] == 10
 
 
+def test_all_batches_of_an_update_hold_one_report(tmp_path):
+    """Fairseq adds up the outputs of an update over workers, if there are several."""
+    criterion, model = criterion_of(PkmMaskedLmLoss, tokens=15, interval=1), model_of().train()
+    shown = []
+    for updates, first_id in [(0, 0), (0, 3), (1, 6), (1, 9), (2, 12), (2, 15)]:
+        model.run.updates = updates
+        log = criterion(model, sample_of("mlm", [7, 3], first_id, first_id=first_id))[2]
+        shown.append({key: value for key, value in log.items() if key.startswith("memory")})
+    counts = [of_update.get("memory0_tokens") for of_update in shown]
+    assert counts[2] is not None and len({*map(str, shown)}) >= 3  # windows were reported
+    for first, second in zip(shown[::2], shown[1::2], strict=True):
+        assert first == second
+
+
 # --- several workers --------------------------------------------------------------------------
 
 

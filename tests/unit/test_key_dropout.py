@@ -38,6 +38,14 @@ def test_a_training_step_reads_the_sub_keys_that_are_left_and_no_others(share, k
     assert max(len(read) for halves in sub_keys_read(lookup) for read in halves) == kept
 
 
+@pytest.mark.parametrize(
+    ("n_keys", "share", "dropped"), [(100, 0.29, 29), (50, 0.58, 29), (90, 0.7, 63), (99, 0.29, 28)]
+)
+def test_the_share_is_that_of_the_decimal_number(n_keys, share, dropped):
+    config = MemoryConfig(n_keys=n_keys, knn=2, key_dropout=share)
+    assert n_keys - config.n_kept_keys == dropped
+
+
 def test_heads_halves_and_steps_leave_out_different_sub_keys():
     memory = memory_of().train()
     x = torch.randn(300, 8)

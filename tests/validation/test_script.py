@@ -159,6 +159,20 @@ def test_a_finetuned_model_loads_without_its_classifier(tmp_path: Path) -> None:
     assert set(loaded.state_dict()) == own
 
 
+def test_options_that_were_not_given_are_those_of_the_architecture(tmp_path: Path) -> None:
+    """A training with the bare ``--arch pkm_roberta`` stores them as None."""
+    path = save_model(tmp_path, memory_layers=[1])
+    checkpoint = torch.load(path, weights_only=False)
+    options = checkpoint["cfg"]["model"]
+    for name in ("memory_query_norm", "memory_query", "activation_fn", "dropout", "memory_v_dim"):
+        options[name] = None
+    loaded = load_model(checkpoint, small_dictionary())
+    tokens = torch.randint(4, 19, (2, 9))
+    whole = load_model(torch.load(path, weights_only=False), small_dictionary())
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens)[0], whole(tokens)[0])
+
+
 def test_lines_are_packed_without_losing_a_token() -> None:
     lines = [torch.arange(10 * n, 10 * n + length) for n, length in enumerate([3, 4, 9, 1, 2])]
     packed = list(pack(lines, 8, -1))
@@ -349,7 +363,6 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
         SystemExit("x"),
         SystemExit(0),
         SystemExit(1),
-        KeyboardInterrupt(),
         MemoryError(),
         AssertionError(),
     ],
@@ -366,6 +379,20 @@ def test_nothing_that_crashes_looks_like_a_verdict(
     assert status == 2
     assert "EXACT" not in out
     assert err
+
+
+def test_an_interrupt_is_one_line_and_no_verdict(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory_module.ProductKeyMemory, "search", interrupt)
+    status, out, err = run(capsys, *good(folder))
+    assert status == 130
+    assert "EXACT" not in out
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "validate_faiss: interrupted"
 
 
 def command(*options: Any, code: str = "") -> "subprocess.CompletedProcess[str]":

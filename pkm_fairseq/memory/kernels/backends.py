@@ -101,7 +101,7 @@ def run(x: Tensor, operation: str, *args: Any) -> Any:
     """Run an operation with the backend for x, or with torch if that backend cannot run.
 
     Raises:
-        RuntimeError: PKM_BACKEND names a backend that does not exist or cannot run.
+        ValueError: PKM_BACKEND names a backend that does not exist or cannot run.
     """
     backend = backend_for(x)
     try:
@@ -118,7 +118,7 @@ def backend_for(x: Tensor) -> ModuleType:
     While a mode watches torch's operations, it is the torch backend.
 
     Raises:
-        RuntimeError: PKM_BACKEND names a backend that does not exist or cannot run.
+        ValueError: PKM_BACKEND names a backend that does not exist or cannot run.
     """
     if torch._C._len_torch_dispatch_stack():
         return _load("torch")
@@ -141,11 +141,11 @@ def choose_anew() -> None:
 @cache
 def _choose(forced: Optional[str], device: str, dtype: torch.dtype) -> ModuleType:
     if forced is not None and forced not in BACKENDS:
-        raise RuntimeError(f"PKM_BACKEND is {forced}, must be one of {', '.join(BACKENDS)}")
+        raise ValueError(f"PKM_BACKEND is {forced}, must be one of {', '.join(BACKENDS)}")
     name = forced or FASTEST.get(device, "torch")
     problem = _problem(name, device, dtype)
     if problem and forced:
-        raise RuntimeError(f"PKM_BACKEND is {forced}, but {problem}")
+        raise ValueError(f"PKM_BACKEND is {forced}, but {problem}")
     where = f"on {device} in {str(dtype).removeprefix('torch.')}"
     if problem:
         _say(logging.WARNING, f"memory kernels: torch {where}, which is slower: {problem}")
