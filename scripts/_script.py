@@ -32,6 +32,16 @@ def run(main: Callable[[], None], hint: str = "; run it again to continue") -> N
         _leave(hint=hint)
 
 
+def check_output(option: str, file: Optional[Path]) -> None:
+    """Check an output file before the work.
+
+    Raises:
+        ValueError: it is a folder, or its folder does not exist.
+    """
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"{option} {file} must be a file in a folder that exists")
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses in one line."""
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict
 
-from _script import run
+from _script import check_output, run
 
 from pkm_fairseq.experiments.demo.evaluate import (
     ablations,
@@ -49,8 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json} must be a file in a folder that exists")
+    check_output("--json", args.json)
     if args.memory_values_file and len(args.checkpoints) > 1:
         raise ValueError(f"--memory-values-file {args.memory_values_file} is of one checkpoint")
     first = load(args.checkpoints[0], args.data, args.memory_values_file)

@@ -79,8 +79,10 @@ def parse(words: List[str]) -> argparse.Namespace:
 def main() -> None:
     """Finetune, and print the table."""
     args = parse(sys.argv[1:])
-    if args.workers < 1 or args.memory_tokens < 0:
-        raise ValueError("--workers must be at least 1, and --memory-tokens not below 0")
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}, must be at least 1")
+    if args.memory_tokens < 0:
+        raise ValueError(f"--memory-tokens is {args.memory_tokens}, must be at least 0")
     choices = Choices(
         out=args.out,
         seeds=seeds(args.seeds),
@@ -92,7 +94,7 @@ def main() -> None:
         memory_tokens=args.memory_tokens,
     )
     tasks = prepared_tasks(args.data, args.tasks)
-    arms = read_arms(args.checkpoint, load_dictionary(args.data, tasks))
+    arms = read_arms(args.checkpoint, load_dictionary(tasks))
     runs = plan(arms, tasks, choices)
     args.out.mkdir(parents=True, exist_ok=True)
     about_arms = [

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from _script import run
+from _script import check_output, run
 
 from pkm_fairseq.experiments.benchmark.saving import Setting, measure
 from pkm_fairseq.memory.files import write_file
@@ -34,6 +34,7 @@ def main() -> None:
                         help="a new one, deleted at the end (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
+    check_output("--json", args.json)
     if not (args.data / "dict.txt").is_file():
         raise ValueError(f"{args.data / 'dict.txt'}: no such file; prepare the data first")
     if args.folder.exists():

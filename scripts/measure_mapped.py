@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
-from _script import run
+from _script import check_output, run
 
 from pkm_fairseq.experiments.benchmark.machine import describe
 from pkm_fairseq.experiments.benchmark.mapped import markdown, measure
@@ -45,8 +45,7 @@ def main() -> None:
             raise ValueError(f"--{name} is {given}, must be at least {least}")
     if min(args.n_keys) < 32:
         raise ValueError(f"--n-keys has {min(args.n_keys)}, must be at least 32")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json} must be a file in a folder that exists")
+    check_output("--json", args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     rows: List[Dict[str, Any]] = []

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-from _script import run
+from _script import check_output, run
 
 from pkm_fairseq.experiments.demo.evaluate import load
 from pkm_fairseq.experiments.facts.recall import measure, read_people
@@ -38,6 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.people is not None and args.people < 1:
         raise ValueError(f"--people is {args.people}, must be at least 1")
+    check_output("--json", args.json)
     results: List[Dict[str, Any]] = []
     for checkpoint in args.checkpoints:
         loaded = load(checkpoint, args.data)

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from _script import run
+from _script import check_output, run
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -123,9 +123,7 @@ def main() -> None:
     """Run the command."""
     args = parse()
     for name in ("out", "json"):
-        file = getattr(args, name, None)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {file} must be a file in a folder that exists")
+        check_output(f"--{name}", getattr(args, name, None))
     commands: Dict[str, Callable[[argparse.Namespace], None]] = {
         "make": make,
         "apply": change,

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
-from _script import run
+from _script import check_output, run
 from rich.console import Console
 from rich.progress import Progress
 
@@ -106,10 +106,8 @@ def main() -> None:
     """Analyse, write, print."""
     args = parse()
     check_options(args)
-    files = (("--json", args.json), ("--html", args.html), ("--save-counts", args.save_counts))
-    for option, file in files:
-        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise ValueError(f"{option} {file} must be a file in a folder that exists")
+    for option in ("json", "html", "save_counts"):
+        check_output(f"--{option.replace('_', '-')}", getattr(args, option))
     errors = Console(stderr=True)
 
     if args.svg and (args.svg.is_file() or not args.svg.absolute().parent.is_dir()):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from _script import run
+from _script import check_output, run
 
 from pkm_fairseq.experiments.glue.ablate import ablations, dev_metrics
 from pkm_fairseq.experiments.glue.data import prepared_tasks
@@ -92,8 +92,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.json and not args.ablate:
         raise ValueError("--json has no effect without --ablate")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json} must be a file in a folder that exists")
+    check_output("--json", args.json)
     return args
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-from _script import Parser, run
+from _script import Parser, check_output, run
 
 from pkm_fairseq.experiments.benchmark.cluster import (
     Cluster,
@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse, simulate, print."""
     args = parse()
+    check_output("--json", args.json)
     table = Table(args.n_keys**2, args.v_dim, args.reads)
     device = measure(table, max(args.tokens)) if args.measure else assumed(args)
     found = [

@@ -1,16 +1,13 @@
 """Measure how far memories moved from one checkpoint to another."""
 
 import math
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from fairseq.data import Dictionary
 from torch import Tensor
 
 from ..memory import ProductKeyMemory
-from ..models.capture import capture_inputs, load_model
-from ..models.checkpoints import dictionary_beside_data, read_checkpoint
+from ..models.capture import capture_inputs
 from ..models.roberta import PkmRobertaModel
 
 TOKENS = 128  # tokens to compare at once
@@ -100,43 +97,6 @@ def drift_of_models(
         raise ValueError("drift needs at least one token")
     inputs = [capture_inputs(model, sequences, pad, n_tokens) for model in (before, after)]
     return drift(*memories, *inputs)
-
-
-def drift_of_checkpoints(
-    before: Path,
-    after: Path,
-    sequences: Sequence[Tensor],
-    pad: int,
-    n_tokens: int,
-    dictionary: Optional[Dictionary] = None,
-) -> List[Dict[str, Any]]:
-    """``drift_of_models`` of two checkpoints, such as before and after finetuning.
-
-    Classification heads are ignored.
-
-    Args:
-        before: a checkpoint.
-        after: a later one, or one finetuned from it.
-        sequences: token ids, each (T,).
-        pad: the padding id.
-        n_tokens: number of tokens to use; all if there are fewer.
-        dictionary: the dictionary of both, with ``<mask>``; None takes the one beside their
-            training data.
-
-    Raises:
-        ValueError: a file is unreadable or has no memory, or the checkpoints do not match.
-    """
-    models = []
-    for file in (before, after):
-        checkpoint = read_checkpoint(str(file), "checkpoint")
-        own = dictionary or dictionary_beside_data(checkpoint)
-        if own is None:
-            raise ValueError(f"checkpoint {file}: no dictionary beside its training data")
-        models.append(load_model(checkpoint, own, str(file)))
-        if not models[-1].memory_layers():
-            raise ValueError(f"checkpoint {file}: the model has no memory")
-        del checkpoint  # frees the optimizer state, several times the model's size
-    return drift_of_models(*models, sequences, pad, n_tokens)
 
 
 def _tables(memory: ProductKeyMemory) -> List[Tensor]:

@@ -34,7 +34,6 @@ OF_A_BLOCK = {
 TENSORS = {f"{LM_HEAD}weight": "lm_head.decoder.weight", f"{LM_HEAD}bias": "lm_head.bias"}
 BLOCK = re.compile(rf"^{re.escape(ENCODER)}layers\.(\d+)\.(.*)$")
 THEIR_BLOCK = re.compile(r"^roberta\.encoder\.layer\.(\d+)\.(.*)$")
-MEMORY = ("memory.", "reads.")  # parts of a block with the same name in both
 TYPES = "roberta.embeddings.token_type_embeddings.weight"
 POSITIONS = "roberta.embeddings.position_embeddings.weight"
 # modules that only transformers has, and fairseq does not need

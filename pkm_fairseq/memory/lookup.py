@@ -15,7 +15,7 @@ class Lookup(NamedTuple):
 
     Attributes:
         slots: (..., H, K), int64, the highest score first; -1 at padding.
-        weights: (..., H, K), sum to 1 over K; 0 at padding.
+        weights: (..., H, K), sum to 1 over K under softmax; 0 at padding.
     """
 
     slots: Tensor
@@ -64,7 +64,7 @@ class Observation:
 
     @cached_property
     def weights(self) -> Tensor:
-        """(..., H, K), sum to 1 over K; 0 at padding."""
+        """(..., H, K), sum to 1 over K under softmax; 0 at padding."""
         return self._as_x(self._weights, 0)
 
     def lookup(self) -> Lookup:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pkm_fairseq.analysis.checkpoints import first_tokens, open_checkpoint, read_text
-from pkm_fairseq.analysis.drift import drift_of_checkpoints
+from pkm_fairseq.analysis.drift import drift_of_models
 from pkm_fairseq.memory.observe.slot_counts import load_counts
 
 from .runs import MEMORY, ROOT, Run, binarise, load, run, run_well, train
@@ -197,9 +197,10 @@ def test_drift_from_before_to_after_finetuning(trained: Path, tmp_path: Path) ->
     before["model"]["encoder.sentence_encoder.layers.1.memory.keys"] *= 2
     torch.save(before, tmp_path / "after.pt")
     sequences = [torch.arange(4, 14)]
-    (found,) = drift_of_checkpoints(
-        trained / "checkpoint_last.pt", tmp_path / "after.pt", sequences, 1, 10
-    )
+    args = Namespace(data=None, text=None, dict=None)  # the dictionary beside the training data
+    files = trained / "checkpoint_last.pt", tmp_path / "after.pt"
+    models = [open_checkpoint(file.stem, file, args).model for file in files]
+    (found,) = drift_of_models(*models, sequences, 1, 10)
     assert found["keys_moved"] == pytest.approx(1)
     assert (found["topk_jaccard"], found["top1_same"], found["values_moved"]) == (1, 1, 0)
 

@@ -13,6 +13,7 @@ import torch
 import pkm_fairseq.experiments.benchmark.kinds
 from pkm_fairseq.experiments.demo.evaluate import evaluate, load, masked_batches
 from pkm_fairseq.models.roberta import PkmRobertaModel
+from tests.validation.models import load_script
 
 from .runs import ROOT, Run, run, run_well
 from .runs import load as load_file
@@ -197,6 +198,24 @@ def test_a_checkout_is_equal_to_itself(data_bin: Path) -> None:
     options = ["--data", data_bin, "--updates", "2", "--arms", "resm"]
     (last,) = script("compare_checkouts.py", ROOT, ROOT, *options).output.splitlines()
     assert last.startswith("resm: ") and last.endswith(" after 2 updates: equal to the bit")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("evaluate_mlm.py", ["x.pt", "--data", "none"]),
+        ("measure_checkpoint.py", ["--data", "none"]),
+        ("measure_mapped.py", []),
+        ("measure_recall.py", ["x.pt", "--data", "none"]),
+        ("simulate_cluster.py", []),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    name: str, options: List[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *options, "--json", "no-folder/x.json"])
+    with pytest.raises(ValueError, match=r"--json no-folder/x\.json must be a file in"):
+        load_script(SCRIPTS / name).main()
 
 
 def test_benchmark_memory(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_prepared_tasks_come_in_glues_order(data):
     assert tasks[0].n_train == N_TRAIN
     assert tasks[1].is_regression
     assert not tasks[0].is_regression
-    dictionary = load_dictionary(data, tasks)
+    dictionary = load_dictionary(tasks)
     assert dictionary_sha256(dictionary) == dictionary_sha256(small_dictionary())
 
 
@@ -182,7 +182,7 @@ def test_tasks_that_are_not_there_are_refused(data, tmp_path):
         prepared_tasks(data, ["RTE"])
     (data / "CoLA" / "input0" / "dict.txt").write_text("x 1\n")
     with pytest.raises(ValueError, match="one dictionary"):
-        load_dictionary(data, prepared_tasks(data, ["STS-B", "CoLA"]))
+        load_dictionary(prepared_tasks(data, ["STS-B", "CoLA"]))
 
 
 def test_the_baseline_always_answers_the_most_frequent_training_label(data):

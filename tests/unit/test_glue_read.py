@@ -118,7 +118,7 @@ def test_more_than_a_handful_stops_with_the_first_ones(n_good, allowed, tmp_path
 
 @pytest.mark.parametrize("bad", [*(bad for bad in BAD_ROWS if "label" not in bad), "index twice"])
 def test_a_test_file_never_loses_a_row(bad, tmp_path):
-    row, message = BAD_ROWS.get(bad, (b"0\ta\tb\t-", "an index occurs twice"))
+    row, message = BAD_ROWS.get(bad, (b"0\ta\tb\t-", "index 0 occurs twice"))
     cells = row.split(b"\t")
     unlabelled = b"\t".join(cells[:-1] if len(cells) > 1 else cells)
     text = b"index\tsentence1\tsentence2\n0\ta\tb\n" + unlabelled + b"\n"

@@ -31,7 +31,6 @@ from tests.hf_models import (
 )
 
 ALL = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
-POST_LN = ALL[:5]
 
 
 def test_these_are_the_architectures() -> None:

@@ -190,8 +190,9 @@ def _load_fairseq(file: Path, stored: Dict[str, Any], dictionary: Dictionary) ->
     with tempfile.TemporaryDirectory() as data:
         write_dictionary(dictionary, Path(data) / DICTIONARY)
         model, _, task = load_model_and_task(str(file), stored, data=data)
-    if len(task.source_dictionary) != len(dictionary):
-        raise ValueError(f"{file}: fairseq reads {len(task.source_dictionary)} symbols")
+    read = len(task.source_dictionary)
+    if read != len(dictionary):
+        raise ValueError(f"{file}: fairseq reads {read} symbols, must be {len(dictionary)}")
     return model.float().eval()
 
 
@@ -298,7 +299,7 @@ def _difference(theirs: Any, ours: Any, ids: Tensor, pad: int) -> float:
     other = ours(input_ids=ids, attention_mask=mask.long()).logits
     worst = float((one - other)[mask].abs().max())
     if not worst <= TOLERANCE:
-        raise ValueError(f"logits differ by {worst:.1e}, must be equal to {TOLERANCE}")
+        raise ValueError(f"logits differ by {worst:.1e}, must differ by at most {TOLERANCE}")
     return worst
 
 

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from fairseq.data import Dictionary, data_utils
 
+from ...models import checkpoints
 from .metrics import score
 from .tasks import TASKS
 
@@ -68,11 +69,11 @@ def prepared_tasks(data: Path, names: Optional[Sequence[str]] = None) -> List[Pr
     return [_read(data / name) for name in dict.fromkeys(names or known)]
 
 
-def load_dictionary(data: Path, tasks: Sequence[PreparedTask]) -> Dictionary:
+def load_dictionary(tasks: Sequence[PreparedTask]) -> Dictionary:
     """The dictionary of all prepared tasks, with ``<mask>``.
 
     Raises:
-        ValueError: two tasks have different dictionaries.
+        ValueError: two tasks have different dictionaries, or one is missing or is no dictionary.
     """
     files = [task.folder / "input0" / "dict.txt" for task in tasks]
     for file in files:
@@ -82,9 +83,7 @@ def load_dictionary(data: Path, tasks: Sequence[PreparedTask]) -> Dictionary:
             raise ValueError(
                 f"{file} differs from {files[0]}: prepare all tasks with one dictionary"
             )
-    dictionary = Dictionary.load(str(files[0]))
-    dictionary.add_symbol("<mask>")
-    return dictionary
+    return checkpoints.load_dictionary(str(files[0]))
 
 
 def majority_baseline(task: PreparedTask) -> Dict[str, float]:

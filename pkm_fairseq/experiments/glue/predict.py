@@ -15,6 +15,7 @@ from ...models.checkpoints import (
     compare_dictionary,
     load_dictionary,
     load_model_and_task,
+    options_of,
     read_checkpoint,
 )
 from ...models.labels import label_names
@@ -162,9 +163,7 @@ def _check_task(stored: Dict[str, Any], checkpoint: Path, spec: TaskSpec) -> Non
 
 
 def _training_data(stored: Dict[str, Any]) -> Path:
-    options = (stored.get("cfg") or {}).get("task") or stored.get("args")
-    data = options.get("data") if isinstance(options, dict) else getattr(options, "data", None)
-    return Path(data or "")
+    return Path(options_of(stored, "task").get("data") or "")
 
 
 def _labels(
@@ -260,7 +259,11 @@ def predict_tests(finetuned: Finetuned, data: Path) -> Dict[str, str]:
             continue
         indices = (data / f"{split}.index").read_text(encoding="utf-8").split("\n")[:-1]
         examples = examples_of(finetuned, data, split)
-        assert len(examples) == len(indices)
+        if len(examples) != len(indices):
+            raise ValueError(
+                f"{data / split}.index has {len(indices)} lines for {len(examples)} examples: "
+                "prepare the task again"
+            )
         title = f"{spec.name} {split}"
         _warn_of_shortened(examples, title, finetuned)
         outputs = finetuned.outputs(examples, title)

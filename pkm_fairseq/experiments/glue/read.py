@@ -1,6 +1,7 @@
 """Read the files of a task; report each row that cannot be read, with its file and line."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -106,7 +107,8 @@ def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep]
                 raise ValueError(f"{file}:{number}: {error}") from None
             rows.left_out.append(f"{file}:{number}: {error}")
     if is_test and len(set(rows.indices)) < len(rows.indices):
-        raise ValueError(f"{file}: an index occurs twice")
+        twice = next(index for index, n in Counter(rows.indices).items() if n > 1)
+        raise ValueError(f"{file}: index {twice} occurs twice, must be different in each row")
     _check_left_out(file, rows)
     return rows
 

@@ -279,7 +279,7 @@ def _check_table(table: Tensor, or_int8: bool = False) -> None:
     if table.dim() != 2 or not is_allowed:
         raise ValueError(
             f"a table has shape {tuple(table.shape)} and dtype {table.dtype}, "
-            "must be (n_slots, v_dim) and floating"
+            f"must be (n_slots, v_dim) and floating{' or int8' * or_int8}"
         )
     if not table.is_contiguous():
         raise ValueError(

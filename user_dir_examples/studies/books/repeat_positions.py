@@ -40,7 +40,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for named in args.checkpoints:
         name, _, file = named.partition("=")
+        if not name or not file:
+            raise ValueError(f"{named}: must be NAME=CHECKPOINT")
         stored = read_checkpoint(file, "checkpoint")
+        if POSITIONS not in stored["model"]:
+            raise ValueError(f"{file} holds no {POSITIONS}: it is no RoBERTa")
         repeat(stored["model"][POSITIONS], options_of(stored, "task")["tokens_per_sample"])
         with whole_file(args.out / f"{name}.pt") as out:
             torch.save(stored, out)
