@@ -375,6 +375,25 @@ def test_positions_that_were_not_trained_repeat_those_that_were(study):
     assert torch.equal(rows, before)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("x.pt", "x.pt: must be NAME=CHECKPOINT"),
+        ("=x.pt", "=x.pt: must be NAME=CHECKPOINT"),
+        ("plain=x.pt", "x.pt holds no encoder.sentence_encoder.embed_positions.weight"),
+    ],
+)
+def test_positions_of_what_has_none_are_refused(study, tmp_path, monkeypatch, given, message):
+    import repeat_positions
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}}, "x.pt")
+    monkeypatch.setattr(sys, "argv", ["repeat_positions.py", "out", given])
+    with pytest.raises(ValueError, match=message):
+        repeat_positions.main()
+    assert not any((tmp_path / "out").iterdir())
+
+
 @pytest.fixture
 def glue(study):
     sys.modules.pop("glue_table", None)

@@ -203,6 +203,17 @@ def test_predictions_are_those_of_each_row_alone_in_the_files_order(data):
         assert text == "".join(["index\tprediction\n", *rows])
 
 
+def test_a_test_file_of_another_length_than_its_indices_is_refused(data):
+    finetuned, file = finetuned_on(data, "RTE"), data / "RTE/test.index"
+    whole = file.read_text()
+    file.write_text(whole + "70\n")
+    try:
+        with pytest.raises(ValueError, match=r"test\.index has 71 lines for 70 examples: prepare"):
+            predict_tests(finetuned, data / "RTE")
+    finally:
+        file.write_text(whole)
+
+
 def test_scores_are_in_the_tasks_range(data):
     finetuned = finetuned_on(data, "STS-B")
     (text,) = predict_tests(finetuned, data / "STS-B").values()
