@@ -328,7 +328,7 @@ def test_an_interrupted_finetuning_continues(ready: SimpleNamespace, tmp_path: P
         (["--seeds", "1,1"], "--seeds is 1,1"),
         (["--set", "lrr=1"], "unrecognized arguments: --lrr 1"),
         (["--preset", "big"], "preset big: no such file"),
-        (["--workers", "0"], "--workers must be at least 1"),
+        (["--workers", "0"], "--workers is 0, must be at least 1"),
         (["--", "--seed", "3"], "this script sets seed itself"),
         (["--checkpoint", "README.md"], "README.md: not a readable checkpoint"),
     ],
