@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
-from _script import INTERRUPTED, Parser, take_interrupts
+from _script import INTERRUPTED, Parser, check_output, take_interrupts
 
 
 def parse(argv: Optional[List[str]]) -> Any:
@@ -94,11 +94,8 @@ def run(args: Any) -> None:
 
 def check_files(args: Any, what: Tuple[str, ...], formats: Tuple[str, ...]) -> None:
     """Check output files before measuring for hours."""
-    for option, file in (("json", args.json), ("markdown", args.markdown), ("plot", args.plot)):
-        if file and not file.absolute().parent.is_dir():
-            raise ValueError(f"--{option} {file}: its folder does not exist")
-        if file and file.is_dir():
-            raise ValueError(f"--{option} {file} is a folder")
+    for option in ("json", "markdown", "plot"):
+        check_output(f"--{option}", getattr(args, option))
     if args.plot and args.plot.suffix not in formats:
         raise ValueError(f"--plot is {args.plot}, must end in {', '.join(formats)}")
     if args.plot and "layer" not in what:

@@ -10,7 +10,7 @@ from ..memory.finetune import tables_by_layers
 from ..memory.hosts import observing
 from ..memory.observe.readers import SlotReaders
 from ..memory.observe.slot_counts import CountsFile, SlotCounts
-from ..memory.observe.staleness import summarise
+from ..memory.observe.staleness import staleness
 from ..memory.observe.usage import tokens_for_draws
 from ..models.capture import batches
 from ..models.roberta import PkmRobertaModel
@@ -71,7 +71,7 @@ def examine(
             "layer": layer,
             "knn": counts.knn,
             **counts.summary(),
-            "staleness": staleness(opened, [layer]),
+            "staleness": staleness_in(opened, [layer]),
             "hot_slots": describe_readers(
                 watchers[layer], mass[layer], sequences, opened.dictionary
             ),
@@ -146,24 +146,18 @@ def watch_readers(
             advance(int(batch.ne(pad).sum()))
 
 
-def staleness(opened: Opened, layers: Sequence[int]) -> Optional[Dict[str, Any]]:
-    """Staleness of slots: the last read in training by any of these layers, which share values.
+def staleness_in(opened: Opened, layers: Sequence[int]) -> Optional[Dict[str, Any]]:
+    """The staleness of the slots of these layers, which share values.
 
-    Returns ``updates``, ``read`` and ``top1`` as in the log of a training; None if the checkpoint
-    has no times of reads. Averages of checkpoints, or of a model (--store-ema), have none.
+    None if the checkpoint has no times of reads. Averages of checkpoints, or of a model
+    (--store-ema), have none.
     """
     reads = [opened.model.memory_layers()[layer].reads for layer in layers]
-    last_read = torch.stack([x.last_read for x in reads]).amax(0)  # (n_slots,)
-    last_top1 = torch.stack([x.last_top1 for x in reads]).amax(0)
-    if not opened.has_read_times or not opened.updates or not last_read.any():
+    if not opened.has_read_times or not opened.updates:
         return None
-    if any(x.is_averaged for x in reads):
+    if not any(x.last_read.any() for x in reads) or any(x.is_averaged for x in reads):
         return None
-    return {
-        "updates": opened.updates,
-        "read": summarise(last_read, opened.updates),
-        "top1": summarise(last_top1, opened.updates),
-    }
+    return staleness(reads, opened.updates)
 
 
 def _origins(opened: Opened) -> Optional[Dict[str, List[int]]]:
@@ -182,4 +176,4 @@ def _shared(opened: Opened, usage: Dict[int, MemoryUsage]) -> Optional[Dict[str,
     whole = MemoryUsage(first.n_slots, first.heads)
     for counts in (first, *others):
         whole.merge(counts)
-    return {**whole.summary(), "staleness": staleness(opened, list(usage))}
+    return {**whole.summary(), "staleness": staleness_in(opened, list(usage))}

@@ -16,13 +16,7 @@ from omegaconf import II
 from ..errors import TrainingError
 from ..memory.hosts import HasMemories, merge_read_times, observing, with_memories
 from ..memory.observe.count import Count
-from ..memory.observe.log import (
-    FILE,
-    UsageLog,
-    header_of,
-    load_initial_values,
-    save_initial_values,
-)
+from ..memory.observe.log import UsageLog, load_initial_values, open_log
 from ..memory.observe.usage import DRAWS
 from ..memory.option import OUR_CHOICE, at_least, check_options, option
 
@@ -146,17 +140,9 @@ class UsageReports(FairseqCriterion):
 
     def _begin_training(self, model: HasMemories, updates: int) -> None:
         self._is_training = True
-        problem, folder = None, self._folder if _is_first_worker() else None
-        try:
-            if folder is not None:
-                self._log = UsageLog(folder / FILE, header_of(model), updates)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-        try:
-            if self._folder is not None and updates == 0:
-                save_initial_values(model, None if problem else folder)
-        except OSError as error:
-            problem = str(error)
+        problem = None
+        if self._folder is not None:
+            self._log, problem = open_log(model, self._folder, updates, _is_first_worker())
         if distributed_utils.get_data_parallel_world_size() > 1:
             group = distributed_utils.get_data_parallel_group()
             problem = distributed_utils.broadcast_object(problem, 0, group)

@@ -10,13 +10,7 @@ from transformers import TrainerCallback
 from ..memory.hosts import HasMemories, merge_read_times, set_finished_updates
 from ..memory.lookup import Observation
 from ..memory.observe.count import Count
-from ..memory.observe.log import (
-    FILE,
-    UsageLog,
-    header_of,
-    load_initial_values,
-    save_initial_values,
-)
+from ..memory.observe.log import UsageLog, load_initial_values, open_log
 from ..memory.observe.usage import DRAWS, MemoryUsage
 from .limits import check_training
 
@@ -93,7 +87,8 @@ class MemoryUsageCallback(TrainerCallback):
         set_finished_updates(host, state.global_step)
         self._folder = Path(args.output_dir)
         self._next_window, self._window, self._report = state.global_step, None, {}
-        problem = self._open_log(host, state)
+        writes = state.is_world_process_zero
+        self._log, problem = open_log(host, self._folder, state.global_step, writes)
         if host.run.group() is not None:  # all workers stop, or none
             told: List[Optional[str]] = [problem]
             dist.broadcast_object_list(told, 0, host.run.group())
@@ -159,22 +154,6 @@ class MemoryUsageCallback(TrainerCallback):
                 layer.memory.observers.append(self._switches[index])
             self._new_evaluation(host)
         return host
-
-    def _open_log(self, host: HasMemories, state: Any) -> Optional[str]:
-        """Open the log on the first worker, and save initial values; returns the problem if any."""
-        assert self._folder is not None
-        problem, writes = None, state.is_world_process_zero
-        try:
-            if writes:
-                self._log = UsageLog(self._folder / FILE, header_of(host), state.global_step)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-        try:
-            if state.global_step == 0:
-                save_initial_values(host, self._folder if writes and not problem else None)
-        except OSError as error:
-            problem = str(error)
-        return problem
 
     def _new_evaluation(self, host: HasMemories) -> None:
         self._evaluation = Count(host, "", self.tokens, self.draws)

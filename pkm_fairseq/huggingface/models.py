@@ -87,18 +87,8 @@ class MemoryModel:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, ValueTable):
+        if isinstance(module, (ValueTable, BatchQueryNorm, ProductKeyMemory)):
             module.reset_parameters()
-        elif isinstance(module, BatchQueryNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-            nn.init.zeros_(module.running_mean)
-            nn.init.ones_(module.running_var)
-        elif isinstance(module, ProductKeyMemory):
-            bound = module.config.half_dim**-0.5
-            nn.init.uniform_(module.keys, -bound, bound)
-            if isinstance(module.score_scale, nn.Parameter):
-                nn.init.constant_(module.score_scale, module.config.score_scale)
         elif isinstance(module, ReadTimes):
             nn.init.zeros_(module.last_read)
             nn.init.zeros_(module.last_top1)

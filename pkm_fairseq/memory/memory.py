@@ -70,13 +70,19 @@ class ProductKeyMemory(nn.Module):
         self.values: Any = values
         self._check_values()
         self.output_proj = OUTPUTS.build(config.output, input_dim, config)
-        scale = torch.tensor([float(config.score_scale)])
-        self.score_scale = nn.Parameter(scale) if config.learn_score_scale else config.score_scale
+        learns, scale = config.learn_score_scale, config.score_scale
+        self.score_scale = nn.Parameter(torch.empty(1)) if learns else scale
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.query_dropout = nn.Dropout(config.query_dropout)
         self.read_dropout = nn.Dropout(config.read_dropout)
-        bound = config.half_dim**-0.5  # Lample et al. 2019, published code
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new sub-keys, and reset the learned scale; parts of the memory have their own."""
+        bound = self.config.half_dim**-0.5  # Lample et al. 2019, published code
         nn.init.uniform_(self.keys, -bound, bound)
+        if isinstance(self.score_scale, nn.Parameter):
+            nn.init.constant_(self.score_scale, self.config.score_scale)
 
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, return_lookup: bool = False

@@ -99,10 +99,18 @@ class BatchQueryNorm(nn.Module):
         self.run = RunState() if run is None else run
         self.keeps_dtype = keeps_dtype
         self.is_frozen = False
-        self.weight = nn.Parameter(torch.ones(n_features))
-        self.bias = nn.Parameter(torch.zeros(n_features))
-        self.register_buffer("running_mean", torch.zeros(n_features))
-        self.register_buffer("running_var", torch.ones(n_features))
+        self.weight = nn.Parameter(torch.empty(n_features))
+        self.bias = nn.Parameter(torch.empty(n_features))
+        self.register_buffer("running_mean", torch.empty(n_features))
+        self.register_buffer("running_var", torch.empty(n_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again: no scale, no shift, no statistics."""
+        for ones in (self.weight, self.running_var):
+            nn.init.ones_(ones)
+        for zeros in (self.bias, self.running_mean):
+            nn.init.zeros_(zeros)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchQueryNorm":
         """Convert as torch does, but leave statistics in their dtype if they keep it."""

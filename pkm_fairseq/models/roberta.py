@@ -19,7 +19,7 @@ from ..memory import (
     ignore_tables_in_ddp,
 )
 from ..memory.finetune import FinetuneConfig, check_origins, finetune_values
-from ..memory.hosts import merge_read_times, new_usage, observing, set_finished_updates
+from ..memory.hosts import new_usage, observing, set_finished_updates
 from .architectures import base_architecture, large_architecture, residual, tiny_architecture
 from .check_options import check_plan
 from .checkpoints import (
@@ -221,10 +221,6 @@ class PkmRobertaModel(RobertaModel):
         return {
             i: layers[i] for i in range(len(layers)) if isinstance(layers[i], MemoryEncoderLayer)
         }
-
-    def merge_read_times(self) -> None:
-        """Merge the times of reads over all workers; every worker must call it."""
-        merge_read_times(self)
 
     @contextmanager
     def record_memory_usage(

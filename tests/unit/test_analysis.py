@@ -584,7 +584,7 @@ def test_a_shared_table_is_as_fresh_as_its_latest_reader() -> None:
         layers[layer] = SimpleNamespace(reads=reads)
     model = SimpleNamespace(memory_layers=lambda: layers)
     opened: Any = SimpleNamespace(model=model, updates=10, has_read_times=True)
-    shared = examine.staleness(opened, [0, 2])
+    shared = examine.staleness_in(opened, [0, 2])
     assert shared is not None
     assert (shared["read"]["p10"], shared["read"]["p99"]) == (1, 5)
     assert (shared["top1"]["p10"], shared["top1"]["p99"], shared["top1"]["never"]) == (6, 10, 0.5)

@@ -14,6 +14,7 @@ import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from pkm_fairseq.experiments.benchmark import (
+    child,
     counting,
     layer,
     machine,
@@ -515,7 +516,7 @@ def test_peak_memory_is_measured_in_another_process():
 
 def test_a_child_that_fails_says_why(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: no more\n")
-    monkeypatch.setattr(peak, "run_to_end", lambda command: failed)
+    monkeypatch.setattr(child, "run_to_end", lambda command: failed)
     with pytest.raises(ValueError, match="of ours could not be measured: MemoryError: no more"):
         peak.in_child("ours", 8, 32, 1)
 
@@ -542,8 +543,11 @@ def script():
         (["--threads", "0"], "threads is 0, must be in 1.."),
         (["--threads", "100000"], "threads is 100000, must be in 1.."),
         (["--seed", "-1"], "seed is -1, must be in 0.."),
-        (["--json", "nowhere/found.json"], "--json nowhere/found.json: its folder does not exist"),
-        (["--markdown", "."], "--markdown . is a folder"),
+        (
+            ["--json", "nowhere/a.json"],
+            "--json nowhere/a.json must be a file in a folder that exists",
+        ),
+        (["--markdown", "."], "--markdown . must be a file in a folder that exists"),
         (["--plot", "found.txt"], "--plot is found.txt, must end in .png, .svg, .pdf"),
         (["--what", "parts", "--plot", "p.svg"], "--what must name layer"),
         (["--fast"], "unrecognized arguments: --fast"),

@@ -95,7 +95,6 @@ def test_classes_keep_the_tasks_order_whatever_is_frequent(made, tmp_path):
     out = run(made, tmp_path / "out", ["RTE"], glue=glue)
     assert (out / "RTE/label/dict.txt").read_text() == "entailment 1\nnot_entailment 1\n"
     assert as_fairseq_reads(out / "RTE", "train", 2)[1] == [1] * 7 + [0]
-    assert json.loads((out / "RTE/task.json").read_text())["majority"] == {"valid": 0.0}
 
 
 def test_what_is_written_beside_the_data(made, tmp_path):
@@ -104,13 +103,8 @@ def test_what_is_written_beside_the_data(made, tmp_path):
     assert told["splits"] == {"train": 60, "valid": 20, "valid1": 20, "test": 20, "test1": 20}
     assert (told["name"], told["is_pair"], told["metrics"]) == ("MNLI", True, ["accuracy"])
     assert told["labels"] == ["entailment", "neutral", "contradiction"]
-    splits, _ = read_task(made / "glue/MNLI", TASKS["MNLI"])
-    train = splits["train"].targets
-    most = max(range(3), key=train.count)
-    for split in ("valid", "valid1"):
-        assert told["majority"][split] == splits[split].targets.count(most) / 20
     told = json.loads((out / "STS-B/task.json").read_text())
-    assert (told["labels"], told["label_range"], told["majority"]) == ([], [0, 5], None)
+    assert (told["labels"], told["label_range"]) == ([], [0, 5])
     for part in ("input0", "input1"):
         assert (out / "MNLI" / part / "dict.txt").read_bytes() == (made / "dict.txt").read_bytes()
     saved = saved_tokenizer(out / "tokenizer")

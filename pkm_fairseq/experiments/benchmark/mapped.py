@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 
 from ...memory import ProductKeyMemory, ValuesFile, save_values
-from ..runs.processes import run_to_end
 from . import subjects
+from .child import measure_in_child
 from .machine import release_free_memory
 from .timing import interleave, time_once
 
@@ -133,12 +133,8 @@ def _cold(memory: ProductKeyMemory, tokens: int) -> float:
 
 def _resident(n_keys: int, tokens: int, name: str, file: Optional[Path] = None) -> Dict[str, Any]:
     task = {"n_keys": n_keys, "tokens": tokens, "file": None if file is None else str(file)}
-    done = run_to_end([sys.executable, "-m", __name__, json.dumps(task)])
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"the memory of {name} could not be measured: {last}")
+    found = measure_in_child(__name__, task, f"the memory of {name}")
     size = {} if file is None else {"bytes": file.stat().st_size}
-    found = json.loads(done.stdout.splitlines()[-1])
     return {"n_keys": n_keys, "tokens": tokens, "table": name, **size, **found}
 
 

@@ -11,8 +11,8 @@ from typing import Any, Dict, Sequence
 
 import torch
 
-from ..runs.processes import run_to_end
 from . import subjects
+from .child import measure_in_child
 from .layer import memory_problem
 from .machine import peak_bytes, release_free_memory, resident_bytes
 from .output import Report
@@ -54,13 +54,7 @@ def in_child(name: str, tokens: int, n_keys: int, seed: int) -> Dict[str, Any]:
     """
     task = {"name": name, "tokens": tokens, "n_keys": n_keys, "seed": seed}
     task["threads"] = torch.get_num_threads()
-    command = [sys.executable, "-m", __name__, json.dumps(task)]
-    done = run_to_end(command)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"peak memory of {name} could not be measured: {last}")
-    found: Dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return measure_in_child(__name__, task, f"peak memory of {name}")
 
 
 def here(name: str, tokens: int, n_keys: int) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 from ...memory.files import write_file
 from ..facts.people import ATTRIBUTES, NAMES, prepare_people
 from ..facts.recall import measure, read_people
-from ..facts.training import COMMON, PLAIN, epoch_of, memory_flags
+from ..facts.training import PLAIN, epoch_of, memory_flags, training_flags
 from ..runs.folders import (
     PACKAGE,
     begin,
@@ -21,7 +21,6 @@ from ..runs.folders import (
 from ..runs.logs import last_line, read_log
 from ..runs.processes import Child, Children
 from ..runs.progress import RunsProgress
-from ..runs.study import schedule
 from ..runs.trainings import LAST, LOG, clear, run_all, start_training
 from .evaluate import Loaded, Words, fill_mask, load, parameter_count
 from .presets import TITLES, Preset
@@ -77,20 +76,22 @@ def _key(preset: Preset) -> str:
     return key_of(vars(preset.facts), preset.seed, key_of_code(*CODE))
 
 
+def _half_epochs(preset: Preset) -> int:
+    """Epochs of plain's first half."""
+    return preset.facts.updates // 2 // epoch_of(preset.facts.people)
+
+
 def _half(preset: Preset, folder: Path) -> Path:
     """Plain's checkpoint after half of its updates."""
-    epochs = preset.facts.updates // 2 // epoch_of(preset.facts.people)
-    return folder / "plain" / f"checkpoint{epochs}.pt"
+    return folder / "plain" / f"checkpoint{_half_epochs(preset)}.pt"
 
 
 def _flags(arm: str, preset: Preset, folder: Path) -> List[str]:
     facts, starts_at_half = preset.facts, arm == "resm_init"
-    flags = [str(folder / "data" / "bin"), "--user-dir", str(PACKAGE), *COMMON]
-    flags += ["--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128"]
-    rates = schedule(facts.updates, facts.lr, starts_at_half)
-    flags += [part for pair in rates.items() for part in pair]
-    flags += ["--seed", str(preset.seed)]
-    flags += ["--save-interval", str(facts.updates // 2 // epoch_of(facts.people))]
+    flags = [str(folder / "data" / "bin"), "--user-dir", str(PACKAGE)]
+    flags += training_flags(
+        facts.updates, facts.lr, preset.seed, _half_epochs(preset), starts_at_half
+    )
     if not starts_at_half:
         return [*flags, *PLAIN]
     flags += memory_flags("resm_roberta_tiny", facts.n_keys, facts.value_lr)

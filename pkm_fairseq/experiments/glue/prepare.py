@@ -10,7 +10,6 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
@@ -179,20 +178,9 @@ def _write_description(
         "metrics": spec.metrics,
         "is_pair": spec.is_pair,
         "splits": {split: len(rows.texts) for split, rows in splits.items()},
-        "majority": None if spec.is_regression else _majority(splits),
         **about,
     }
     write_file(out / "task.json", json.dumps(description, indent=2))
-
-
-def _majority(splits: Dict[str, Rows]) -> Dict[str, float]:
-    """By dev split, the share of the most frequent training label."""
-    most = int(np.bincount(splits["train"].targets).argmax())
-    return {
-        split: rows.targets.count(most) / len(rows.targets)
-        for split, rows in splits.items()
-        if split.startswith("valid")
-    }
 
 
 # --- tokenising in several processes ----------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..hosts import HasMemories, new_usage, tables_of_layers
-from .staleness import movement, summarise
+from .staleness import movement, staleness
 from .usage import DRAWS, MemoryUsage, tokens_for_draws
 
 REPORTED = (
@@ -130,11 +130,7 @@ class Count:
         if self.updates is None:
             return None
         reads = [self.layers[layer].reads for layer in layers]
-        last_read = torch.stack([x.last_read for x in reads]).amax(0)
-        last_top1 = torch.stack([x.last_top1 for x in reads]).amax(0)
-        said = {"read": summarise(last_read, self.updates)}
-        said["top1"] = summarise(last_top1, self.updates)
-        return {"updates": self.updates, **said, "moved": moved}
+        return {**staleness(reads, self.updates), "moved": moved}
 
     def _moved(self, layer: int, initial: Any, is_alone: bool) -> Optional[Dict[str, float]]:
         tables = tables_of_layers({layer: self.layers[layer]})

@@ -59,6 +59,36 @@ class UsageLog:
             log.write(f"{json.dumps(record)}\n")
 
 
+def open_log(
+    model: HasMemories, folder: Path, updates: int, writes: bool
+) -> Tuple[Optional[UsageLog], Optional[str]]:
+    """Open the log of a training, and save initial values if it is new.
+
+    Every worker must call it, and must then learn of a problem from the one that writes.
+
+    Args:
+        model: the model that is trained.
+        folder: gets the log and the initial values.
+        updates: finished updates.
+        writes: whether this worker writes.
+
+    Returns:
+        The log, None on the other workers; what is wrong, None if nothing is.
+    """
+    log, problem = None, None
+    try:
+        if writes:
+            log = UsageLog(folder / FILE, header_of(model), updates)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    try:
+        if updates == 0:
+            save_initial_values(model, folder if writes and not problem else None)
+    except OSError as error:
+        problem = str(error)
+    return log, problem
+
+
 def header_of(model: HasMemories) -> Dict[str, Any]:
     """The first line of a log: what all its counts have in common."""
     configs = {layer: x.memory.config for layer, x in sorted(model.memory_layers().items())}

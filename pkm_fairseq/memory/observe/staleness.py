@@ -79,12 +79,8 @@ class ReadTimes(nn.Module):
         return bool((self.last_read != self.last_read.round()).any())
 
     def summary(self, updates: int) -> Dict[str, Any]:
-        """The staleness after this many updates: "updates", "read" and "top1"."""
-        return {
-            "updates": updates,
-            "read": summarise(self.last_read, updates),
-            "top1": summarise(self.last_top1, updates),
-        }
+        """The staleness after this many updates, see ``staleness``."""
+        return staleness([self], updates)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ReadTimes":
         """Move with the model to another device, but stay in float32."""
@@ -111,6 +107,25 @@ def origin_of(keys: Tensor, *names: str) -> Tensor:
     content = keys.detach().float().cpu().numpy().tobytes()
     digest = hashlib.sha256("/".join(names).encode() + content).digest()
     return torch.tensor([1.0 + byte % 250 for byte in digest[:ORIGIN]])
+
+
+def staleness(reads: Sequence[ReadTimes], updates: int) -> Dict[str, Any]:
+    """The staleness of slots after this many updates.
+
+    Args:
+        reads: the times of all memories that share the values.
+        updates: finished updates.
+
+    Returns:
+        ``updates``; ``read`` and ``top1``, each as from ``summarise``.
+    """
+    last_read = torch.stack([x.last_read for x in reads]).amax(0)  # (n_slots,)
+    last_top1 = torch.stack([x.last_top1 for x in reads]).amax(0)
+    return {
+        "updates": updates,
+        "read": summarise(last_read, updates),
+        "top1": summarise(last_top1, updates),
+    }
 
 
 def merge_over_workers(reads: Sequence[ReadTimes], group: Any) -> None:

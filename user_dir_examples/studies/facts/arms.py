@@ -3,10 +3,21 @@
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from pkm_fairseq.experiments.facts.training import COMMON, PLAIN, epoch_of, memory_flags
-from pkm_fairseq.experiments.runs.study import schedule
+from pkm_fairseq.experiments.facts.training import (
+    FFN,
+    PLAIN,
+    WIDTH,
+    epoch_of,
+    memory_flags,
+    training_flags,
+)
 
-WIDTHS = {"plain": (64, 128), "wide": (64, 480), "plain2": (128, 256), "plain4": (256, 512)}
+WIDTHS = {  # and those of the FFN
+    "plain": (WIDTH, FFN),
+    "wide": (WIDTH, 480),
+    "plain2": (2 * WIDTH, 2 * FFN),
+    "plain4": (4 * WIDTH, 4 * FFN),
+}
 MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")
 
 EDGES = {1e-3: 5e-4, 5e-3: 1e-2}  # next rate to try if the best is the first or last
@@ -79,11 +90,10 @@ class Run:
     def flags(self) -> List[str]:
         """Options of fairseq-train, except paths."""
         width, ffn = WIDTHS.get(self.arm, WIDTHS["plain"])
-        rates = schedule(self.updates, self.lr, self.start is not None)
-        flags = [*COMMON, "--encoder-embed-dim", str(width), "--encoder-ffn-embed-dim", str(ffn)]
-        flags += [part for pair in rates.items() for part in pair]
-        flags += ["--seed", str(self.seed)]
-        flags += ["--save-interval", str(self.updates // 4 // epoch_of(self.people))]
+        quarter = self.updates // 4 // epoch_of(self.people)
+        flags = training_flags(
+            self.updates, self.lr, self.seed, quarter, self.start is not None, width, ffn
+        )
         if not self.n_keys:
             return [*flags, *PLAIN]
         arch = "pkm_roberta_tiny" if self.arm.startswith("pkm") else "resm_roberta_tiny"

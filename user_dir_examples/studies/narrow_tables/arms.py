@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Dict, List, Optional, Sequence
 
 from pkm_fairseq.experiments.demo.presets import PRESETS, Preset, arm_flags
-from pkm_fairseq.experiments.facts.training import COMMON, PLAIN, epoch_of, memory_flags
-from pkm_fairseq.experiments.runs.study import schedule
+from pkm_fairseq.experiments.facts.training import PLAIN, epoch_of, memory_flags, training_flags
 from pkm_fairseq.memory.kernels import float8
 
 ARMS: Dict[str, List[str]] = {
@@ -58,10 +57,8 @@ class Run:
             most = ["--max-update", str(self.updates(size))]
             return [*flags, *most, "--disable-validation", *ARMS[self.arm]]
         facts = size.facts
-        flags = [*COMMON, "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128"]
-        rates = schedule(facts.updates, facts.lr, self.start is not None)
-        flags += [part for pair in rates.items() for part in pair]
-        flags += ["--seed", str(self.seed), "--save-interval", str(half_epochs(size))]
+        has_start = self.start is not None
+        flags = training_flags(facts.updates, facts.lr, self.seed, half_epochs(size), has_start)
         if self.start is None:
             return [*flags, *PLAIN]
         memory = memory_flags("resm_roberta_tiny", facts.n_keys, facts.value_lr)

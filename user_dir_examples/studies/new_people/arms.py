@@ -5,11 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from pkm_fairseq.experiments.facts.training import COMMON, KNN, PLAIN, epoch_of, memory_flags
+from pkm_fairseq.experiments.facts.training import (
+    COMMON,
+    FFN,
+    KNN,
+    PLAIN,
+    WIDTH,
+    epoch_of,
+    memory_flags,
+)
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZE = 256
-WIDTHS = ["--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "128"]  # of both starts
+WIDTHS = ["--encoder-embed-dim", str(WIDTH), "--encoder-ffn-embed-dim", str(FFN)]  # of all starts
 # what differs from the training of the starts
 FINETUNING = shlex.split(f"""--batch-size {BATCH_SIZE} --lr-scheduler fixed --weight-decay 0
     --disable-validation""")
