@@ -40,7 +40,7 @@ $(INSTALLED): $(REQUIREMENTS)
 demo: install ## pretrain three arms on real text and write demo_out/report.html (CORPUS=file)
 	$(BIN)/python scripts/demo.py --validate-faiss --out $(OUT) $(if $(CORPUS),--corpus $(CORPUS))
 
-demo-quick: install ## the same with small sizes, into demo_quick_out, in about two minutes
+demo-quick: install ## the same with small sizes, into demo_quick_out, in a few minutes
 	$(BIN)/python scripts/demo.py --preset quick --out demo_quick_out
 
 test: install ## run every test, on all cores

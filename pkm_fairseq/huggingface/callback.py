@@ -15,7 +15,8 @@ from ..memory.observe.usage import DRAWS, MemoryUsage
 from .limits import check_training
 
 TRAINING = "train"
-RUNTIME = "_runtime"  # end of a key in every evaluation's log
+RUNTIME = "_runtime"  # end of a key in every evaluation's log, and in the last one of a training
+END_OF_TRAINING = "total_flos"  # only in the latter
 
 
 class MemoryUsageCallback(TrainerCallback):
@@ -183,7 +184,7 @@ class MemoryUsageCallback(TrainerCallback):
     def _finish_evaluation(self, prefix: str, state: Any, args: Any) -> Dict[str, float]:
         host, count = self._host, self._evaluation
         assert host is not None and count is not None
-        count.split = prefix
+        count.split = f"{prefix}_evaluation" if prefix == TRAINING else prefix
         count.updates = None if host.run.updates is None else state.global_step
         count.add_up(args.device)
         if count.total:
@@ -216,4 +217,4 @@ class _Switch:
 def _evaluation_of(logs: Dict[str, Any]) -> Optional[str]:
     """The prefix of the keys in an evaluation's log; None for other logs."""
     found = [key.removesuffix(RUNTIME) for key in logs if key.endswith(RUNTIME)]
-    return found[0] if found and found[0] != TRAINING else None
+    return found[0] if found and END_OF_TRAINING not in logs else None

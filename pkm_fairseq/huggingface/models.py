@@ -25,7 +25,7 @@ from ..memory import (
 from ..memory.gradient import is_table
 from ..memory.kernels import is_half
 from ..memory.observe.staleness import ReadTimes, origin_of
-from ..memory.query import BatchQueryNorm
+from ..memory.query import BatchQueryNorm, LayerQueryNorm
 from .architectures import ARCHITECTURES, PREFIX, Architecture, architecture_of
 from .blocks import (
     MODES,
@@ -87,14 +87,30 @@ class MemoryModel:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, (ValueTable, BatchQueryNorm, ProductKeyMemory)):
+        if isinstance(module, (ValueTable, BatchQueryNorm, LayerQueryNorm, ProductKeyMemory)):
             module.reset_parameters()
         elif isinstance(module, ReadTimes):
             nn.init.zeros_(module.last_read)
             nn.init.zeros_(module.last_top1)
             block = next(x for x in self.memory_layers().values() if x.reads is module)
             if not is_loaded(module.origin):
-                module.origin.copy_(origin_of(block.memory.keys, block.memory_mode))
+                is_new = not is_loaded(block.memory.keys)  # keys of a checkpoint may be trained
+                nn.init.zeros_(module.origin)
+                if is_new:
+                    module.origin.copy_(origin_of(block.memory.keys, block.memory_mode))
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """Mark weights that are tied to others, but no shared table that was not loaded.
+
+        transformers marks the other names of a shared table, whose parameter is the same one, and
+        then takes it for loaded.
+        """
+        tables = set(shared_tables(self).values())
+        missing = {name for name in tables if not is_loaded(self.get_parameter(name))}  # type: ignore[attr-defined]
+        super().mark_tied_weights_as_initialized(loading_info)  # type: ignore[misc]
+        for name in missing:
+            del self.get_parameter(name)._is_hf_initialized  # type: ignore[attr-defined]
+        loading_info.missing_keys = {*loading_info.missing_keys, *missing}
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
@@ -178,6 +194,8 @@ def _complete(model: Any) -> None:
             part._tied_weights_keys = {**(part._tied_weights_keys or {}), **tied}
         part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
         part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), *FLOAT32}
+        blocks = {type(block).__name__ for block in model.memory_layers().values()}
+        part._no_split_modules = {*(part._no_split_modules or ()), *blocks}
         if part.config.memory["value_dtype"] == "float32":
             part._keep_in_fp32_modules_strict.add("memory.values")
         ignore_read_times_in_ddp(part)

@@ -102,12 +102,23 @@ def to_fairseq(model: Any) -> Fairseq:
         for name, tensor in model.state_dict().items()
         if not name.endswith(DERIVED) and name != "lm_head.decoder.bias"
     }
+    if not config.tie_word_embeddings:  # then this is the bias that is used
+        theirs["lm_head.bias"] = model.lm_head.decoder.bias.detach().float().clone()
     types = theirs.pop(TYPES)
     theirs[POSITIONS] = theirs[POSITIONS] + types[0]
     theirs[POSITIONS][config.pad_token_id] = 0  # as in fairseq; no token has this position
     state = {_our_name(name): tensor for name, tensor in theirs.items()}
     state[f"{ENCODER}version"] = torch.tensor([3.0])
     return Fairseq(_our_options(config), state)
+
+
+def left_out(options: Dict[str, Any]) -> List[str]:
+    """What transformers' RoBERTa has no option for, in lines of a report; outputs are equal."""
+    return [
+        f"{name} is {options[name]}: transformers' RoBERTa has none, so later training differs"
+        for name in ("activation_dropout", "encoder_layerdrop")
+        if options.get(name)
+    ]
 
 
 def load_masked_lm(folder: str) -> Any:

@@ -55,6 +55,11 @@ class MemoryTrainer(Trainer):
         self.value_lr, self.value_lr_schedule = value_lr, value_lr_schedule
         self.exchange_as = exchange_as
         super().__init__(model, args, *positional, **more)
+        if self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                f"optimizer_cls_and_kwargs is {self.optimizer_cls_and_kwargs}, must be None: "
+                "MemoryTrainer makes a MemoryAdam; use transformers' own Trainer"
+            )
         callbacks = self.callback_handler.callbacks
         given = [x for x in callbacks if isinstance(x, MemoryUsageCallback)]
         for callback in given:  # so that reporters see its numbers

@@ -136,6 +136,26 @@ def test_token_types_are_added_to_positions(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_the_bias_of_an_untied_output_layer_is_its_own(tmp_path: Path) -> None:
+    model = their_model(tmp_path / "in", tie_word_embeddings=False)
+    assert model.lm_head.decoder.bias is not model.lm_head.bias
+    torch.nn.init.normal_(model.lm_head.decoder.bias)
+    model.save_pretrained(tmp_path / "in")
+    convert_to_fairseq(tmp_path / "in", tmp_path / "out")
+    stored = read_checkpoint(str(tmp_path / "out/checkpoint.pt"), "x")["model"]
+    assert torch.equal(stored["encoder.lm_head.bias"], model.lm_head.decoder.bias)
+
+
+def test_what_transformers_has_no_option_for_is_said(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = checkpoint("resm", activation_dropout=0.25, encoder_layerdrop=0.5)
+    said = "\n".join(convert_to_transformers(file, tmp_path / "out"))
+    assert "activation_dropout is 0.25: transformers' RoBERTa has none" in said
+    assert "encoder_layerdrop is 0.5: transformers' RoBERTa has none" in said
+
+
+@torch.no_grad()
 def test_a_converted_model_is_a_start_for_init(tmp_path: Path) -> None:
     their_model(tmp_path / "in")
     convert_to_fairseq(tmp_path / "in", tmp_path / "out")
@@ -171,7 +191,9 @@ SENTENCES = [
 ]
 
 
-def their_model(folder: Path, dictionary: Dictionary = DICTIONARY, rows: int = 0) -> Any:
+def their_model(
+    folder: Path, dictionary: Dictionary = DICTIONARY, rows: int = 0, **more: Any
+) -> Any:
     """A RoBERTa of transformers with a tokenizer of words, saved."""
     config = transformers.RobertaConfig(
         vocab_size=rows or len(dictionary),
@@ -184,6 +206,7 @@ def their_model(folder: Path, dictionary: Dictionary = DICTIONARY, rows: int = 0
         layer_norm_eps=1e-5,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        **more,
     )
     model = transformers.RobertaForMaskedLM(config).eval()
     model.save_pretrained(folder)

@@ -2,12 +2,13 @@
 
 import copy
 import logging
+import math
 import pickle
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import pytest
 import torch
@@ -236,6 +237,70 @@ def test_memories_that_a_checkpoint_lacks_are_drawn(tmp_path: Path) -> None:
     assert torch.equal(memory.query_norm.running_var, torch.ones(16))
     assert torch.equal(block.reads.origin, origin_of(memory.keys, "residual"))
     assert not block.reads.last_read.any()
+
+
+def leave_out(folder: Path, *parts: str) -> None:
+    """Remove the tensors whose names have one of these parts from a saved model."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    kept = {n: x for n, x in load_file(file).items() if not any(part in n for part in parts)}
+    save_file(kept, file, {"format": "pt"})
+
+
+KINDS: Dict[str, Dict[str, Any]] = {
+    "batch": {"value_dtype": "bfloat16"},
+    "layer": {"query_norm": "layer", "learn_score_scale": True, "score_scale": 3.0},
+    "none": {"query_norm": "none", "query": "mlp", "output": "swilu", "v_dim": 6},
+    "experts": {"values": "experts", "v_dim": 6},
+    "shared": {"share_values": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_a_memory_that_is_missing_is_drawn_as_in_a_new_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_memories(plain("bert"), replace(SMALL, **KINDS[kind]), [0, 2])
+    model.save_pretrained(tmp_path)
+    leave_out(tmp_path, ".memory.", ".reads.")
+    empty_like = torch.empty_like
+
+    def poisoned(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # as what lies in memory may be
+        made = empty_like(x, *args, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() and not made.is_meta else made
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    load = transformers.AutoModelForMaskedLM.from_pretrained
+    loaded, info = load(tmp_path, output_loading_info=True)
+    monkeypatch.undo()
+    values = {name for name in model.state_dict() if ".memory.values." in name}
+    assert values <= info["missing_keys"]
+    for name, expected in model.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == expected.dtype and found.isfinite().all(), name
+        if ".reads." not in name:
+            size, wanted = (float(x.float().square().mean().sqrt()) for x in (found, expected))
+            assert size == pytest.approx(wanted, rel=0.5), name
+    assert loaded(**batch()).logits.isfinite().all()
+
+
+def test_the_origin_of_a_memory_is_unknown_if_only_its_keys_are_saved(tmp_path: Path) -> None:
+    with_memories("bert").save_pretrained(tmp_path)
+    leave_out(tmp_path, ".reads.")
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert not loaded.memory_layers()[0].reads.origin.any()
+
+
+def test_a_device_map_splits_no_block(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = with_memories("bert", head="")
+    size = sum(4 * p.numel() for p in model.parameters())
+    places = accelerate.infer_auto_device_map(
+        model, {"cpu": size * 2 // 3, "disk": 10**9}, list(model._no_split_modules)
+    )
+    assert set(places.values()) == {"cpu", "disk"}
+    assert not [name for name in places if "layer." in name and not name[-1].isdigit()], places
 
 
 def test_times_of_reads_are_saved(tmp_path: Path) -> None:

@@ -386,6 +386,15 @@ def test_a_count_is_of_training_batches_or_of_an_evaluation_not_of_both(tmp_path
     ]
 
 
+def test_an_evaluation_of_the_training_set_is_no_training(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, max_steps=2, callbacks=[MemoryUsageCallback(interval=1, tokens=8)])
+    trained_on = trainer.evaluate(examples()[:4], metric_key_prefix="train")
+    assert trained_on["train_memory0_tokens"] == 8 and "memory0_tokens" not in trained_on
+    assert trainer.evaluate(examples()[:1])["eval_memory0_tokens"] == 8
+    _, records = read_usage_log(tmp_path / "memory_usage.jsonl")
+    assert [x["split"] for x in records] == ["train", "train", "train_evaluation", "eval"]
+
+
 def test_look_ups_of_predict_are_in_no_evaluation(tmp_path: Path) -> None:
     trainer = MemoryTrainer(with_memories("bert"), arguments(tmp_path))
     alone = trainer.evaluate(examples()[:2])
@@ -459,6 +468,12 @@ def test_a_schedule_that_treats_all_groups_alike_is_refused(tmp_path: Path) -> N
             eval_dataset=examples()[:4],
             eval_strategy="steps",
         )
+
+
+def test_another_optimizer_is_refused_however_it_is_given(tmp_path: Path) -> None:
+    given = (torch.optim.SGD, {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"optimizer_cls_and_kwargs is .*SGD.*, must be None: M"):
+        MemoryTrainer(with_memories("bert"), arguments(tmp_path), optimizer_cls_and_kwargs=given)
 
 
 def test_a_trainer_says_how_workers_exchange_gradients_of_tables(tmp_path: Path) -> None:

@@ -29,6 +29,13 @@ def test_the_update_of_the_last_read_and_of_the_last_first_choice_is_kept():
     assert reads.last_top1.tolist() == [1, 2, 1, 3, 0, 0]
 
 
+def test_times_of_a_model_that_was_built_without_memory_can_be_placed():
+    with torch.device("meta"):
+        reads = ReadTimes(4).half()
+    placed = reads.to_empty(device="cpu")
+    assert placed.last_read.device.type == "cpu" and placed.origin.dtype == torch.float32
+
+
 def test_padding_is_no_read():
     reads = ReadTimes(4)
     slots = torch.tensor([[[0, 1]], [[-1, -1]]])

@@ -69,10 +69,11 @@ def convert_to_transformers(
     if heads:
         raise ValueError(f"{checkpoint} has heads, which cannot be converted: {', '.join(heads)}")
     theirs = _load_fairseq(checkpoint, stored, symbols)
-    model = roberta.to_transformers(_of_fairseq(theirs))
+    fairseq = _of_fairseq(theirs)
+    model = roberta.to_transformers(fairseq)
     length = model.config.max_position_embeddings - 2
     tokenizer = _tokenizer(symbols.symbols, length, sentencepiece_model, gpt2_bpe)
-    said = [f"{checkpoint}: {len(state)} tensors; {note}"]
+    said = [f"{checkpoint}: {len(state)} tensors; {note}", *roberta.left_out(fairseq.options)]
     with _whole_folder(out) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -86,8 +86,11 @@ class ReadTimes(nn.Module):
         """Move with the model to another device, but stay in float32."""
         times = self.last_read, self.last_top1, self.origin
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.last_read.device
-        self.last_read, self.last_top1, self.origin = (last.to(device) for last in times)
+        moved = self.last_read, self.last_top1, self.origin
+        self.last_read, self.last_top1, self.origin = (
+            now.float() if last.is_meta else last.to(now.device)
+            for last, now in zip(times, moved, strict=True)
+        )
         return self
 
 
