@@ -1,10 +1,14 @@
 """Moving averages of the parameters, ``--store-ema``."""
 
+import logging
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any, Callable, Optional, Tuple
 
+from fairseq import checkpoint_utils
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., None]:
@@ -26,6 +30,33 @@ def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., No
         stock(self, SimpleNamespace(state_dict=lambda: once), updates)
 
     return step
+
+
+def start_from_the_loaded_model(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace ``Trainer.load_checkpoint``, for a checkpoint without an average.
+
+    fairseq wants to start the average from the checkpoint's parameters, which it has deleted by
+    then. The replacement names them as the average, too.
+    """
+
+    @wraps(stock)
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        load = checkpoint_utils.load_checkpoint_to_cpu
+
+        def load_with_average(*given: Any, **more: Any) -> Any:
+            state = load(*given, **more)
+            if self.cfg.ema.store_ema and "ema" not in state["extra_state"]:
+                logger.info("the checkpoint has no average: --store-ema starts from its parameters")
+                state["extra_state"]["ema"] = state["model"]
+            return state
+
+        checkpoint_utils.load_checkpoint_to_cpu = load_with_average
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            checkpoint_utils.load_checkpoint_to_cpu = load
+
+    return load_checkpoint
 
 
 def _place(value: Any) -> Optional[Tuple[Any, ...]]:

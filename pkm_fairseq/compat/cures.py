@@ -234,6 +234,13 @@ CURES: Tuple[Cure, ...] = (
         replace=averages.average_tied_parameters_once,
     ),
     Cure(
+        "fairseq.trainer.Trainer.load_checkpoint",
+        "--store-ema with a checkpoint that has no average: KeyError: 'model'",
+        FAIRSEQ,
+        OPTIONS + "test_an_average_starts_from_a_checkpoint_without_one",
+        replace=averages.start_from_the_loaded_model,
+    ),
+    Cure(
         "fairseq.models.distributed_fairseq_model.DistributedDataParallel",
         "--ddp-backend pytorch_ddp names a GPU for every model, which torch refuses on the CPU",
         FAIRSEQ,

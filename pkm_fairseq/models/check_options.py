@@ -164,7 +164,7 @@ def _check_shards(plan: Plan) -> None:
 
 
 def _check_init_from(plan: Plan) -> None:
-    for option in ("restore_file", "finetune_from_model"):
+    for option in ("restore_file", "finetune_from_model", "continue_once"):
         file = getattr(plan.run, option)
         if file not in (None, "checkpoint_last.pt"):
             raise ValueError(

@@ -150,6 +150,7 @@ class RunOptions:
     save_dir: str = of_run("checkpoint.save_dir", "checkpoints")
     restore_file: str = of_run("checkpoint.restore_file", "checkpoint_last.pt")
     finetune_from_model: Optional[str] = of_run("checkpoint.finetune_from_model")
+    continue_once: Optional[str] = of_run("checkpoint.continue_once")
     checkpoint_suffix: str = of_run("checkpoint.checkpoint_suffix", "")
     no_save_optimizer_state: bool = of_run("checkpoint.no_save_optimizer_state", False)
     store_ema: bool = of_run("ema.store_ema", False)

@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Dict
 
 from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
@@ -37,6 +37,22 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         remember_dictionary(self)
         if not cfg.regression_target:  # meanings of the head's outputs
             self.state.merge_state_dict({"labels": label_names(label_dictionary)})
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Take over the state in a checkpoint, which fairseq loads for evaluation.
+
+        Raises:
+            ValueError: its head was trained on labels in another order.
+        """
+        theirs = state_dict.get("labels")
+        if theirs and not self.cfg.regression_target:
+            ours = label_names(self.label_dictionary)
+            if any(a != b for a, b in zip(theirs, ours, strict=False)):
+                raise ValueError(
+                    f"the labels of {self.cfg.data} are {', '.join(ours)}, must be in the order "
+                    f"that the checkpoint was trained with: {', '.join(theirs)}"
+                )
+        super().load_state_dict(state_dict)
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> "PkmSentencePredictionTask":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Set, Tuple
 
 import pytest
+import torch
 from fairseq import options
 from fairseq.data import Dictionary
 
@@ -80,6 +81,7 @@ MASKED_LM_WORKS = [
     "--checkpoint-suffix x --checkpoint-shard-count 2 --load-checkpoint-on-all-dp-ranks",
     "--no-last-checkpoints --no-save-optimizer-state --save-interval-updates 3",
     "--store-ema --ema-decay 0.5 --ema-start-update 2 --ema-update-freq 2 --ema-fp32",
+    f"--store-ema --restore-file {START} --reset-optimizer --reset-dataloader --reset-meters",
     # precision
     "--fp16 --fp16-no-flatten-grads --fp16-init-scale 4",
     "--memory-efficient-fp16 --fp16-init-scale 4 --fp16-scale-window 4 --fp16-scale-tolerance 0.5 "
@@ -176,6 +178,7 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     "--memory-checkpoint parts --no-save-optimizer-state": "does not tell all workers",
     "--memory-checkpoint parts --memory-freeze values": "no values are trained",
     "--memory-checkpoint parts --memory-layers []": "no values are trained",
+    f"--init-from {START} --continue-once {START}": "--continue-once .* exclude each other",
     f"--store-ema --ema-seed-model {START}": "holds no average.*--store-ema",
     "--store-ema --ema-seed-model nowhere.pt": "no checkpoint at nowhere.pt",
     "--memory-value-lr 1e30": "gradients are Nan/Inf",
@@ -241,6 +244,21 @@ def _assert_trained(done: Run) -> None:
 @pytest.mark.parametrize("flags", MASKED_LM_WORKS)
 def test_it_works(flags: str, data: Path, start: Path, tmp_path: Path) -> None:
     _assert_trained(_train(data, "bin", flags, tmp_path, str(start)))
+
+
+def test_an_average_starts_from_a_checkpoint_without_one(
+    data: Path, start: Path, tmp_path: Path
+) -> None:
+    flags = f"--store-ema --ema-decay 1 --finetune-from-model {START}"
+    _assert_trained(_train(data, "bin", flags, tmp_path, str(start)))
+    before, after = (
+        torch.load(folder / "checkpoint_last.pt", weights_only=False)
+        for folder in (start, tmp_path)
+    )
+    average = after["extra_state"]["ema"]  # decay 1: it stays where it began
+    name = "encoder.sentence_encoder.layers.1.fc1.weight"
+    assert torch.equal(average[name], before["model"][name])
+    assert not torch.equal(after["model"][name], before["model"][name])
 
 
 @pytest.mark.parametrize("flags", SENTENCES_WORK)

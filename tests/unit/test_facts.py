@@ -201,6 +201,9 @@ def results(study):
             found[run] = entry(n_keys / 1000)
         long = arms.Run("plain", 10_000, 16_000, seed, 2e-3)
         found[long] = entry(0.20, way={12_000: 0.19, 16_000: 0.20})
+    for wave in arms.WAVES:  # the others, which decide no criterion
+        for run in wave(size, {run: of["train"]["by_name"]["recall"] for run, of in found.items()}):
+            found.setdefault(run, entry(0.05))
     return found
 
 
@@ -250,6 +253,22 @@ def test_capacity_or_updates_needs_all_seeds(study, results):
     assert said(study, results)[2] == "the memory saved updates"
     results |= {run: entry(0.2, way={12_000: 0.17, 16_000: 0.2}) for run in runs}  # it still learns
     assert said(study, results)[2] == "it cannot be said"
+
+
+def test_ten_points_are_ten_whatever_the_numbers(study, results):
+    _, table = study
+    criteria = table.Criteria(results, study[0].SIZES["full"])
+    assert criteria.above([0.3, 0.6, 0.8], [0.2, 0.5, 0.7]) is True
+    assert criteria.above([0.2999], [0.2]) is False
+
+
+def test_without_all_runs_it_is_open_whether_nothing_leaks(study, results):
+    assert said(study, results)[9] == "supported"
+    (run,) = [run for run in results if (run.arm, run.seed) == ("plain4", 3)]
+    del results[run]
+    assert said(study, results)[9] == "open, runs are missing"
+    next(iter(results.values()))["control"]["by_name"]["recall"] = 0.03  # one run decides
+    assert said(study, results)[9] == "not supported"
 
 
 def test_values_that_hold_nothing_and_a_leak_are_seen(study, results):

@@ -38,6 +38,14 @@ def rte(tmp_path, text, split="train"):
     return read_file(file, TASKS["RTE"].files[split].columns, TASKS["RTE"])
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_blank_lines_at_the_end_are_no_rows(split, tmp_path):
+    header, row = (HEADER, GOOD) if split == "train" else (b"index\ta\tb\n", b"0\ta\tb\n")
+    header = header.replace(b"a\tb", b"sentence1\tsentence2")
+    rows = rte(tmp_path, header + row + b"\n\r\n", split)
+    assert (rows.texts, rows.left_out) == ([("a", "b")], [])
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_columns_and_labels_of_the_official_files(name, tmp_path):
     spec, folder = TASKS[name], write_glue(tmp_path, [name]) / name
@@ -121,11 +129,11 @@ def test_a_test_file_never_loses_a_row(bad, tmp_path):
     row, message = BAD_ROWS.get(bad, (b"0\ta\tb\t-", "index 0 occurs twice"))
     cells = row.split(b"\t")
     unlabelled = b"\t".join(cells[:-1] if len(cells) > 1 else cells)
-    text = b"index\tsentence1\tsentence2\n0\ta\tb\n" + unlabelled + b"\n"
+    text = b"index\tsentence1\tsentence2\n0\ta\tb\n" + unlabelled + b"\n2\ta\tb\n"
     if bad == "empty sentence":
         read = rte(tmp_path, text, "test")
-        assert read.texts == [("a", "b"), ("a", " ")]
-        assert read.indices == ["0", "1"]
+        assert read.texts == [("a", "b"), ("a", " "), ("a", "b")]
+        assert read.indices == ["0", "1", "2"]
         return
     with pytest.raises(ValueError, match=message.split(",")[0][2:]) as error:
         rte(tmp_path, text, "test")

@@ -123,6 +123,19 @@ def test_a_leak_is_seen_and_missing_runs_leave_a_criterion_open(study, results):
     assert said(study, results)[0] == "not supported"
 
 
+def test_without_all_runs_it_is_open_whether_nothing_leaks(study, results):
+    arms, _ = study
+    del results[arms.Run("values", *arms.ARMS["values"].rates[0], 3)]
+    assert said(study, results)[7] == "open, runs are missing"
+
+
+def test_few_slots_must_learn_nothing_on_the_whole_way(study, results):
+    arms, _ = study
+    run = arms.best(results, arms.SIZES["full"], "slots_256")
+    results[run] = entry((1.0, 0.01), (1.0, 0.11), (1.0, 0.05))
+    assert said(study, results)[3] == "not supported"
+
+
 def test_the_table_has_a_row_for_each_rate(study, results):
     arms, table = study
     size = arms.SIZES["full"]

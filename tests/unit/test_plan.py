@@ -34,7 +34,7 @@ FLAGS = (
 )
 RUN = "--optimizer pkm_adam --fp16 --memory-efficient-fp16 --ddp-backend slowmo --store-ema"
 RUN += " --zero-sharding os --save-dir out --restore-file a.pt --finetune-from-model b.pt"
-RUN += " --no-save-optimizer-state --use-bmuf"
+RUN += " --no-save-optimizer-state --use-bmuf --continue-once c.pt"
 NODES = {
     "fp16": "common",
     "memory_efficient_fp16": "common",
@@ -114,6 +114,7 @@ def test_both_drivers_lead_to_the_same_plan(data: Path) -> None:
         save_dir="out",
         restore_file="a.pt",
         finetune_from_model="b.pt",
+        continue_once="c.pt",
         no_save_optimizer_state=True,
         store_ema=True,
         use_bmuf=True,

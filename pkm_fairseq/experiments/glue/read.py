@@ -121,8 +121,16 @@ def numbered_lines(stream: BinaryIO) -> Iterator[Tuple[int, bytes]]:
 
 
 def _lines(file: Path) -> Iterator[Tuple[int, bytes]]:
+    """Lines with numbers, without blank lines at the end."""
+    blank: List[Tuple[int, bytes]] = []
     with file.open("rb") as stream:
-        yield from numbered_lines(stream)
+        for numbered in numbered_lines(stream):
+            if numbered[1]:
+                yield from blank
+                yield numbered
+                blank = []
+            else:
+                blank.append(numbered)
 
 
 def _header(file: Path, lines: Iterator[Tuple[int, bytes]], columns: Columns) -> List[str]:

@@ -122,6 +122,16 @@ def in_every(answers: Iterable[Optional[bool]]) -> Optional[bool]:
     return False if False in found else None if None in found else True
 
 
+def no_leak(highest: float, is_complete: bool) -> Optional[bool]:
+    """Whether no run recalls more than 2 % of facts that are in no text; None if that is open.
+
+    Args:
+        highest: recall of these facts in any finished run.
+        is_complete: whether all runs have finished.
+    """
+    return False if highest > 0.02 else True if is_complete else None
+
+
 def refuse_unknown_arm(arm: str, known: Set[str]) -> None:
     """Raise ValueError if ``--check`` names what is not known: an arm without results."""
     if arm not in known:

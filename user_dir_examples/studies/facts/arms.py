@@ -213,6 +213,12 @@ def _falling(size: Size, results: Results) -> List[Run]:
     ]
 
 
+def is_complete(size: Size, results: Results) -> bool:
+    """Whether all runs of the study have finished."""
+    waves = (wave(size, results) for wave in WAVES)  # a wave may need the runs of those before
+    return all(run in results for runs in waves for run in runs)
+
+
 WAVES: List[Wave] = [  # what decides a criterion comes first
     *_rates("plain"),
     *_rates("resm_init"),

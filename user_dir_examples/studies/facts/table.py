@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
-from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen, is_tuned
+from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen, is_complete, is_tuned
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
@@ -23,6 +23,7 @@ from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN
 from pkm_fairseq.experiments.runs.study import (
     in_every,
     median_and_range,
+    no_leak,
     read_results,
     write_results,
 )
@@ -142,7 +143,7 @@ class Criteria:
     ) -> Optional[bool]:
         """Whether recall is higher, and by at least ``by``, for every seed."""
         return in_every(
-            None if a is None or b is None else a >= b + by and a > b
+            None if a is None or b is None else round(a - b, 9) >= by and a > b
             for a, b in zip(one, other, strict=True)
         )
 
@@ -209,7 +210,9 @@ class Criteria:
             "7, ResM over PKM": self.above(ours, self.of("pkm_init"), 0.0),
             f"8, {self.size.fewer:,} people": self.memory_wins(people=self.size.fewer),
             f"8, {self.size.more:,} people": self.memory_wins(people=self.size.more),
-            f"9, no leak (control at most {100 * highest:.1f} %)": highest <= 0.02,
+            f"9, no leak (control at most {100 * highest:.1f} %)": no_leak(
+                highest, is_complete(self.size, self.recalls)
+            ),
             "10, a falling value rate helps": self.above(
                 self.of("resm_init", value_schedule="follow"), ours, 0.02
             ),
