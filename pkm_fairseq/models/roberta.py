@@ -108,8 +108,9 @@ class PkmRobertaModel(RobertaModel):
             current batch, and change its statistics.
 
         Raises:
-            ValueError: the folder, checkpoint or data do not exist, the dictionary differs from the
-                checkpoint's, or ``user_dir`` is given (importing this class makes it unnecessary).
+            ValueError: the folder, checkpoint or data do not exist, the dictionary or the order of
+                labels differs from the checkpoint's, or ``user_dir`` is given (importing this class
+                makes it unnecessary).
         """
         if "user_dir" in kwargs:
             raise ValueError("from_pretrained: leave out user_dir, the plugin is already imported")
@@ -126,6 +127,9 @@ class PkmRobertaModel(RobertaModel):
             hub = super().from_pretrained(
                 model_name_or_path, checkpoint_file, data_name_or_path, bpe, **{**names, **kwargs}
             )
+        check_labels = getattr(hub.task, "check_labels", None)  # of a task of this plugin
+        if check_labels is not None:
+            check_labels()
         return hub.eval()
 
     def _freeze_memory(self, part: Optional[str]) -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from fairseq.tasks import register_task
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
@@ -35,24 +35,29 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
         super().__init__(cfg, data_dictionary, label_dictionary)
         remember_dictionary(self)
+        self._labels: List[str] = []  # of a loaded checkpoint
         if not cfg.regression_target:  # meanings of the head's outputs
             self.state.merge_state_dict({"labels": label_names(label_dictionary)})
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Take over the state in a checkpoint, which fairseq loads for evaluation.
+        """Take over the state in a checkpoint, which fairseq loads for evaluation."""
+        super().load_state_dict(state_dict)
+        self._labels = state_dict.get("labels") or []
+
+    def check_labels(self) -> None:
+        """Compare the labels of the data with those of a loaded checkpoint.
 
         Raises:
-            ValueError: its head was trained on labels in another order.
+            ValueError: the checkpoint's head was trained on labels in another order.
         """
-        theirs = state_dict.get("labels")
-        if theirs and not self.cfg.regression_target:
-            ours = label_names(self.label_dictionary)
-            if any(a != b for a, b in zip(theirs, ours, strict=False)):
-                raise ValueError(
-                    f"the labels of {self.cfg.data} are {', '.join(ours)}, must be in the order "
-                    f"that the checkpoint was trained with: {', '.join(theirs)}"
-                )
-        super().load_state_dict(state_dict)
+        if self.cfg.regression_target:
+            return
+        ours = label_names(self.label_dictionary)
+        if any(a != b for a, b in zip(self._labels, ours, strict=False)):
+            raise ValueError(
+                f"the labels of {self.cfg.data} are {', '.join(ours)}, must be in the order that "
+                f"the checkpoint was trained with: {', '.join(self._labels)}"
+            )
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> "PkmSentencePredictionTask":
@@ -76,8 +81,9 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         """Compare all parts of a split, see ``SentenceData.check``.
 
         Raises:
-            ValueError: the parts do not fit together.
+            ValueError: the parts do not fit together, or not to a loaded checkpoint.
         """
+        self.check_labels()
         is_regression = self.cfg.regression_target
         labels = None if is_regression else self.label_dictionary
         data = SentenceData(self.cfg.data, self.source_dictionary, labels, self.cfg.num_classes)

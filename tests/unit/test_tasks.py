@@ -136,14 +136,16 @@ def test_loading_a_checkpoint_of_the_task_keeps_the_hash(name, data):
 def test_labels_in_another_order_than_a_checkpoints_are_refused(data):
     task = setup("pkm_sentence_prediction", data)
     stored = {**task.state_dict(), "labels": ["b", "a"]}
+    task.load_state_dict(stored)
     with pytest.raises(
         ValueError, match=r"the labels of .* are a, b, must be in the order .*: b, a"
     ):
-        task.load_state_dict(stored)
-    assert task.state_dict()["labels"] == ["a", "b"]
+        task.load_dataset("valid")
     task.load_state_dict({**stored, "labels": ["a", "b", "c"]})  # the data has no row of the last
+    task.load_dataset("valid")
     regression = setup("pkm_sentence_prediction", data, regression_target=True)
     regression.load_state_dict(stored)
+    regression.check_labels()
 
 
 # --- errors -----------------------------------------------------------------------------------
