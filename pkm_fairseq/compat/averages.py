@@ -32,7 +32,7 @@ def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., No
     return step
 
 
-def start_from_the_loaded_model(stock: Callable[..., Any]) -> Callable[..., Any]:
+def start_from_the_checkpoint(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Replace ``Trainer.load_checkpoint``, for a checkpoint without an average.
 
     fairseq wants to start the average from the checkpoint's parameters, which it has deleted by

@@ -238,7 +238,7 @@ CURES: Tuple[Cure, ...] = (
         "--store-ema with a checkpoint that has no average: KeyError: 'model'",
         FAIRSEQ,
         OPTIONS + "test_an_average_starts_from_a_checkpoint_without_one",
-        replace=averages.start_from_the_loaded_model,
+        replace=averages.start_from_the_checkpoint,
     ),
     Cure(
         "fairseq.models.distributed_fairseq_model.DistributedDataParallel",

@@ -16,6 +16,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from pkm_fairseq.experiments.glue.predict import load_finetuned
 from pkm_fairseq.experiments.glue.tasks import TASKS
+from pkm_fairseq.models.labels import label_names
+from pkm_fairseq.models.roberta import PkmRobertaModel
 from tests.glue_data import write_glue, write_tokenizer
 
 from .runs import BIN, MEMORY, MODEL, PATIENCE, ROOT, TRAIN, Run, load, run, run_well
@@ -23,6 +25,20 @@ from .runs import BIN, MEMORY, MODEL, PATIENCE, ROOT, TRAIN, Run, load, run, run
 CLASSES = {"RTE": 2, "SST-2": 2, "STS-B": 1, "MNLI": 3}
 PLAIN = "STS-B"  # learned by a model without memory
 EXAMPLE = ROOT / "user_dir_examples" / "glue" / "task_spec_example.yaml"
+
+
+@pytest.mark.parametrize("names_labels_as_trained", [True, False])
+def test_the_hub_interface_compares_the_order_of_labels(
+    made: Path, names_labels_as_trained: bool
+) -> None:
+    file = checkpoint_of(made, "SST-2")
+    data = made / ("preprocessed" if names_labels_as_trained else "data") / "SST-2"
+    load = partial(PkmRobertaModel.from_pretrained, str(file.parent), file.name, bpe=None)
+    if names_labels_as_trained:
+        assert label_names(load(str(data)).task.label_dictionary) == ["1", "0"]
+        return
+    with pytest.raises(ValueError, match=r"are 0, 1, must be in the order .* trained with: 1, 0"):
+        load(str(data))
 
 
 @pytest.fixture(scope="module")
