@@ -14,7 +14,7 @@ A delta holds rows of value tables, and a hash of the base model. It works for m
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from _script import check_output, run
 from rich.console import Console
@@ -30,11 +30,11 @@ from pkm_fairseq.analysis.checkpoints import (
     read_text,
     updates_of,
 )
-from pkm_fairseq.analysis.moved import check_rows, distances_by_layer, what_moved
+from pkm_fairseq.analysis.moved import check_rows, distances_by_table, what_moved
 from pkm_fairseq.memory.archive import write_rows
 from pkm_fairseq.memory.delta import (
     APART,
-    Delta,
+    TableRows,
     check_applied,
     check_base,
     combine,
@@ -149,7 +149,7 @@ def make(args: argparse.Namespace) -> None:
     if heads:
         print(f"{len(heads)} tensors of classification heads are left out")
     save_delta(args.out, delta)
-    print(f"{args.out}: {described(delta)}, {args.out.stat().st_size:,} bytes")
+    print(f"{args.out}: {described(delta.tables)}, {args.out.stat().st_size:,} bytes")
 
 
 def change(args: argparse.Namespace) -> None:
@@ -166,14 +166,22 @@ def change(args: argparse.Namespace) -> None:
             written = {name: (table.slots, table.before) for name, table in rows.items()}
     except ValueError as error:
         raise ValueError(f"CHECKPOINT {args.checkpoint}: {error}") from None
+    changed = described(rows)
     write_rows(args.checkpoint, args.out, "model", written)
-    print(f"{args.out}: {sum(len(slots) for slots, _ in written.values()):,} rows written")
+    print(f"{args.out}: {changed} written")
 
 
-def described(delta: Delta) -> str:
-    """The number of rows per layer, in words."""
-    layers = distances_by_layer(delta.tables)
-    return "; ".join(f"layer {layer}: {len(moved):,} rows" for layer, moved in layers.items())
+def described(rows: Mapping[str, TableRows]) -> str:
+    """The number of changed slots, by the layers that read them, in words."""
+    return "; ".join(
+        f"layer{'s' * (len(layers) > 1)} {named(layers)}: {len(moved):,} rows"
+        for layers, moved in distances_by_table(rows).items()
+    )
+
+
+def named(layers: Sequence[int]) -> str:
+    """Layers that share a table."""
+    return ", ".join(map(str, layers))
 
 
 def show(args: argparse.Namespace) -> None:
@@ -183,9 +191,9 @@ def show(args: argparse.Namespace) -> None:
         table.add_column(title, overflow="fold", justify="left" if title == "file" else "right")
     for file in args.deltas:
         delta = load_delta(file)
-        for layer, moved in distances_by_layer(delta.tables).items():
+        for layers, moved in distances_by_table(delta.tables).items():
             norm = sum(distance**2 for distance in moved.values()) ** 0.5
-            cells = [str(file), f"{file.stat().st_size:,}", delta.base[:12], str(layer)]
+            cells = [str(file), f"{file.stat().st_size:,}", delta.base[:12], named(layers)]
             cells += [f"{len(moved):,}", f"{norm:.4g}", str(delta.about.get("finetuned"))]
             table.add_row(*cells)
     _console().print(table)

@@ -139,6 +139,16 @@ def distances_by_layer(rows: Mapping[str, TableRows]) -> Dict[int, Dict[int, flo
     }
 
 
+def distances_by_table(rows: Mapping[str, TableRows]) -> Dict[Tuple[int, ...], Dict[int, float]]:
+    """As ``distances_by_layer``, with layers that share a table together: these changed equally."""
+    tables: Dict[Tuple[int, ...], Dict[int, float]] = {}
+    for layer, moved in distances_by_layer(rows).items():
+        others = next((layers for layers in tables if tables[layers] == moved), ())
+        tables.pop(others, None)
+        tables[(*others, layer)] = moved
+    return tables
+
+
 def groups(opened: Opened) -> Dict[int, Tuple[int, ...]]:
     """For each layer, all layers that read its table."""
     memories = {index: layer.memory for index, layer in opened.model.memory_layers().items()}

@@ -12,6 +12,7 @@ from .curves import Log, last_counts, shapes_of
 
 DASH = "-"
 WORDS = 5  # tokens shown of each slot
+HOTTEST = 5  # slots shown of each layer
 
 
 def usage_table(reports: Sequence[Dict[str, Any]]) -> Table:
@@ -186,18 +187,18 @@ def _log_cells(layer: Dict[str, Any]) -> List[str]:
     return [*counted, weight, since, number(moved["p50"]) if moved else DASH]
 
 
-def slot_table(reports: Sequence[Dict[str, Any]], hottest: int = 5) -> Table:
+def slot_table(reports: Sequence[Dict[str, Any]]) -> Table:
     """The hottest slots of each layer and the tokens that read them most."""
     columns = ("slot", "times uniform", "symbols")
     table = _table(
-        f"hottest slots, up to {hottest} of a layer",
+        f"hottest slots, up to {HOTTEST} of a layer",
         ("checkpoint", "layer"),
         columns,
         "read most by",
     )
     for report in reports:
         for layer in report["layers"]:
-            for slot in layer["hot_slots"][:hottest]:
+            for slot in layer["hot_slots"][:HOTTEST]:
                 words = ", ".join(
                     f"{reader['token']} {100 * reader['weight_share']:.0f} %"
                     for reader in slot["readers"][:WORDS]

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from ..memory import MemoryConfig
+from ..memory.text import listed
 from .add import add_memories
 
 ENCODER = "encoder.sentence_encoder."
@@ -39,7 +40,6 @@ POSITIONS = "roberta.embeddings.position_embeddings.weight"
 # modules that only transformers has, and fairseq does not need
 DERIVED = ("roberta.embeddings.position_ids", "roberta.embeddings.token_type_ids")
 LAYER_NORM_EPS = 1e-5  # fairseq's
-MAX_NAMED = 8
 
 
 class Fairseq(NamedTuple):
@@ -152,12 +152,6 @@ def memory_config(options: Dict[str, Any]) -> MemoryConfig:
     return MemoryConfig(
         **{name: options[f"memory_{name}"] for name in names if f"memory_{name}" in options}
     )
-
-
-def listed(items: List[str]) -> str:
-    """The first few of a list, for a message of one line."""
-    more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
 
 
 # --- names ------------------------------------------------------------------------------------

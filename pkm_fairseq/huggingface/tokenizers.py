@@ -8,6 +8,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ..memory.text import listed
+
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # at 0 to 3, in both
 MASK = "<mask>"
 ENCODER, MERGES = "encoder.json", "vocab.bpe"  # GPT-2's file names
@@ -96,8 +98,7 @@ def bytes_of_gpt2(symbols: Sequence[str], folder: Path, max_length: int) -> Any:
     problems += [f"{x} is not in the dictionary" for x in sorted(set(names) - set(symbols))]
     if problems:
         raise ValueError(
-            f"{folder / ENCODER} belongs to another dictionary: {'; '.join(problems[:3])}"
-            + f" and {len(problems) - 3} more" * (len(problems) > 3)
+            f"{folder / ENCODER} belongs to another dictionary: {listed(problems, 3, '; ')}"
         )
     vocabulary = {x if x in kept else names[x]: i for i, x in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))

@@ -88,7 +88,9 @@ def make_delta(
                 f"{name} differs: a delta holds only rows of values, as --memory-finetune trains"
             )
         slots = _differing(was, now)
-        tables[name] = TableRows(slots, was[slots].clone(), now[slots].clone())
+        rows = TableRows(slots, was[slots].clone(), now[slots].clone())
+        # a table that layers share has several names, and is stored once
+        tables[name] = next((other for other in tables.values() if _is_same(rows, other)), rows)
     if not tables:
         raise ValueError("no value differs")
     return Delta(hash_of(base), tables, dict(about))
@@ -237,6 +239,10 @@ def _differing(one: Tensor, other: Tensor) -> Tensor:
 def bits_of(x: Tensor) -> Tensor:
     """The bytes of a tensor: NaN equals NaN, and 0 is not -0."""
     return x.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _is_same(one: TableRows, other: TableRows) -> bool:
+    return all(torch.equal(bits_of(x), bits_of(y)) for x, y in zip(one, other, strict=True))
 
 
 def _shown(x: Tensor) -> str:

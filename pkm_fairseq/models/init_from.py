@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..memory import ValueTable
 from ..memory.option import flag_of
 from ..memory.parts import PARTS
+from ..memory.text import listed
 from .checkpoints import MEMORY_PARAMETER, check_dictionary, options_of, read_checkpoint
 from .plan import Plan
 
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 READ_TIMES = re.compile(r"\.layers\.\d+\.reads\.")  # belong to a training, not to a model
 ORIGIN = ".reads.origin"  # the part that memories keep
 FFN_PARAMETER = re.compile(r"(\.layers\.\d+\.)fc[12]\.(weight|bias)$")  # a memory may replace these
-MAX_NAMED = 8
 # options that change a model's output but no parameter's shape
 SILENT = ("encoder_attention_heads", "activation_fn", "encoder_normalize_before")
 # the same of a memory; its first versions had no such options, and computed with these
@@ -214,11 +214,7 @@ def _replacing(name: str) -> Optional[str]:
 
 
 def _listed(items: List[str]) -> str:
-    if not items:
-        return "nothing"
-    items = [item.removeprefix("encoder.sentence_encoder.") for item in items]
-    more = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
+    return listed([item.removeprefix("encoder.sentence_encoder.") for item in items])
 
 
 def _modules(names: List[str]) -> List[str]:

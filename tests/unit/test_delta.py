@@ -35,8 +35,9 @@ def finetuned(base, file, rows, change=0.5, **others):
     """A copy of a checkpoint with other values in some rows."""
     checkpoint = torch.load(base, weights_only=True)
     model = checkpoint["model"] = {name: x.clone() for name, x in checkpoint["model"].items()}
-    model[VALUES][rows] += change
-    model[VALUES.replace("memory.values.weight", "reads.last_read")][rows] = 7.0
+    if rows:
+        model[VALUES][rows] += change
+        model[VALUES.replace("memory.values.weight", "reads.last_read")][rows] = 7.0
     model.update(others)
     torch.save(checkpoint, file)
     return file
@@ -179,6 +180,41 @@ def test_deltas_are_listed(base, delta_of, script):
     assert status == 0 and load_delta(one).base[:12] in said
     norm = (2 * 16 * 0.5**2) ** 0.5
     assert f"{norm:.4g}" in said
+
+
+def test_a_table_that_layers_share_counts_once(script, tmp_path):
+    options = {"memory_layers": [0, 2], "memory_share_values": True}
+    base = save(tmp_path / "base.pt", **options)
+    names = [VALUES.replace("layers.1", f"layers.{layer}") for layer in (0, 2)]
+    state = torch.load(base, weights_only=True)["model"]
+    moved = state[names[0]].clone()
+    moved[[3, 11]] += 0.5
+    after = finetuned(base, tmp_path / "after.pt", [], **dict.fromkeys(names, moved))
+    out, applied = tmp_path / "delta", tmp_path / "applied.pt"
+    status, said = script("make", base, after, "--out", out)
+    assert status == 0 and "delta: layers 0, 2: 2 rows," in said
+    tables = load_delta(out).tables
+    assert [tables[name].after.data_ptr() for name in names] == [
+        tables[names[0]].after.data_ptr()
+    ] * 2
+    status, said = script("list", out)
+    assert status == 0 and "0, 2" in said
+    status, said = script("apply", base, out, "--out", applied)
+    assert status == 0 and "applied.pt: layers 0, 2: 2 rows written" in said
+    written = torch.load(applied, weights_only=True)["model"]
+    assert all(torch.equal(written[name], moved) for name in names)
+
+
+def test_tables_apart_are_not_taken_for_one(tmp_path, script):
+    base = save(tmp_path / "base.pt", memory_layers=[0, 2])
+    names = [VALUES.replace("layers.1", f"layers.{layer}") for layer in (0, 2)]
+    state = torch.load(base, weights_only=True)["model"]
+    moved = {name: state[name].clone() for name in names}
+    moved[names[0]][3] += 0.5
+    moved[names[1]][3] += 0.25
+    after = finetuned(base, tmp_path / "after.pt", [], **moved)
+    status, said = script("make", base, after, "--out", tmp_path / "delta")
+    assert status == 0 and "layer 0: 1 rows; layer 2: 1 rows" in said
 
 
 def test_deltas_of_other_bases_are_not_combined():

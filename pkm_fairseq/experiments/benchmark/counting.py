@@ -46,15 +46,13 @@ def count(settings: Settings) -> int:
     return 2
 
 
-def time_calls(
-    run: models.TrainedModel, rounds: int, clock: Clock = time.process_time
-) -> Tuple[List[float], List[float]]:
-    """Seconds of the counting calls in training steps, and of the whole steps."""
+def time_calls(run: models.TrainedModel, rounds: int) -> Tuple[List[float], List[float]]:
+    """Processor seconds of the counting calls in training steps, and of the whole steps."""
     calls, steps = [], []
     for turn in range(-WARM_UP, rounds):
         step = run.train_step(turn + WARM_UP)
-        with stopwatch(clock) as laps:
-            took = time_once(step, clock)
+        with stopwatch(time.process_time) as laps:
+            took = time_once(step, time.process_time)
         if turn >= 0:
             calls.append(sum(laps))
             steps.append(took)

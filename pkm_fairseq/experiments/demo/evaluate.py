@@ -26,6 +26,7 @@ from ...models.checkpoints import (
 )
 
 BATCH_SIZE = 64
+SENTENCES = 3  # of a held-out text, to fill
 
 
 class Loaded(NamedTuple):
@@ -251,20 +252,22 @@ def _continue(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 
 
 def held_out_sentences(
-    text: Path, tokenizer: SentencePieceProcessor, longest: int, n: int = 3
+    text: Path, tokenizer: SentencePieceProcessor, longest: int
 ) -> List[Tuple[str, str]]:
-    """Sentences from all parts of a held-out text, each with one word masked, and that word.
+    """Up to three sentences of a held-out text, each with one word masked, and that word.
+
+    They are from different parts of the text.
 
     Args:
         text: lines of text.
         tokenizer: the sentencepiece model; the masked word is one of its pieces.
         longest: the most pieces of a sentence.
-        n: the most sentences.
     """
     lines = text.read_text(encoding="utf-8").splitlines()
     found: List[Tuple[str, str]] = []
-    for part in range(n):
-        for line in lines[part * len(lines) // n : (part + 1) * len(lines) // n]:
+    for part in range(SENTENCES):
+        begin, end = (at * len(lines) // SENTENCES for at in (part, part + 1))
+        for line in lines[begin:end]:
             masked = _mask_a_word(tokenizer.encode(line, out_type=str), tokenizer)
             if masked and len(line.split()) >= 7 and len(tokenizer.encode(line)) <= longest:
                 found.append(masked)

@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import yaml
 
-CLASS_METRICS = ("accuracy", "f1", "mcc")
-SCORE_METRICS = ("pearson", "spearman")
+from .metrics import CLASS_METRICS, SCORE_METRICS
+
 SPLITS = ("train", "valid", "valid1", "test", "test1")
 
 

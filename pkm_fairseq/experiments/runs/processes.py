@@ -148,12 +148,12 @@ class Children:
         self.check()
 
 
-def end_all(children: Sequence[Child], patience: float = PATIENCE) -> None:
+def end_all(children: Sequence[Child]) -> None:
     """End processes and all that they started: SIGTERM, then SIGKILL if they still run."""
     running = [child for child in children if child.status is None]
     for child in running:
         child.send(signal.SIGTERM)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     for child in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(max(0.0, deadline - time.monotonic()))

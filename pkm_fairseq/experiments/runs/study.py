@@ -91,6 +91,24 @@ def is_finished(out: Path, run: StudyRun) -> bool:
     return (folder_of(out, run) / RESULT).exists()
 
 
+def rows_per_update(folder: Path) -> Dict[str, float]:
+    """The mean numbers of rows that an update of a run read and chose to train.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        ``rows_read`` and ``rows_chosen``, without what its log does not hold.
+    """
+    found = {}
+    for name in ("read", "chosen"):
+        key = f"value_rows_{name}"
+        logged = [line[key] for line in read_log(folder / LOG, "train_inner") if key in line]
+        if logged:
+            found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
+    return found
+
+
 def schedule(
     updates: int, lr: float, starts_at_half: bool, warm_up: Optional[int] = None
 ) -> Dict[str, str]:

@@ -18,9 +18,8 @@ from fairseq.utils import import_user_module
 from pkm_fairseq.experiments.data.prepare import binarise, load_sentencepiece, write_lines
 from pkm_fairseq.experiments.demo.evaluate import Loaded, evaluate, load, masked_batches
 from pkm_fairseq.experiments.runs.folders import key_of_files, make_once
-from pkm_fairseq.experiments.runs.logs import read_log
-from pkm_fairseq.experiments.runs.study import folder_of, train_and_measure
-from pkm_fairseq.experiments.runs.trainings import LAST, LOG
+from pkm_fairseq.experiments.runs.study import folder_of, rows_per_update, train_and_measure
+from pkm_fairseq.experiments.runs.trainings import LAST
 
 NEW = "Immanuel Kant — Critique of Pure Reason"
 SPLITS = {"old": "test", "new": "valid"}  # of each text, the split that is evaluated
@@ -114,13 +113,8 @@ class Study:
     def measure(self, run: Run) -> Dict[str, Any]:
         """Perplexity before and after, and how many rows an update read and moved."""
         folder = folder_of(self.out, run)
-        found = {"start": self.starts[run.start], **self.perplexities(folder / LAST)}
-        log = read_log(folder / LOG, "train_inner")
-        for name in ("read", "chosen"):
-            logged = [entry[f"value_rows_{name}"] for entry in log if f"value_rows_{name}" in entry]
-            if logged:
-                found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
-        return found
+        perplexities = {"start": self.starts[run.start], **self.perplexities(folder / LAST)}
+        return {**perplexities, **rows_per_update(folder)}
 
 
 def main() -> None:

@@ -20,15 +20,15 @@ from pkm_fairseq.experiments.facts.people import N_CONTROL, prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import make_once
-from pkm_fairseq.experiments.runs.logs import read_log
 from pkm_fairseq.experiments.runs.study import (
     RESULT,
     folder_of,
     read_results,
     refuse_unknown_arm,
+    rows_per_update,
     train_and_measure,
 )
-from pkm_fairseq.experiments.runs.trainings import LAST, LOG
+from pkm_fairseq.experiments.runs.trainings import LAST
 from pkm_fairseq.memory.delta import APART, VALUES
 from pkm_fairseq.models.checkpoints import read_checkpoint
 
@@ -113,16 +113,9 @@ class Study:
             checkpoint = folder / f"checkpoint{updates // epoch}.pt"
             way.append({"updates": updates, **self._recall(checkpoint)})
         before, after = (read_checkpoint(str(f), "study:")["model"] for f in (start, folder / LAST))
-        found = {"way": way, "change": change(before, after)}
-        log = read_log(folder / LOG, "train_inner")
-        for name in ("read", "chosen"):
-            rows = f"value_rows_{name}"
-            logged = [entry[rows] for entry in log if rows in entry]
-            if logged:
-                found[f"rows_{name}"] = round(sum(logged) / len(logged), 1)
         for file in folder.glob("checkpoint*.pt"):
             file.unlink()
-        return found
+        return {"way": way, "change": change(before, after), **rows_per_update(folder)}
 
     def _recall(self, checkpoint: Path) -> Dict[str, Any]:
         loaded = load(checkpoint, self.new)
