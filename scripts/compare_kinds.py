@@ -34,6 +34,9 @@ def main() -> None:
     learn.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default 1 2 3)")
     learn.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(all)")
     args = parser.parse_args()
+    for name in ("width", "tokens", "rounds") if args.part == "cost" else ("updates",):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, must be at least 1")
     print_costs(args) if args.part == "cost" else print_learned(args)
 
 

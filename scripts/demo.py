@@ -3,7 +3,8 @@
 
 plain: a RoBERTa without memory, 2N updates. resm_init: a memory beside an FFN, starting from
 plain's checkpoint after N updates, N more updates. pkm: a memory instead of an FFN, from scratch,
-2N updates. Run the script again to continue after an interruption; it reuses finished steps.
+2N updates. Run the script again to continue after an interruption; it reuses finished steps. The
+exit status is 1 if FAISS finds that a search is not exact.
 """
 
 import argparse
@@ -56,9 +57,12 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     validate = validate_faiss if args.validate_faiss else None
-    print_report(pipeline.run_demo(args.out, PRESETS[args.preset], args.corpus, validate))
+    report = pipeline.run_demo(args.out, PRESETS[args.preset], args.corpus, validate)
+    print_report(report)
     minutes = (time.monotonic() - start) / 60
     print(f"report: {args.out / 'report.html'}, {args.out / 'report.json'} ({minutes:.1f} minutes)")
+    if not all(found["exact"] for found in report["validation"]):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 #!/usr/bin/env python3
 """Finetune pretrained checkpoints on GLUE with fairseq-train, and tabulate their dev results.
 
-Run the script again to continue after an interruption; it skips finished runs. Flags after -- go
-to fairseq-train unchanged.
+Run the script again to continue after an interruption; it skips finished runs. The table has all
+finished runs in --out, also those of earlier calls. Flags after -- go to fairseq-train unchanged.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import List, Tuple
 
 from _script import run
 
-from pkm_fairseq.experiments.glue.data import load_dictionary, majority_baseline, prepared_tasks
-from pkm_fairseq.experiments.glue.finetune import RESULT, Choices, finetune, plan
+from pkm_fairseq.experiments.glue.data import load_dictionary, prepared_tasks
+from pkm_fairseq.experiments.glue.finetune import Choices, finetune, plan
 from pkm_fairseq.experiments.glue.presets import load_preset, parse_overrides
-from pkm_fairseq.experiments.glue.results import collect, print_results, write_results
+from pkm_fairseq.experiments.glue.results import print_results, read_results, write_results
 from pkm_fairseq.experiments.glue.start import read_arms
 
 
@@ -97,20 +96,11 @@ def main() -> None:
     arms = read_arms(args.checkpoint, load_dictionary(tasks))
     runs = plan(arms, tasks, choices)
     args.out.mkdir(parents=True, exist_ok=True)
-    about_arms = [
-        {"name": arm.name, "checkpoint": str(arm.file), "sha256": arm.sha256} for arm in arms
-    ]
-    about_tasks = {
-        task.name: {"n_train": task.n_train, "baseline": majority_baseline(task)} for task in tasks
-    }
-
-    def results() -> dict:
-        done = [json.loads((r.folder / RESULT).read_text()) for r in runs if r.is_finished]
-        return collect(about_arms, about_tasks, done)
-
-    finetune(runs, choices, lambda: write_results(args.out, results()))
-    write_results(args.out, results())
-    print_results(results())
+    names = [arm.name for arm in arms]
+    finetune(runs, choices, lambda: write_results(args.out, read_results(args.out, names)))
+    results = read_results(args.out, names)
+    write_results(args.out, results)
+    print_results(results)
     print(f"written: {args.out / 'results.md'}, {args.out / 'results.json'}")
 
 

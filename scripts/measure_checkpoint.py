@@ -35,11 +35,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     check_output("--json", args.json)
+    shards = args.workers if args.shards is None else args.shards
+    sizes = {"n-keys": args.n_keys, "v-dim": args.v_dim, "workers": args.workers, "shards": shards}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"--{name} is {size}, must be at least 1")
     if not (args.data / "dict.txt").is_file():
         raise ValueError(f"{args.data / 'dict.txt'}: no such file; prepare the data first")
     if args.folder.exists():
         raise ValueError(f"{args.folder} exists: choose a new folder")
-    shards = args.workers if args.shards is None else args.shards
     table = 3 * 4 * args.n_keys**2 * args.v_dim
     print(f"table and moments: {table / 1e6:,.0f} MB, of each worker {table / shards / 1e6:,.0f}\n")
     print("| checkpoint | phase | worker | at the start, MB | more at the peak, MB |")

@@ -7,10 +7,12 @@ from _script import run
 
 from pkm_fairseq.experiments.benchmark.exchange import (
     Table,
+    columns_of,
     even_tokens,
     factor_bytes,
     measure,
     plan_bytes,
+    possible_groups,
     received_bytes,
 )
 
@@ -44,6 +46,8 @@ def main() -> None:
         if min(getattr(args, name)) < least:
             parser.error(f"--{name} has {min(getattr(args, name))}, must be at least {least}")
     table = Table(args.n_keys**2, args.v_dim, args.reads)
+    for n in possible_groups(args.shards, args.workers) if args.plan else args.workers:
+        columns_of(table, n)  # before anything is printed
     print(f"{table.n_slots:,} slots of width {table.v_dim}, {table.reads} reads per token")
     print(f"{factor_bytes(table, 1):,} bytes per token; as many as a dense all-reduce sends from")
     print(f"{even_tokens(table):,.0f} tokens of all workers in one update\n")

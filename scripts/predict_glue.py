@@ -25,7 +25,13 @@ from pkm_fairseq.experiments.glue.predict import (
     predict_tests,
 )
 from pkm_fairseq.experiments.glue.submission import missing_files, write_zip
-from pkm_fairseq.experiments.glue.tasks import TASKS, TaskSpec, load_task_spec, task_names
+from pkm_fairseq.experiments.glue.tasks import (
+    TASKS,
+    TOKENIZER,
+    TaskSpec,
+    load_task_spec,
+    task_names,
+)
 from pkm_fairseq.experiments.glue.tokenizers import saved_tokenizer
 from pkm_fairseq.memory.files import write_file
 
@@ -36,7 +42,7 @@ def main() -> None:
     specs = chosen_tasks(args)
     if args.stdin:
         finetuned = load(args, specs[0])
-        tokenizer = saved_tokenizer(args.data / "tokenizer")
+        tokenizer = saved_tokenizer(args.data / TOKENIZER)
         print(*predict_lines(finetuned, sys.stdin.buffer, tokenizer), sep="\n")
         return
     if args.ablate:
@@ -93,6 +99,8 @@ def parse() -> argparse.Namespace:
     if args.json and not args.ablate:
         raise ValueError("--json has no effect without --ablate")
     check_output("--json", args.json)
+    if args.zip and args.zip.is_dir():  # its folder may be new
+        raise ValueError(f"--zip {args.zip} is a folder, must be a file")
     return args
 
 

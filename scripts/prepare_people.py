@@ -29,6 +29,8 @@ def main() -> None:
         raise ValueError(
             f"--people is {args.people}, must be in 1..{MOST_PEOPLE:,}: each has a name of its own"
         )
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, must be at least 0")
     key = key_of(args.people, args.seed, key_of_code("experiments/facts"))
     make_once(args.out, key, partial(prepare_people, args.people, seed=args.seed))
     print(f"data for fairseq-train in {args.out / 'bin'}")

@@ -20,7 +20,7 @@ from pkm_fairseq.experiments.benchmark.cluster import (
     measure,
     simulate,
 )
-from pkm_fairseq.experiments.benchmark.exchange import Table
+from pkm_fairseq.experiments.benchmark.exchange import Table, possible_groups
 from pkm_fairseq.memory.files import write_file
 
 # flag, default, meaning; all must be above 0
@@ -84,6 +84,7 @@ def main() -> None:
     """Parse, simulate, print."""
     args = parse()
     check_output("--json", args.json)
+    possible_groups(args.shards, args.workers)
     table = Table(args.n_keys**2, args.v_dim, args.reads)
     device = measure(table, max(args.tokens)) if args.measure else assumed(args)
     found = [

@@ -251,8 +251,7 @@ def _draws(known: List[Tuple[Log, str, str]], metric: Metric) -> str:
     found: Dict[str, List[str]] = {}
     for log, split, layer in known:
         records = [record for record in log.records if record["split"] == split]
-        counted = _layer(records[-1], layer)
-        assert counted is not None
+        *_, counted = filter(None, (_layer(record, layer) for record in records))
         draws = counted["tokens"] * len(counted["heads"]) / counted["n_slots"]
         found.setdefault(f"{draws:.3g}", []).append(f"{log.name} {split}")
     said = "; ".join(f"{draws}: {', '.join(dict.fromkeys(x))}" for draws, x in found.items())
@@ -284,7 +283,7 @@ def _check_record(where: str, header: Dict[str, Any], record: Dict[str, Any]) ->
 def _layer(record: Dict[str, Any], layer: str) -> Optional[Dict[str, Any]]:
     if layer == "shared":
         return record.get("shared")
-    return next(found for found in record["layers"] if str(found["layer"]) == layer)
+    return next((found for found in record["layers"] if str(found["layer"]) == layer), None)
 
 
 def _draw(

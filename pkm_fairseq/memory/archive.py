@@ -35,8 +35,11 @@ def write_rows(source: Path, target: Path, part: str, rows: Rows) -> None:
         rows: new rows by name of the table; tables must be contiguous.
 
     Raises:
-        ValueError: the file has the format from before torch 1.6, or a table is not contiguous.
+        ValueError: the file is missing, has the format from before torch 1.6, or a table is not
+            contiguous.
     """
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file")
     if not zipfile.is_zipfile(source):
         raise ValueError(
             f"{source} has the format from before torch 1.6: load it and save it again first"

@@ -218,8 +218,8 @@ def load_delta(file: Path) -> Delta:
         content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{file} holds no delta")
-    if content["version"] != VERSION:
-        raise ValueError(f"{file}: its version is {content['version']}, must be {VERSION}")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{file}: its version is {content.get('version')}, must be {VERSION}")
     tables = {name: TableRows(**rows) for name, rows in content["tables"].items()}
     return Delta(content["base"], tables, content["about"])
 

@@ -18,6 +18,10 @@ REFUSAL = (
     "{} does not work on the factored gradient of a value table: update the table with "
     "MemoryAdam, or set values.factored = False for a dense gradient"
 )
+NOT_BY_HAND = (
+    "{} does not work on the factored gradient of a value table: MemoryAdam averages it over "
+    "workers, in its step or before in exchange_gradients"
+)
 
 
 class TableState:
@@ -225,6 +229,8 @@ class FactoredGradient(Tensor):
     ) -> Any:
         """Run a torch operation that has a factored gradient among its arguments."""
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if func.namespace == "c10d":  # their schemas do not say that they write
+            raise RuntimeError(NOT_BY_HAND.format(name.rstrip("_")))
         if name.startswith("_foreach_"):
             return _one_by_one(func, name, args, kwargs)
         result = _operate(name, args, kwargs)
@@ -233,6 +239,23 @@ class FactoredGradient(Tensor):
                 raise RuntimeError(REFUSAL.format(name))
             result = func(*_dense(args), **kwargs)
         return result
+
+    @property
+    def data(self) -> "FactoredGradient":
+        """The same gradient, as an alias."""
+        return _alias(self)
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        """Take over another factored gradient of this shape.
+
+        Raises:
+            RuntimeError: ``other`` is an ordinary tensor.
+        """
+        if not isinstance(other, FactoredGradient):
+            raise RuntimeError(REFUSAL.format("an assignment to .data"))
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self._factors = other._factors
 
     def share_memory_(self) -> Any:
         """Refuse what needs a tensor with memory of its own.
@@ -374,8 +397,7 @@ def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
     if alpha != 1 or not _have_one_shape(x, y):
         return NotImplemented
     if isinstance(x, FactoredGradient):
-        x.rescale(x._factors.divided)  # the next exchange divides again
-        parts, counted = [*x.parts(), *_parts_of(y)], _has_reads(x) and _has_reads(y)
+        parts, counted = [*_parts_of(x), *_parts_of(y)], _has_reads(x) and _has_reads(y)
         x._factors.assign(parts, counts_reads=counted)
         return x
     for rows, of_rows in y.rows():
@@ -388,7 +410,11 @@ def _have_one_shape(x: Any, y: Any) -> bool:
 
 
 def _parts_of(x: Tensor) -> List[Entries]:
-    return x.parts() if isinstance(x, FactoredGradient) else [entries_of_dense(x)]
+    """The parts of a summand. The next exchange divides the sum, so a division is undone."""
+    if not isinstance(x, FactoredGradient):
+        return [entries_of_dense(x)]
+    divided = x._factors.divided
+    return [part._replace(weights=part.weights * divided) for part in x.parts()]
 
 
 def _has_reads(x: Tensor) -> bool:
@@ -425,12 +451,18 @@ def _is_number(x: Any) -> bool:
 
 
 def _copy(x: Tensor, y: Tensor, *_: Any) -> Tensor:
-    """Copy. torch's DistributedDataParallel copies the mean over workers from its buckets."""
+    """Copy. A dense gradient counts as not exchanged: nobody knows whether it is a mean.
+
+    If it is one, as what torch's DistributedDataParallel copies from its buckets, its mean over
+    workers is the same.
+    """
     if isinstance(x, FactoredGradient):
-        is_mean, divided = True, x._factors.divided
         if isinstance(y, FactoredGradient):
-            is_mean, divided = y._factors.exchanged, y._factors.divided
-        x._factors.assign(_parts_of(y), is_mean, _has_reads(y), divided)
+            of_y = y._factors
+            x._factors.assign(y.parts(), of_y.exchanged, _has_reads(y), of_y.divided)
+        else:
+            divided = x._factors.divided
+            x._factors.assign([entries_of_dense(y)], counts_reads=False, divided=divided)
         return x
     assert isinstance(y, FactoredGradient)
     return x.copy_(y.dense())

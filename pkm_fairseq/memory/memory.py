@@ -104,7 +104,7 @@ class ProductKeyMemory(nn.Module):
         self._check_input(x, padding_mask)
         tokens = x.reshape(-1, self.input_dim)  # (all, input_dim)
         real = None if padding_mask is None else ~padding_mask.reshape(-1).bool()  # (all,)
-        if real is not None and _drops_padding(self.training, tokens):
+        if real is not None and _drops_padding(self.training or self._counts_reads(), tokens):
             tokens = tokens[real]  # (N, input_dim)
         elif real is not None:  # NaN at padding would reach the gradients of the parameters
             tokens = tokens.masked_fill(~real[:, None], 0)
@@ -119,14 +119,21 @@ class ProductKeyMemory(nn.Module):
             (outside_graphs(self._show, WATCHED) if is_compiled() else self._show)(seen)
         return (read, seen.lookup()) if return_lookup else read
 
+    def _counts_reads(self) -> bool:
+        """Whether reads of this batch count for the choice of the rows that may change.
+
+        With checkpointed activations, gradients are not enabled in the first of two passes.
+        """
+        is_trained = self.training or torch.is_grad_enabled()
+        return is_trained and any(table.chooses_rows for table in self.values.tables().values())
+
     def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
         """The sums of values, (N, v_dim).
 
         If the optimizer chooses rows by their reads (the entries of the gradient), a dummy batch
-        in training reads nothing and returns zeros.
+        that trains them reads nothing and returns zeros.
         """
-        is_counted = any(table.chooses_rows for table in self.values.tables().values())
-        if not (is_counted and self.training and self.run.is_dummy):
+        if not (self.run.is_dummy and self._counts_reads()):
             return self.values(slots, weights, tokens)  # type: ignore[no-any-return]
         read = self.values(slots[:0], weights[:0], tokens[:0])  # with the workers of its table
         return torch.cat([read, read.new_zeros(len(tokens), read.shape[1])])
@@ -221,10 +228,11 @@ def build_values(
     return VALUES.build(config.values, input_dim, config, shards, keeps_dtype)
 
 
-def _drops_padding(training: bool, tokens: Tensor) -> bool:
+def _drops_padding(counts: bool, tokens: Tensor) -> bool:
     """Whether to drop padding, or to compute its read and overwrite it.
 
-    Padding must be dropped if the batch updates statistics. Otherwise it stays: on a GPU the host
-    would have to wait for the number of real tokens, and a trace cannot know it.
+    Padding must be dropped if the batch counts, in statistics or in reads that choose rows.
+    Otherwise it stays: on a GPU the host would have to wait for the number of real tokens, and a
+    trace cannot know it.
     """
-    return training or (tokens.device.type == "cpu" and is_plain(tokens))
+    return counts or (tokens.device.type == "cpu" and is_plain(tokens))

@@ -240,7 +240,8 @@ class ColumnShards:
     def draw_normal_(self, columns: Tensor, std: float) -> None:
         """Draw this worker's columns in place, with the numbers torch would draw for the whole.
 
-        It draws random numbers for all columns, some rows at a time.
+        It draws random numbers for all columns, some rows at a time. This holds on the CPU, if the
+        last of these blocks of rows has at least 16 numbers, as any table of product keys.
         """
         n_slots, width = columns.shape
         for start in range(0, n_slots, ROWS):

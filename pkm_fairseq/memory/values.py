@@ -289,7 +289,8 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 def _convert_but_to_half(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
     example = convert(torch.empty(0, dtype=table.dtype, device=table.device))
-    return table.to(example.device) if is_half(example.dtype) else convert(table)
+    becomes_half = is_half(example.dtype) and example.dtype != table.dtype
+    return table.to(example.device) if becomes_half else convert(table)
 
 
 class _Read(torch.autograd.Function):

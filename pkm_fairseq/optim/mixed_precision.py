@@ -92,9 +92,15 @@ class ValuesFP16Optimizer(_ValuesApart, FP16Optimizer):
         """Load a state from ``state_dict``.
 
         Raises:
-            ValueError: only one of the two runs has flat copies.
+            ValueError: the state has no copies, or only one of the two runs has flat ones.
         """
-        saved, copies = state_dict.get("fp32_params", []), self._copies()
+        if "fp32_params" not in state_dict:
+            raise ValueError(
+                "fp16 or bf16: the checkpoint was written by a run in full or memory-efficient "
+                "precision, without float32 copies of the parameters: use its precision, or "
+                "--reset-optimizer"
+            )
+        saved, copies = state_dict["fp32_params"], self._copies()
         if [x.shape for x in saved] != [x.shape for x in copies]:
             raise ValueError(
                 "fp16: the checkpoint was written by a run with another setting of "

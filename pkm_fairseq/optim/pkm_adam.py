@@ -160,6 +160,7 @@ class PkmAdam(FairseqAdam):
                 "effect, and pkm_adam works as fairseq's adam"
             )
         check_options(PkmAdamConfig, cfg)
+        self._check_bmuf()
         self._peak_lr = float(self.optimizer_config["lr"])
         self._check_value_lr()
         groups: List[Dict[str, Any]] = [{"params": rest}]  # first, since get_lr() reads its rate
@@ -222,6 +223,19 @@ class PkmAdam(FairseqAdam):
             raise ValueError(
                 f"lr is {self._peak_lr}, must be above 0 with --memory-value-lr-schedule follow"
             )
+
+    def _check_bmuf(self) -> None:
+        """Refuse moments that fairseq's BMUF, which averages those of its own Adam, cannot average.
+
+        Raises:
+            ValueError: values have no such moments.
+        """
+        for name, odd in (("memory_moment_dtype", "float8"), ("memory_value_optimizer", "sgd")):
+            if getattr(self.cfg, name) == odd and getattr(self.cfg, "use_bmuf", False) is True:
+                raise ValueError(
+                    f"--use-bmuf does not work with {flag_of(name)} {odd}: it averages moments of "
+                    "all parameters, in float32 or bfloat16"
+                )
 
     def _parts_beside(self) -> Optional[Path]:
         """The folder of the checkpoints, if values are saved in parts.

@@ -31,13 +31,20 @@ def test_the_study_runs_through_and_is_not_repeated(toy: Path) -> None:
     expected = {(arm, 200, 20) for arm in names}
     expected |= {(arm, 200, 80) for arm in ("plain", "wide")}
     expected |= {(arm, n, 20) for arm in ("plain", "wide", "resm_init") for n in (100, 400)}
+    times = json.loads((toy / "step_times.json").read_text())
+    assert list(times) == ["plain", "wide", "plain2", "plain4", "resm", "pkm"]
+    assert times["plain"] == {"multiple": 1, "low": 1, "high": 1}
+    assert all(0 < t["low"] <= t["multiple"] <= t["high"] for t in times.values())
+    assert times["resm"]["low"] > 1  # a memory is extra work
     assert arms == expected and len(results) == len(expected) + 2  # fewer slots, a falling rate
     before = (toy / "results.json").read_bytes()
-    times = {file: file.stat().st_mtime_ns for file in toy.glob("runs/*/result.json")}
+    timed = (toy / "step_times.json").read_bytes()
+    changed = {file: file.stat().st_mtime_ns for file in toy.glob("runs/*/result.json")}
     again = run_well(STUDY, toy, "toy")
     assert "open, runs are missing" not in again.output and "recall by name, %" in again.output
     assert (toy / "results.json").read_bytes() == before
-    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert {file: file.stat().st_mtime_ns for file in changed} == changed
+    assert (toy / "step_times.json").read_bytes() == timed
 
 
 def test_an_arm_with_init_starts_from_plains_half(toy: Path) -> None:

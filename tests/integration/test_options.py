@@ -175,6 +175,8 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     "--memory-shards 2": "must be a divisor of the number of workers, which is 1",
     "--memory-checkpoint parts --store-ema": "--store-ema does not work with --memory-checkpoint",
     "--memory-checkpoint parts --use-bmuf": "workers hold different values",
+    "--memory-moment-dtype float8 --use-bmuf": "--use-bmuf does not work with --memory-moment-",
+    "--memory-value-optimizer sgd --use-bmuf": "--use-bmuf does not work with --memory-value-",
     "--memory-checkpoint parts --no-save-optimizer-state": "does not tell all workers",
     "--memory-checkpoint parts --memory-freeze values": "no values are trained",
     "--memory-checkpoint parts --memory-layers []": "no values are trained",

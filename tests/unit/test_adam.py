@@ -787,6 +787,19 @@ def test_workers_end_with_the_values_of_one_that_has_all_tokens(tmp_path, wrap, 
             torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5)
 
 
+def frozen_apart(rank):
+    """A worker whose frozen values are not the first one's, when DDP wraps its model."""
+    model = net(seed=rank)
+    model.values.requires_grad_(False)
+    DistributedDataParallel(ignore_tables_in_ddp(model))
+    return model.values.detach()
+
+
+def test_frozen_values_are_those_of_the_first_worker(tmp_path):
+    for values in on_workers(2, tmp_path, frozen_apart):
+        assert torch.equal(values, net(seed=0).values)
+
+
 def start_apart(rank):
     model = net(seed=rank)
     try:

@@ -243,6 +243,26 @@ def test_workers_that_would_exchange_in_different_forms_are_told(tmp_path):
         assert "--memory-exchange" in said and "factors, dense" in said
 
 
+def averaged_by_hand(rank):
+    table = a_table()
+    leave(table, *lookups(rank))
+    before = table.weight.grad.dense()
+    said = []
+    for collective in (dist.all_reduce, lambda x: dist.broadcast(x, 0)):
+        with pytest.raises(RuntimeError) as error:
+            collective(table.weight.grad)
+        said.append(str(error.value))
+    return said, torch.equal(table.weight.grad.dense(), before)
+
+
+def test_a_collective_on_a_factored_gradient_is_refused_and_not_ignored(tmp_path):
+    for said, is_unchanged in on_workers(2, tmp_path, averaged_by_hand):
+        assert is_unchanged
+        for text, name in zip(said, ("allreduce", "broadcast"), strict=True):
+            assert text.startswith(f"{name} does not work on the factored gradient of a value")
+            assert "exchange_gradients" in text
+
+
 def test_an_unknown_form_is_refused():
     with pytest.raises(
         ValueError, match="exchange_as is 'sum', must be one of auto, factors, dense"

@@ -23,6 +23,7 @@ from pkm_fairseq.experiments.benchmark import (
     output,
     parts,
     peak,
+    saving,
     subjects,
     textbook,
 )
@@ -753,3 +754,60 @@ def test_the_uncounted_model_counts_no_read_and_the_other_does(name, counts, tmp
     assert bool(layer.reads.last_read.any()) == counts
     assert (logged is not None) == counts
     assert not list(tmp_path.iterdir())  # no copy of the values
+
+
+# --- memory to save and to load -------------------------------------------------------------------
+
+
+def noted(monkeypatch, folder, first, second):
+    """What is measured if two trainings save and load in these phases."""
+
+    def train(setting, folder, updates):
+        with (folder / "0.jsonl").open("a") as out:
+            for n, phase in enumerate(first if updates == 3 else second):
+                print(json.dumps({"phase": phase, "before": 10 * updates + n, "peak": 0}), file=out)
+
+    monkeypatch.setattr(saving, "_train", train)
+    setting = saving.Setting(folder, n_keys=32, v_dim=8, workers=1, shards=1, stored="whole")
+    return [(row["phase"], row["before"]) for row in saving.measure(setting, folder / "x")]
+
+
+def test_a_save_at_the_end_of_an_epoch_is_not_taken_for_the_load(monkeypatch, tmp_path):
+    found = noted(monkeypatch, tmp_path, ["saving", "saving"], ["loading", "saving"])
+    assert found == [("saving", 31), ("loading", 40)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(["saving"], ["saving"]), ([], ["loading", "saving"])]
+)
+def test_a_phase_that_is_missing_is_an_error(first, second, monkeypatch, tmp_path):
+    said = f"worker 0 went through {', '.join(first + second)}, must save and then load"
+    with pytest.raises(ValueError, match=said):
+        noted(monkeypatch, tmp_path, first, second)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("measure_checkpoint.py --data no --workers 0", "--workers is 0, must be at least 1"),
+        ("measure_checkpoint.py --data no --shards 0", "--shards is 0, must be at least 1"),
+        ("measure_checkpoint.py --data no --n-keys 0", "--n-keys is 0, must be at least 1"),
+        ("measure_checkpoint.py --data no --v-dim -4", "--v-dim is -4, must be at least 1"),
+        ("compare_kinds.py cost --width 0", "--width is 0, must be at least 1"),
+        ("compare_kinds.py cost --tokens 0", "--tokens is 0, must be at least 1"),
+        ("compare_kinds.py cost --rounds 0", "--rounds is 0, must be at least 1"),
+        (
+            "compare_kinds.py train --data no --out no --updates 0",
+            "--updates is 0, must be at least 1",
+        ),
+    ],
+)
+def test_other_scripts_refuse_a_number_before_they_print(
+    command, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_script(SCRIPTS / sys.argv[0]).main()
+    assert not capsys.readouterr().out and not any(tmp_path.iterdir())

@@ -140,6 +140,15 @@ def test_groups_that_do_not_fit_are_refused(workers, per_node, shards):
         simulate(cluster(workers, per_node), device(), training(), "dense", shards)
 
 
+def test_a_table_whose_columns_cannot_be_divided_is_refused():
+    said = "^shards is 3, must divide the width of a value, 64$"
+    for form in FORMS:
+        with pytest.raises(ValueError, match=said):
+            simulate(cluster(6, 3), device(), training(), form, 3)
+        with pytest.raises(ValueError, match=said):
+            held_bytes(cluster(6, 3), TABLE, form, 3)
+
+
 def test_this_machine_has_speeds():
     assert all(1e6 < speed < 1e13 for speed in measure(TABLE, tokens=64, repeats=2))
 
@@ -157,3 +166,37 @@ def test_the_report_replaces_an_older_one_as_a_whole(tmp_path, monkeypatch, caps
     assert json.loads(file.read_text())["updates"]
     assert older.read_text() == "older"
     assert {path.name for path in tmp_path.iterdir()} == {"found.json", "older.json"}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "simulate_cluster.py --v-dim 4 --workers 8 --shards 8",
+            "shards is 8, must divide the width of a value, 4",
+        ),
+        (
+            "simulate_cluster.py --workers 8 64 --shards 3 5",
+            "--shards is 3, 5, must divide a number of --workers, 8, 64",
+        ),
+        (
+            "measure_exchange.py --plan --v-dim 4 --workers 8 --shards 1 8",
+            "shards is 8, must divide the width of a value, 4",
+        ),
+        (
+            "measure_exchange.py --plan --workers 8 --shards 3",
+            "--shards is 3, must divide a number of --workers, 8",
+        ),
+        (
+            "measure_exchange.py --v-dim 6 --workers 2 4",
+            "shards is 4, must divide the width of a value, 6",
+        ),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused_before_a_table_is_printed(
+    command, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_script(SCRIPTS / sys.argv[0]).main()
+    assert not capsys.readouterr().out

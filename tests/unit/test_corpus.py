@@ -3,6 +3,7 @@
 import hashlib
 import io
 import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from itertools import chain
@@ -17,6 +18,10 @@ from pkm_fairseq.experiments.data.corpus import (
     read_documents,
     split_documents,
 )
+from pkm_fairseq.experiments.demo import pipeline
+from pkm_fairseq.experiments.demo.presets import PRESETS
+from pkm_fairseq.experiments.runs.folders import begin
+from tests.validation.models import SCRIPTS, load_script
 
 
 def write_archive(file: Path) -> str:
@@ -139,3 +144,23 @@ def test_a_damaged_sentencepiece_model_is_named_in_one_line(tmp_path, part):
     assert str(error.value) == f"sentencepiece model {file}: not a readable sentencepiece model"
     file.write_bytes(whole)
     assert prepare.load_sentencepiece(file).get_piece_size() > 3
+
+
+def test_a_text_that_is_mostly_one_line_is_refused_before_older_data_are_moved(tmp_path):
+    file, out = tmp_path / "text.txt", tmp_path / "data"
+    file.write_text("".join(f"{'x' * (990 if i == 3 else 1)}\n" for i in range(20)))
+    begin(out, "of another text")
+    with pytest.raises(
+        ValueError, match="too small: one of its 20 documents has 98 % of it, which"
+    ):
+        pipeline.prepare([file], "title", out, PRESETS["quick"])
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "text.txt"}
+
+
+def test_people_of_a_seed_below_zero_are_refused_before_older_data_are_moved(tmp_path, monkeypatch):
+    out = tmp_path / "people"
+    begin(out, "of another seed")
+    monkeypatch.setattr(sys, "argv", ["prepare_people.py", str(out), "--seed", "-1"])
+    with pytest.raises(ValueError, match=r"^--seed is -1, must be at least 0$"):
+        load_script(SCRIPTS / "prepare_people.py").main()
+    assert list(tmp_path.iterdir()) == [out]

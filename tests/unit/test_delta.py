@@ -143,6 +143,8 @@ def test_what_does_not_belong_together_is_refused_in_one_line(base, delta_of, sc
     torn = finetuned(base, tmp_path / "torn.pt", [9], **{keys: torch.zeros(2, 2, 5, 2)})
     wide = finetuned(base, tmp_path / "wide.pt", [9], **{keys: torch.zeros(3)})
     new = finetuned(base, tmp_path / "new.pt", [9], **{"x.weight": torch.zeros(3)})
+    unversioned = tmp_path / "unversioned"
+    torch.save({"kind": "pkm_fairseq delta"}, unversioned)
     out = tmp_path / "out"
     for options, said in (
         (["apply", other, delta], ") is not the delta's base ("),
@@ -155,6 +157,7 @@ def test_what_does_not_belong_together_is_refused_in_one_line(base, delta_of, sc
         (["make", base, new], "x.weight is in one of the two models only"),
         (["make", base, tmp_path / "none.pt"], "none.pt: no such file"),
         (["apply", base, base], f"{base} holds no delta"),
+        (["apply", base, unversioned], f"{unversioned}: its version is None, must be 1"),
         (["apply", base, tmp_path / "none"], "none: no such file"),
     ):
         status, printed = script(*options, "--out", out)

@@ -47,3 +47,11 @@ def test_from_the_even_point_on_a_dense_all_reduce_sends_fewer_bytes(workers):
     more, less = (received_bytes(TABLE, even * factor, workers) for factor in (1.5, 0.5))
     assert more["factors"] > more["dense"] and less["factors"] < less["dense"]
     assert more["dense"] == 2 * (workers - 1) / workers * 64 * 8 * 4 + (workers - 1) * 24
+
+
+def test_a_table_whose_columns_cannot_be_divided_is_refused():
+    said = "^shards is 3, must divide the width of a value, 8$"
+    with pytest.raises(ValueError, match=said):
+        plan_bytes(TABLE, tokens=10, workers=6, shards=3)
+    with pytest.raises(ValueError, match=said):
+        measure(TABLE, tokens=10, workers=3, way="shards")

@@ -310,10 +310,26 @@ def test_a_rate_that_was_not_tried_leaves_a_criterion_open(study, results):
 
 def test_the_table_counts_stored_bits(study, results):
     _, table = study
-    plain = [row for row in table.table(results).splitlines() if "| 4,000 | plain |" in row][1]
+    plain = next(row for row in table.table(results).splitlines() if "| 200 | plain |" in row)
     cells = [cell.strip() for cell in plain.split("|")]
-    assert cells[1] == "10,000" and cells[7] == "3" and cells[8] == "10.0 (10.0 to 10.0)"
-    assert cells[11].startswith(f"{0.1 * BITS * 400 / 1000:.3f}")
+    assert (
+        cells[1] == "10,000"
+        and cells[3] == "200"
+        and cells[8] == "3"
+        and cells[9] == "10.0 (10.0 to 10.0)"
+    )
+    assert cells[12].startswith(f"{0.1 * BITS * 400 / 1000:.3f}")
+
+
+def test_time_is_counted_in_updates_of_plain(study):
+    arms, table = study
+    multiples = {"plain": 1.0, "wide": 1.5, "resm": 3.0}
+    runs = [arms.Run(arm, 10_000, 4_000, 1, 5e-3) for arm in ("plain", "wide", "resm", "resm_init")]
+    assert [table.time_of(run, 4_000, multiples) for run in runs] == [4_000, 6_000, 12_000, 8_000]
+    assert table.time_of(runs[-1], 3_000, multiples) == 2_000 + 3 * 1_000
+    assert table.time_of(runs[-1], 1_000, multiples) == 1_000  # of its start
+    with pytest.raises(SystemExit, match=r"no such file, make it with step_times\.py"):
+        table.read_multiples(STUDY / "none.json")
 
 
 def test_the_page_has_the_table_and_the_picture_of_the_results(study, tmp_path):
@@ -323,8 +339,11 @@ def test_the_page_has_the_table_and_the_picture_of_the_results(study, tmp_path):
     page = (docs / "evidence.md").read_text(encoding="utf-8")
     assert table.table(found) in page
     assert "\n".join(table.Criteria(found, size).lines()) in page
-    table.draw_charts(found, size, tmp_path)
-    for name in ("facts_over_updates.svg", "facts_over_compute.svg"):
+    times = table.read_multiples(STUDY / arms.STEP_TIMES)
+    table.draw_charts(found, size, times, tmp_path)
+    for name in (
+        f"facts_{of}.svg" for of in ("over_updates", "over_time", "over_compute", "usage")
+    ):
         assert f"(evidence/{name})" in page
         assert (tmp_path / name).read_text() == (docs / "evidence" / name).read_text()
     run = next(iter(found))

@@ -20,6 +20,7 @@ from pkm_fairseq.memory import (
     build_values,
     memory_param_groups,
 )
+from pkm_fairseq.memory import memory as memory_module
 from pkm_fairseq.memory.finetune import FinetuneConfig, finetune_values, tables_by_layers
 from pkm_fairseq.memory.gradient import table_state
 from pkm_fairseq.memory.observe.slot_counts import (
@@ -187,6 +188,24 @@ def test_observers_count_what_memories_look_up_without_padding():
         _, seen = memory(tokens(1), padding, return_lookup=True)
     slots = seen.slots[~padding].flatten().tolist()
     assert counts.reads.tolist() == [slots.count(slot) for slot in range(CONFIG.n_slots)]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("drops", [True, False])
+def test_padding_and_dummy_batches_choose_no_row(monkeypatch, trains, drops):
+    """Also in eval mode, and where padding is otherwise read and overwritten, as on a GPU."""
+    monkeypatch.setattr(memory_module, "is_plain", lambda x: drops)
+    model, padding = net().train(trains), torch.arange(TOKENS) % 3 == 0
+    memory, config = model.memories["0"], FinetuneConfig("slots", "8", finetune_score="count")
+    finetune_values(model, model.layers(), config)
+    optimizer = adam(model)
+    _, seen = memory(tokens(1), padding, return_lookup=True)
+    memory(tokens(1), padding).sum().backward()
+    memory.run.is_dummy = True
+    (memory(tokens(2)).sum() * 0).backward()
+    optimizer.step()
+    rows = table_state(memory.values.weight).rows
+    assert rows.n_read == len(seen.slots[~padding].unique()) and rows.n_chosen == 8
 
 
 # --- files of counts --------------------------------------------------------------------------

@@ -75,6 +75,9 @@ def test_settings_as_flags():
         (["=1"], "must be KEY=VALUE"),
         (["seed=1"], "--set: this script sets seed itself"),
         (["save-dir=x"], "this script sets save_dir itself"),
+        (["max_valid_steps=1"], "this script sets max_valid_steps itself"),
+        (["train_subset=valid"], "this script sets train_subset itself"),
+        (["disable-validation=true"], "this script sets disable_validation itself"),
     ],
 )
 def test_impossible_overrides_are_refused(pairs, message):
@@ -96,7 +99,11 @@ def test_further_flags_may_not_say_what_the_script_decides():
         ("alle: {}", "only the parts"),
         ("all: 3", "must be keys and values"),
         ("tasks: {CoLA: 1e-5}", "must be keys and values"),
+        ("tasks: [a]", "must be keys and values"),
         ("tasks: {CoLA: {arch: roberta}}", "this script sets arch itself"),
+        ("all: {valid-subset: train}", "this script sets valid_subset itself"),
+        ("memory: {1: 2}", "key 1 must be text, as in lr: 1e-5"),
+        ("all: {lr: }", "lr is empty, must have a value, as in lr: 1e-5"),
     ],
 )
 def test_impossible_presets_are_refused(tmp_path, text, message):
@@ -104,6 +111,13 @@ def test_impossible_presets_are_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_preset(str(file))
+
+
+def test_keys_of_a_preset_may_have_dashes(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("all: {warmup-ratio: 0.1}\ntasks: {CoLA: {batch-size: 4}}")
+    preset = load_preset(str(file))
+    assert settings_of(preset, "CoLA", False, {}) == {"warmup_ratio": 0.1, "batch_size": 4}
 
 
 def test_a_missing_preset_is_refused():
@@ -349,6 +363,32 @@ def test_no_dev_example_is_left_out_with_a_preset_of_ones_own(tmp_path, data, ar
             plan(arms[:1], tasks, choices)
 
 
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [(("--nval", "1"), "max_valid_steps"), (("--nval=1",), "max_valid_steps"),
+     (("-a", "roberta_large"), "arch")],
+)  # fmt: skip
+def test_other_names_of_what_the_script_decides_are_refused(tmp_path, data, arms, flags, option):
+    message = f"a setting changes {option}: this script sets {option} itself"
+    with pytest.raises(ValueError, match=message):
+        plan(arms[:1], prepared_tasks(data, ["CoLA"]), chosen(tmp_path, further=flags))
+
+
+def test_every_seed_has_its_own_number_of_updates(tmp_path, data, arms):
+    """How many batches of at most 24 tokens there are depends on the order of the examples."""
+    tasks, seeds = prepared_tasks(data, ["CoLA"]), (2, 3, 4, 5, 6)
+    runs = plan(arms[:1], tasks, chosen(tmp_path, seeds, max_tokens=24, max_epoch=10))
+    for run in runs:
+        args = parse_flags([*run.flags, "--seed", str(run.seed)])
+        updates = finetune_module.count_updates(args)
+        assert run.updates == int(args.total_num_update) == updates
+        assert run.warmup == args.warmup_updates == round(0.06 * updates)
+    assert len({run.updates for run in runs}) > 1
+    assert len({run.settings for run in runs}) == 1
+    (again,) = plan(arms[:1], tasks, chosen(tmp_path, (6,), max_tokens=24, max_epoch=10))
+    assert again.key == runs[-1].key  # whatever the other seeds are
+
+
 def test_the_number_of_updates_is_the_last_one_in_the_log(tmp_path):
     """An interrupted run had done two updates more than its checkpoint when it was stopped."""
     logged = [("train_inner", "", 8), ("valid", "valid_", 8), ("train_inner", "", 10)]
@@ -402,12 +442,27 @@ def test_the_key_knows_what_files_hold(tmp_path, data, arms):
     assert keys[0] == keys[2] != keys[1]
 
 
+@pytest.mark.parametrize("option", ["memory-background", "memory-finetune-counts"])
+def test_the_key_knows_files_named_in_one_word(tmp_path, data, arms, option):
+    tasks, file = prepared_tasks(data, ["CoLA"]), tmp_path / "counts.pt"
+    further = ("--memory-finetune", "slots", f"--{option}={file}")
+    with pytest.raises(ValueError, match=rf"--{option} .*counts.pt: no such file"):
+        plan(arms[1:], tasks, chosen(tmp_path, further=further))
+    keys = set()
+    for content in (b"a", b"b"):
+        file.write_bytes(content)
+        keys.add(plan(arms[1:], tasks, chosen(tmp_path, further=further))[0].key)
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"lrr": 1}, "fairseq-train refuses a setting: unrecognized arguments: --lrr 1"),
         ({"batch_size": "many"}, "--max-sentences: invalid int value"),
         ({"max_epoch": 0}, "max_epoch is 0, must be at least 1"),
+        ({"update_freq": 0}, r"update_freq is \[0\], must be at least 1"),
+        ({"update_freq": ""}, r"update_freq is \[\], must be at least 1"),
         ({"warmup_ratio": 2}, "warmup_ratio is 2, must be from 0 to below 1"),
         ({"warmup_ratio": "x"}, "warmup_ratio is x"),
     ],
@@ -425,6 +480,30 @@ def test_memory_settings_need_a_memory(tmp_path, data, arms):
     assert parse_flags(runs[1].flags).memory_value_lr == 0.5
     with pytest.raises(ValueError, match="--set memory_value_lr: no checkpoint has a memory"):
         plan(arms[:1], tasks, chosen(tmp_path, memory_value_lr=0.5))
+
+
+def test_a_kill_before_a_run_is_marked_leaves_what_it_needs_to_resume(
+    tmp_path, data, arms, monkeypatch
+):
+    choices = chosen(tmp_path)
+    (run,) = plan(arms[:1], prepared_tasks(data, ["CoLA"]), choices)
+    run.folder.mkdir(parents=True)
+    best = {"model": {}, "optimizer_history": [{"num_updates": 2}]}
+    torch.save(best, run.folder / "checkpoint_best.pt")
+    (run.folder / "checkpoint_last.pt").touch()
+    logged = '{"valid_mcc": "5.0", "valid_num_updates": "2"}'
+    (run.folder / "train.log").write_text(f"now | INFO | valid | {logged}\n")
+
+    def killed(folder, key):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_module, "finish", killed)
+        finetune_module._finish(run, 0, choices)
+    assert (run.folder / "checkpoint_last.pt").exists()
+    assert finetune_module._finish(run, 0, choices)["dev"] == {"mcc": 5.0}
+    assert run.is_finished
+    assert not (run.folder / "checkpoint_last.pt").exists()
 
 
 def test_runs_share_the_processors_and_the_gpus(monkeypatch):

@@ -196,6 +196,22 @@ def test_a_folder_not_of_our_making_is_left_alone(made, tmp_path):
     assert (glue / "RTE" / "train.tsv").is_file()
 
 
+def test_a_task_json_of_somebody_else_is_refused(made, tmp_path):
+    (tmp_path / "RTE").mkdir()
+    for text in ("{}", "[]", "no json"):
+        (tmp_path / "RTE/task.json").write_text(text)
+        with pytest.raises(ValueError, match=r"RTE/task.json is not a file of prepare_glue.py"):
+            run(made, tmp_path, ["RTE"])
+        assert (tmp_path / "RTE/task.json").read_text() == text
+
+
+def test_a_refused_call_leaves_no_tokenizer(made, tmp_path):
+    glue = write_glue(tmp_path / "glue", ["RTE"])
+    with pytest.raises(ValueError, match="WNLI: no such folder"):
+        run(made, tmp_path / "out", ["RTE", "WNLI"], glue=glue)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_tokenizer_in_the_same_folder_is_refused(made, tmp_path):
     run(made, tmp_path / "out", ["RTE"])
     other = tmp_path / "spm.model"

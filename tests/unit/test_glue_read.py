@@ -213,3 +213,31 @@ def test_mrpc_as_it_is_downloaded(has_ids, tmp_path):
     assert splits["valid"].targets == [int(row[0]) for row in dev]
     assert splits["test"].indices == [str(i) for i in range(9)]
     assert any("no dev_ids.tsv, so the last tenth" in note for note in notes) != has_ids
+
+
+def raw_mrpc(folder, dev_ids=None):
+    """Nineteen pairs and a malformed row, in line 12."""
+    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    rows = [[i % 2, i, 100 + i, "a", "b"] for i in range(20)]
+    rows[10] = ["broken"]
+    write_tsv(folder / "msr_paraphrase_train.txt", [header, *rows])
+    if dev_ids:
+        write_tsv(folder / "dev_ids.tsv", dev_ids)
+    return folder
+
+
+@pytest.mark.parametrize("dev_ids", [None, [[5, 105]]])
+def test_a_malformed_pair_of_mrpc_is_in_one_split_only(dev_ids, tmp_path):
+    splits, notes = read_task(raw_mrpc(tmp_path, dev_ids), TASKS["MRPC"])
+    assert sum(rows.n_rows for rows in splits.values()) == 20
+    (note,) = [note for note in notes if "row left out" in note]
+    assert "msr_paraphrase_train.txt:12: 1 columns, must be 5: 'broken'" in note
+
+
+def test_a_list_of_dev_pairs_that_names_none_or_all_is_refused(tmp_path):
+    folder = raw_mrpc(tmp_path, [[9999, 1]])
+    with pytest.raises(ValueError, match=r"no pair of .*dev_ids.tsv is in msr_paraphrase_train"):
+        read_task(folder, TASKS["MRPC"])
+    write_tsv(folder / "dev_ids.tsv", [[i, 100 + i] for i in range(20)])
+    with pytest.raises(ValueError, match=r"msr_paraphrase_train.txt leaves no pair for train"):
+        read_task(folder, TASKS["MRPC"])

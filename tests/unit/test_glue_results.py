@@ -1,6 +1,7 @@
 """Results of finetuning runs, put together and printed."""
 
 import json
+import os
 
 import pytest
 
@@ -8,10 +9,12 @@ from pkm_fairseq.experiments.glue.results import (
     collect,
     memory_rows,
     print_results,
+    read_results,
     summarise,
     to_markdown,
     write_results,
 )
+from pkm_fairseq.experiments.runs.folders import finish, key_of
 
 TASKS = {
     "CoLA": {"n_train": 8551, "baseline": {"mcc": 0.0}},
@@ -57,6 +60,56 @@ def test_results_by_arm_and_task_in_the_order_of_seeds():
     assert plain["average"] == pytest.approx((44 + (71.5 + 81.5) / 2) / 2)
     assert list(resm["tasks"]) == ["CoLA"]
     assert resm["average"] is None  # a mean over fewer tasks would compare with nothing
+
+
+def write_runs(out, runs, settings="s", sha256="1", data="d"):
+    """Finished runs of one arm on one task, as finetune_glue.py leaves them."""
+    arm, task = runs[0]["arm"], runs[0]["task"]
+    folder = out / arm / task
+    for run in runs:
+        seed = folder / f"seed{run['seed']}"
+        seed.mkdir(parents=True)
+        (seed / "result.json").write_text(json.dumps(run))
+        finish(seed, key_of(settings, run["seed"]))
+    about_arm = {"name": arm, "checkpoint": f"{arm}.pt", "sha256": sha256}
+    about = {"key": settings, "arm": about_arm, "task": {"name": task, "key": data, **TASKS[task]}}
+    (folder / "settings.json").write_text(json.dumps(about))
+
+
+def test_all_finished_runs_below_a_folder_count_whichever_call_made_them(tmp_path):
+    for task, arm in (("MRPC", "plain"), ("CoLA", "resm"), ("CoLA", "plain")):
+        write_runs(tmp_path, [r for r in RESULTS if (r["arm"], r["task"]) == (arm, task)])
+    found = read_results(tmp_path, ["resm"])
+    arms = [{"name": name, "checkpoint": f"{name}.pt", "sha256": "1"} for name in ("resm", "plain")]
+    assert found == collect(arms, TASKS, RESULTS)
+    assert list(found["tasks"]) == ["CoLA", "MRPC"]  # GLUE's order
+    assert [arm["name"] for arm in read_results(tmp_path)["arms"]] == ["plain", "resm"]
+
+
+def test_unfinished_runs_and_those_of_other_settings_do_not_count(tmp_path):
+    runs = [result("plain", "CoLA", seed, 40.0) for seed in (1, 2, 3)]
+    write_runs(tmp_path, runs)
+    finish(tmp_path / "plain/CoLA/seed1", key_of("earlier settings", 1))
+    (tmp_path / "plain/CoLA/seed2/made_with.json").unlink()
+    write_runs(tmp_path, [result("plain", "MRPC", 1, 70.0, 80.0)])
+    (tmp_path / "plain/MRPC/seed1/made_with.json").unlink()
+    write_runs(tmp_path, [result("old", "CoLA", 1, 40.0)])
+    (tmp_path / "old/CoLA/settings.json").write_text('{"key": "s"}')  # of an earlier version
+    found = read_results(tmp_path)
+    assert list(found["tasks"]) == ["CoLA"]
+    (plain,) = found["arms"]
+    assert plain["tasks"]["CoLA"]["seeds"] == [3]
+
+
+def test_a_row_has_one_checkpoint_and_a_column_one_data_set(tmp_path):
+    """An arm was pretrained anew, or a task prepared anew, and only a part was finetuned again."""
+    write_runs(tmp_path, [result("plain", "MRPC", 1, 70.0, 80.0)], sha256="earlier")
+    write_runs(tmp_path, [result("resm", "CoLA", 1, 60.0)], data="earlier")
+    write_runs(tmp_path, [result("plain", "CoLA", 1, 40.0)])
+    for at, file in enumerate(("plain/MRPC", "resm/CoLA", "plain/CoLA")):
+        os.utime(tmp_path / file / "settings.json", (at, at))
+    found = read_results(tmp_path)
+    assert [(arm["name"], list(arm["tasks"])) for arm in found["arms"]] == [("plain", ["CoLA"])]
 
 
 def test_seeds_may_end_after_different_numbers_of_updates():

@@ -2,7 +2,10 @@
 
 import io
 import json
+import runpy
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from pkm_fairseq.experiments.glue.predict import (
     Example,
     Finetuned,
     best_checkpoint,
+    load_finetuned,
     predict_lines,
     predict_tests,
 )
@@ -88,6 +92,19 @@ def test_what_is_missing_is_known():
     assert missing_files(files) == ["MNLI-mm.tsv", "AX.tsv"]
 
 
+def test_a_folder_as_zip_is_refused_before_the_work(tmp_path, monkeypatch):
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
+    monkeypatch.syspath_prepend(scripts)
+    script = runpy.run_path(str(scripts / "predict_glue.py"))
+    command = ["predict_glue.py", "--data", "data", "--runs", "runs", "--zip"]
+    for file in (tmp_path / "new" / "sub.zip", tmp_path / "sub.zip"):
+        monkeypatch.setattr(sys, "argv", [*command, str(file)])
+        assert script["parse"]().zip == file
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path)])
+    with pytest.raises(ValueError, match=f"--zip {tmp_path} is a folder, must be a file"):
+        script["parse"]()
+
+
 # --- the best seed ------------------------------------------------------------------------------
 
 
@@ -122,6 +139,13 @@ def test_seeds_of_other_settings_are_left_out(tmp_path, capsys):
         best_checkpoint(tmp_path, TASKS["RTE"])
     (tmp_path / "settings.json").unlink()  # as of earlier versions
     assert best_checkpoint(tmp_path, TASKS["RTE"]) == tmp_path / "seed2" / "checkpoint_best.pt"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json"])
+def test_a_task_json_of_somebody_else_is_refused(text, tmp_path):
+    (tmp_path / "task.json").write_text(text)
+    with pytest.raises(ValueError, match=r"task.json is not a file of prepare_glue.py"):
+        load_finetuned(tmp_path / "none.pt", tmp_path, TASKS["RTE"])
 
 
 # --- the model ----------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ MISTAKES = {
     "unknown": ({"lables": ["a"]}, "keys unknown lables"),
     "name of a folder elsewhere": ({"name": "../mine"}, "name is '../mine', must be letters"),
     "name of GLUE": ({"name": "RTE"}, "not a task of GLUE"),
+    "name of the tokenizer's folder": ({"name": "tokenizer"}, "not a task of GLUE or tokenizer"),
     "both": ({"label_range": [0, 1]}, "either labels .* or label_range"),
     "neither": ({"labels": "drop"}, "either labels .* or label_range"),
     "one label": ({"labels": ["a"]}, "labels are a, must be two or more"),

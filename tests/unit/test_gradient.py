@@ -130,8 +130,22 @@ def test_a_gradient_that_is_copied_back_is_not_taken_for_the_mean_over_workers()
     table.weight.grad.copy_(kept)
     assert torch.equal(table.weight.grad.dense(), kept.dense())
     assert not is_exchanged(table.weight)
-    table.weight.grad.copy_(kept.dense())  # as DistributedDataParallel does
-    assert is_exchanged(table.weight)
+    table.weight.grad.copy_(kept.dense())  # it may be a mean; to exchange it again keeps it
+    assert not is_exchanged(table.weight)
+
+
+def test_a_gradient_can_be_put_in_the_place_of_another_through_data():
+    table = gradient_after(reads())
+    before = table.weight.grad.dense()
+    table.weight.grad.data = table.weight.grad.data * 0.5
+    assert torch.equal(table.weight.grad.dense(), 0.5 * before)
+    table.weight.grad.data.mul_(2)  # an alias
+    assert torch.equal(table.weight.grad.dense(), before)
+    with pytest.raises(
+        RuntimeError, match=r"an assignment to \.data does not work on the factored"
+    ):
+        table.weight.grad.data = torch.zeros_like(before)
+    assert torch.equal(table.weight.grad.dense(), before)
 
 
 def test_norms_can_keep_dimensions():

@@ -417,6 +417,15 @@ def test_copies_that_are_flat_in_one_run_only_are_refused(monkeypatch):
             one.load_state_dict(another.state_dict())
 
 
+@pytest.mark.parametrize("form", ["fp16", "fp16 flat"])
+def test_a_state_without_copies_is_refused_with_its_reason(monkeypatch, form):
+    _, optimizer = as_the_trainer_does(monkeypatch, form)
+    state = optimizer.state_dict()
+    del state["fp32_params"]
+    with pytest.raises(ValueError, match="by a run in full or memory-efficient precision"):
+        optimizer.load_state_dict(state)
+
+
 # --- --amp ----------------------------------------------------------------------------------------
 
 

@@ -668,6 +668,13 @@ def test_the_rate_of_values_is_what_its_options_make_of_lr(settings, at_start, a
     assert rates == pytest.approx([at_start, at_half, at_a_tenth])
 
 
+def test_moments_that_bmuf_cannot_average_are_refused():
+    for odd in ({"memory_moment_dtype": "float8"}, {"memory_value_optimizer": "sgd"}):
+        with pytest.raises(ValueError, match=r"--use-bmuf does not work with --memory-"):
+            PkmAdam(options(use_bmuf=True, **odd), Net().parameters())
+        PkmAdam(options(use_bmuf=False, **odd), Net().parameters())
+
+
 def test_rates_of_values_that_contradict_each_other_are_refused():
     params = Net().parameters
     with pytest.raises(ValueError, match=r"value-lr 0.1 and --memory-value-lr-factor 2.0 exclude"):

@@ -187,6 +187,14 @@ def test_observing_changes_no_output_and_no_gradient():
         assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_the_input_of_a_single_token_is_captured():
+    memory, capture, x = memory_of(), InputCapture(), inputs(3)
+    with memory.observed_by(capture):
+        memory(x[0])
+        memory(x)
+    assert torch.equal(capture.inputs(), torch.cat([x[:1], x]))
+
+
 def test_an_observer_looks_on_while_its_context_is_open():
     memory, usage = memory_of(), MemoryUsage(25, 2)
     with memory.observed_by(usage):

@@ -32,6 +32,13 @@ def test_the_log_of_a_subset(tmp_path):
     assert last_line(log) == 'x | valid | {"valid_mcc":'
 
 
+def test_a_line_that_a_kill_cut_off_is_skipped_with_the_one_that_follows_it(tmp_path):
+    log = tmp_path / LOG
+    good = 'x | valid | {"valid_mcc": "4.5", "valid_num_updates": "5"}\n'
+    log.write_text(f'x | valid | {{"valid_mcc": "1{good}{good.replace("5", "6")}')
+    assert logged_by_update(log, "valid") == {6: {"mcc": 4.6, "num_updates": 6}}
+
+
 def test_a_process_that_said_nothing(tmp_path):
     (tmp_path / LOG).touch()
     assert last_line(tmp_path / LOG) == "it printed nothing"
@@ -93,6 +100,16 @@ def test_what_is_not_ready_is_overtaken():
         ["late", "early"], 2, status=lambda run: done.append(run) or 0, is_ready=is_ready
     )
     assert [run for kind, run, _ in happened if kind == "start"] == ["early", "late"]
+
+
+def test_without_workers_nothing_can_be_done():
+    assert events("ab", 0) == ["workers is 0, must be at least 1"]
+
+
+def test_runs_that_wait_for_what_no_run_makes_are_named():
+    happened = events("abc", 2, is_ready=lambda run: run == "b")
+    assert [kind for kind, *_ in happened[:2]] == ["start", "finish"]
+    assert happened[2:] == ["a, c cannot start: no run is left that they could wait for"]
 
 
 def test_nothing_is_started_after_a_failure():

@@ -410,6 +410,36 @@ def test_what_is_added_to_an_exchanged_gradient_counts_as_much(tmp_path: Path, w
             torch.testing.assert_close(each, once, rtol=1e-6, atol=1e-9, msg=name)
 
 
+SUMS: Dict[str, Tuple[float, Callable[[FactoredGradient], Any]]] = {  # and how often it is in them
+    "twice": (2, lambda gradient: gradient + gradient),
+    "twice in place": (2, lambda gradient: gradient.add_(gradient.clone())),
+    "with itself in place": (2, lambda gradient: gradient.add_(gradient)),
+    "of halves": (1, lambda gradient: gradient * 0.5 + gradient * 0.5),
+    "with nothing": (1, lambda gradient: gradient + torch.zeros(gradient.shape)),
+}
+
+
+def sums_of_exchanged(rank: int) -> "Dict[str, Tuple[Tensor, Tensor]]":
+    """The mean gradient, and a sum with it that is exchanged again, divided by the factor."""
+    found = {}
+    for name, (factor, add) in SUMS.items():
+        net, adam = small_memory(ColumnShards(2))
+        loss_of(net, rank, 0).backward()
+        adam.exchange_gradients()
+        mean = gradient_of(net).dense()
+        net.values.weight.grad = add(gradient_of(net))
+        adam.exchange_gradients()
+        found[name] = mean, gradient_of(net).dense() / factor
+    return found
+
+
+def test_a_sum_with_an_exchanged_gradient_is_divided_once(tmp_path: Path) -> None:
+    for found in on_workers(2, tmp_path, sums_of_exchanged):
+        for name, (mean, of_sum) in found.items():
+            assert mean.count_nonzero(), name
+            torch.testing.assert_close(of_sum, mean, rtol=1e-6, atol=1e-9, msg=name)
+
+
 def test_only_whole_tables_are_loaded_and_an_error_waits_for_nobody(tmp_path: Path) -> None:
     whole, other = on_workers(2, tmp_path, saved_at_odd_moments)
     net, _ = small_memory()

@@ -137,6 +137,16 @@ def test_what_is_no_such_log_is_an_error_that_names_the_line(tmp_path, lines, na
     assert f"{file}: {named}" in str(error.value)
 
 
+def test_a_layer_that_saw_no_token_may_be_missing_from_a_count(tmp_path):
+    two = {**HEADER, "layers": {"1": HEADER["layers"]["1"], "2": HEADER["layers"]["1"]}}
+    log = UsageLog(tmp_path / FILE, two, 0)
+    log.append(record(1))
+    assert read_usage_log(tmp_path / FILE) == (two, [record(1)])
+    log.append({**record(2), "layers": [{"layer": 2}, {"layer": 1}]})
+    with pytest.raises(ValueError, match="line 3 is no count of layers 1, 2"):
+        read_usage_log(tmp_path / FILE)
+
+
 def test_a_missing_log_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_usage_log(tmp_path / FILE)

@@ -101,6 +101,18 @@ def test_reset_draws_anew():
     assert not torch.equal(table.weight, before)
 
 
+def test_a_table_that_keeps_half_precision_can_still_be_moved_and_shared():
+    half = {"dtype": torch.bfloat16, "keeps_dtype": True}
+    with torch.device("meta"):
+        table = ValueTable(9, 4, **half)
+    table.to_empty(device="cpu")
+    assert table.weight.device.type == "cpu" and table.weight.dtype == torch.bfloat16
+    table = ValueTable(9, 4, **half)
+    table.share_memory()
+    assert table.weight.is_shared()
+    assert table.half().weight.dtype == torch.bfloat16
+
+
 def test_parameter_is_marked_for_the_optimizer():
     for table in (ValueTable(10, 5), ValueTable(10, 5).double().bfloat16()):
         assert is_table(table.weight)

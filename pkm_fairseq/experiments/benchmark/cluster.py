@@ -14,7 +14,7 @@ import torch
 from ...memory import ValueTable, kernels
 from ...memory.gradient import entries_of_rows
 from ...memory.kernels import Entries
-from .exchange import Table, factor_bytes
+from .exchange import Table, columns_of, factor_bytes
 
 FLOAT = 4  # bytes
 SORT = 96  # bytes moved for each entry that is sorted: four passes over keys and indices
@@ -103,13 +103,13 @@ def simulate(
         exchange of the gradient between groups; "update": sums of the gradient and Adam; "total".
 
     Raises:
-        ValueError: groups do not fit the cluster; the message says why.
+        ValueError: groups do not fit the cluster or the table; the message says why.
     """
     everyone, group, replicas = _groups(cluster, shards)
     reduced = _all_reduce(cluster, everyone, training.rest)
     parts = dict.fromkeys(("read", "group", "between", "update"), 0.0)
     if form != "plain":
-        columns = training.table._replace(v_dim=training.table.v_dim // shards)
+        columns = columns_of(training.table, shards)
         tokens = training.tokens * shards  # whose reads this worker's columns serve
         parts["read"] = training.query + 2 * _row_bytes(columns, tokens) / device.read
         parts["group"] = _within_group(cluster, group, training)
@@ -133,8 +133,11 @@ def held_bytes(cluster: Cluster, table: Table, form: str, shards: int = 1) -> fl
         table: the table.
         form: as for ``simulate``.
         shards: as for ``simulate``.
+
+    Raises:
+        ValueError: the columns cannot be divided evenly.
     """
-    values = FLOAT * table.n_slots * table.v_dim / shards
+    values = FLOAT * table.n_slots * columns_of(table, shards).v_dim
     owners = cluster.workers // shards if form == "owned" else 1
     return values * (1 + 2 / owners)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,34 @@ class Table(NamedTuple):
     n_slots: int
     v_dim: int
     reads: int  # of a token: heads * knn
+
+
+def columns_of(table: Table, shards: int) -> Table:
+    """The part of a table that each of the workers has who split it by columns.
+
+    Raises:
+        ValueError: the columns cannot be divided evenly.
+    """
+    if table.v_dim % shards:
+        raise ValueError(f"shards is {shards}, must divide the width of a value, {table.v_dim}")
+    return table._replace(v_dim=table.v_dim // shards)
+
+
+def possible_groups(shards: Sequence[int], workers: Sequence[int]) -> List[int]:
+    """The sizes of groups into which some number of workers can be divided.
+
+    Args:
+        shards: sizes of groups.
+        workers: numbers of workers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    possible = [n for n in shards if any(number % n == 0 for number in workers)]
+    if not possible:
+        sizes, numbers = (", ".join(map(str, given)) for given in (shards, workers))
+        raise ValueError(f"--shards is {sizes}, must divide a number of --workers, {numbers}")
+    return possible
 
 
 def factor_bytes(table: Table, tokens: float) -> float:
@@ -64,8 +92,11 @@ def plan_bytes(table: Table, tokens: int, workers: int, shards: int) -> Dict[str
     Returns:
         Per worker, "held": its part of the table and of two moments; "group": received for reads;
         "factors" and "dense": received from the other groups with each method.
+
+    Raises:
+        ValueError: the columns cannot be divided evenly.
     """
-    columns, groups = table._replace(v_dim=table.v_dim // shards), workers // shards
+    columns, groups = columns_of(table, shards), workers // shards
     between = received_bytes(columns, tokens * shards, groups)
     return {
         "held": 3 * 4 * table.n_slots * columns.v_dim,
@@ -92,7 +123,12 @@ def measure(table: Table, tokens: int, workers: int, way: str) -> Dict[str, floa
     Returns:
         Bytes per worker: "sent", of all tensors passed to collectives; "received", all traffic of
         the loopback device, including headers and other programs' traffic.
+
+    Raises:
+        ValueError: the columns cannot be divided evenly.
     """
+    if way == "shards":
+        columns_of(table, workers)
     with TemporaryDirectory() as folder:
         spawn(  # daemons always end with this process
             _work, args=(folder, table, tokens, workers, way), nprocs=workers, daemon=True

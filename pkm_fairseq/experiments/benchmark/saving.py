@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from ..runs.folders import PACKAGE
 from ..runs.processes import Children
@@ -58,7 +58,7 @@ def measure(setting: Setting, folder: Path) -> List[Dict[str, Any]]:
         ``before``, the resident memory at its start, and ``peak``, the largest until its end.
 
     Raises:
-        ValueError: a training failed.
+        ValueError: a training failed, or did not save or load.
     """
     folder.mkdir(parents=True)
     try:
@@ -66,12 +66,22 @@ def measure(setting: Setting, folder: Path) -> List[Dict[str, Any]]:
             _train(setting, folder, updates)
         found = []
         for worker in range(setting.workers):
-            lines = (folder / f"{worker}.jsonl").read_text().splitlines()
-            saving, loading = map(json.loads, lines[:2])  # of the first and the second training
-            found += [{"worker": worker, **saving}, {"worker": worker, **loading}]
+            found += [{"worker": worker, **phase} for phase in _save_and_load(folder, worker)]
         return found
     finally:
         shutil.rmtree(folder)
+
+
+def _save_and_load(folder: Path, worker: int) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """The last save of the first training, and the load of the second one."""
+    lines = (folder / f"{worker}.jsonl").read_text().splitlines()
+    noted = [json.loads(line) for line in lines]
+    phases = [phase["phase"] for phase in noted]
+    if "loading" not in phases[1:] or phases[0] != "saving":
+        said = ", ".join(phases)
+        raise ValueError(f"worker {worker} went through {said}, must save and then load")
+    load = phases.index("loading")  # the first training loads nothing
+    return noted[load - 1], noted[load]
 
 
 def _train(setting: Setting, folder: Path, updates: int) -> None:

@@ -139,17 +139,26 @@ def split_documents(documents: Sequence[List[str]], seed: int = 1) -> Dict[str, 
 
     Returns:
         The lines of each split.
+
+    Raises:
+        ValueError: the documents do not suffice for three splits.
     """
+    sizes = list(map(_size, documents))
     documents = list(documents)
     random.Random(seed).shuffle(documents)
-    size = sum(len(line) for lines in documents for line in lines)
     splits: Dict[str, List[str]] = {}
     for split, share in HELD_OUT.items():
         lines: List[str] = []
-        while sum(map(len, lines)) < share * size:
+        while documents and _size(lines) < share * sum(sizes):
             lines += documents.pop()
         splits[split] = lines
     splits["train"] = [line for lines in documents for line in lines]
+    if not all(splits.values()):
+        raise ValueError(
+            f"the text is too small: one of its {len(sizes)} documents has "
+            f"{100 * max(sizes) / sum(sizes):.0f} % of it, which leaves too little for all of "
+            f"{', '.join(splits)}"
+        )
     return splits
 
 

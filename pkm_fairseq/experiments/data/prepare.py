@@ -9,25 +9,23 @@ from typing import Dict, Iterable, List, Optional, Sequence
 import sentencepiece
 
 from ..runs.processes import run_to_end
-from .corpus import split_documents
 
 SPLITS = ("train", "valid", "test")
 
 
-def prepare_corpus(documents: Sequence[List[str]], folder: Path, vocabulary: int) -> None:
-    """Split a corpus, train sentencepiece on its training text, encode and binarise it.
+def prepare_corpus(splits: Dict[str, List[str]], folder: Path, vocabulary: int) -> None:
+    """Train sentencepiece on the training text of a corpus, encode and binarise the corpus.
 
     It writes ``spm.model``, ``{train,valid,test}.{txt,pieces}`` and ``bin/`` into the folder.
 
     Args:
-        documents: the lines of each document.
+        splits: the lines of each split, as ``split_documents`` returns them.
         folder: an existing folder.
         vocabulary: number of sentencepiece pieces.
 
     Raises:
         ValueError: the text is too small.
     """
-    splits = split_documents(documents)
     (folder / "spm.model").write_bytes(train_sentencepiece(splits["train"], vocabulary))
     tokenizer = load_sentencepiece(folder / "spm.model")
     for split, lines in splits.items():

@@ -28,7 +28,8 @@ from .presets import TITLES, Preset
 ARMS = ("plain", "resm_init")
 WORKERS = 2
 RESULT = "recall.json"
-CODE = ("memory", "models", "tasks", "criterions", "optim", "experiments/facts", "experiments/demo")
+EXPERIMENTS = tuple(f"experiments/{part}" for part in ("data", "demo", "facts", "runs"))
+CODE = ("memory", "models", "tasks", "criterions", "optim", "compat", *EXPERIMENTS)
 
 
 def run_facts(preset: Preset, out: Path) -> None:

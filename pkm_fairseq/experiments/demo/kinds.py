@@ -4,10 +4,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 from ..runs.folders import PACKAGE
-from ..runs.logs import read_log
+from ..runs.logs import last_line, read_log
 from ..runs.processes import Children
 from .presets import PRESETS, arm_flags
 
@@ -50,25 +51,24 @@ def learned(
         validation set.
 
     Raises:
-        ValueError: a training failed; the message names its log.
+        ValueError: a training failed; the message names its log and ends with the log's last line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = PRESETS[preset]
     warmup = min(sizes.warmup, updates // 10)
-    with Children() as children:
-        for seed in seeds:
-            settings = replace(sizes, seed=seed, interval=updates, warmup=warmup)
-            for name in kinds:
-                log = folder / f"{arm}_{name.replace(' ', '_')}_{seed}.log"
-                flags = [*arm_flags("pkm", settings), "--arch", ARCHS[arm], *KINDS[name]]
-                flags += ["--total-num-update", str(updates), "--max-update", str(updates)]
-                command = [str(Path(sys.executable).parent / "fairseq-train"), str(data)]
-                command += ["--user-dir", str(PACKAGE), "--no-save", *flags]
-                _run(children, command, log)
-                found = read_log(log, "valid")
-                if not found or found[-1]["num_updates"] != updates:
-                    raise ValueError(f"a training ended without a validation: see {log}")
-                yield name, seed, tuple(found[-1][key] for key in FOUND)
+    for seed in seeds:
+        settings = replace(sizes, seed=seed, interval=updates, warmup=warmup)
+        for name in kinds:
+            log = folder / f"{arm}_{name.replace(' ', '_')}_{seed}.log"
+            flags = [*arm_flags("pkm", settings), "--arch", ARCHS[arm], *KINDS[name]]
+            flags += ["--total-num-update", str(updates), "--max-update", str(updates)]
+            command = [str(Path(sys.executable).parent / "fairseq-train"), str(data)]
+            command += ["--user-dir", str(PACKAGE), "--no-save", *flags]
+            _run(command, log)
+            found = read_log(log, "valid")
+            if not found or found[-1]["num_updates"] != updates:
+                raise ValueError(f"a training ended without a validation: see {log}")
+            yield name, seed, tuple(found[-1][key] for key in FOUND)
 
 
 def spread(numbers: Sequence[float]) -> str:
@@ -76,10 +76,12 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{median(numbers):.4g} ({min(numbers):.4g} to {max(numbers):.4g})"
 
 
-def _run(children: Children, command: List[str], log: Path) -> None:
-    with log.open("wb") as out:
+def _run(command: List[str], log: Path) -> None:
+    # in an empty folder: fairseq continues from a checkpoint that it finds, also with --no-save
+    with TemporaryDirectory() as empty, log.open("wb") as out, Children() as children:
+        command = [*command, "--save-dir", empty]
         child = children.start(command, out, environment={"OMP_NUM_THREADS": "1"})
         while child.status is None:
             children.pause(POLL)
     if child.status:
-        raise ValueError(f"a training failed: see {log}")
+        raise ValueError(f"a training failed, see {log}: {last_line(log)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from ...memory.files import write_file
-from ..data.corpus import SHAKESPEARE, fetch_corpus, read_documents
+from ..data.corpus import SHAKESPEARE, fetch_corpus, read_documents, split_documents
 from ..data.prepare import load_sentencepiece, prepare_corpus
 from ..runs.folders import begin, finish, is_finished, key_of, key_of_code, key_of_files
 from ..runs.logs import read_log
@@ -80,10 +80,11 @@ def fetch(folder: Path) -> List[Path]:
 def prepare(texts: Sequence[Path], title: str, folder: Path, preset: Preset) -> None:
     """Make data for fairseq from text files; check the text before changing any file."""
     documents = read_documents(texts)
+    splits = split_documents(documents)
     key = key_of(preset.vocabulary, title, documents, key_of_code("experiments/data"))
     if begin(folder, key):
         print(f"preparing {len(texts)} text files in {folder}", flush=True)
-        prepare_corpus(documents, folder, preset.vocabulary)
+        prepare_corpus(splits, folder, preset.vocabulary)
         (folder / TITLE).write_text(title, encoding="utf-8")
         finish(folder, key)
 
@@ -93,7 +94,8 @@ def evaluate_arms(preset: Preset, data: Path, arms: Path, folder: Path) -> Dict[
     files = [arms / arm / LAST for arm in ARMS]
     check_files(files)
     texts = [data / "spm.model", data / "bin" / "train.bin", data / "bin" / "test.bin"]
-    code = key_of_code("memory", "models", "experiments/demo")
+    experiments = (f"experiments/{part}" for part in ("data", "demo", "runs"))
+    code = key_of_code("memory", "models", "tasks", "compat", *experiments)
     key = key_of(str(arms), preset.half, key_of_files(*files, *texts), code)
     result = folder / "evaluation.json"
     if begin(folder, key):

@@ -44,7 +44,7 @@ def train_arms(preset: Preset, data: Path, folder: Path) -> None:
         if not (data / name).is_file():  # before any folder is touched
             raise ValueError(f"{data / name}: no such file; prepare the corpus first")
     inputs = sorted(file for file in data.glob("*") if file.suffix in (".bin", ".idx", ".txt"))
-    code = key_of_code("memory", "models", "tasks", "criterions", "optim")
+    code = key_of_code("memory", "models", "tasks", "criterions", "optim", "compat")
     flags = {arm: arm_flags(arm, preset) for arm in ARMS}
     key = key_of(key_of_files(*inputs), code, flags, preset.half)
     unfinished = [arm for arm in ARMS if begin(folder / arm, key)]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import torch
 from fairseq import options, utils
 from fairseq import tasks as fairseq_tasks
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
 from ...memory.files import write_file
 from ...memory.observe.log import INITIAL_VALUES
@@ -21,18 +23,24 @@ from ..runs.logs import last_line, logged_by_update, read_log
 from ..runs.processes import Child, Children
 from ..runs.progress import RunsProgress
 from ..runs.trainings import LAST, LOG, run_all, start_training, updates_of
-from .data import PreparedTask, dev_name
+from .data import PreparedTask, dev_name, majority_baseline
 from .memory import measure_memory
-from .presets import WARMUP_RATIO, Settings, check_further, flags_of, settings_of
-from .results import SETTINGS
+from .presets import (
+    WARMUP_RATIO,
+    Settings,
+    check_further,
+    check_parsed,
+    flags_of,
+    settings_of,
+)
+from .results import RESULT, SETTINGS
 from .start import Arm, sha256_of
 
-MINUTES = 300.0  # seconds between two lines about a run without terminal
+SECONDS_BETWEEN_LINES = 300.0  # about a run, without a terminal
 BEST = "checkpoint_best.pt"
-RESULT = "result.json"
 MULTIPLE = "required_batch_size_multiple"
 UPDATES = re.compile(r'"(?:\w+_)?num_updates": "(\d+)"')  # in a line of the log
-FILES = ("--memory-background", "--memory-finetune-counts")  # flags that name one
+FILES = ("memory_background", "memory_finetune_counts")  # options that name one
 
 
 @dataclass(frozen=True)
@@ -113,47 +121,72 @@ def plan(arms: Sequence[Arm], tasks: Sequence[PreparedTask], choices: Choices) -
                 raise ValueError(f"--set {key}: no checkpoint has a memory")
     runs = []
     for task in tasks:
-        planned = {arm: _plan(arm, task, choices) for arm in arms}
-        for seed in choices.seeds:
-            for arm, (flags, updates, warmup) in planned.items():
-                files = _files(flags)
-                settings = key_of(flags, arm.sha256, task.key, choices.memory_tokens, *files)
-                folder = choices.out.resolve() / arm.name / task.name / f"seed{seed}"
-                numbers, keys = (updates, warmup), (settings, key_of(settings, seed))
-                runs.append(Finetuning(arm, task, seed, folder, flags, *numbers, *keys))
+        of_arms = [_plan(arm, task, choices) for arm in arms]
+        runs += [run for of_seed in zip(*of_arms, strict=True) for run in of_seed]
     return runs
 
 
-def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> "tuple[Tuple[str, ...], int, int]":
-    """Flags, number of updates, and number of warm-up updates."""
+def _plan(arm: Arm, task: PreparedTask, choices: Choices) -> List[Finetuning]:
+    """The runs of an arm on a task, one per seed."""
     settings = settings_of(choices.preset, task.name, arm.has_memory, choices.overrides)
     ratio = _ratio(settings.pop(WARMUP_RATIO, 0.0))
     fixed, chosen = _fixed_flags(arm, task), [*flags_of(settings), *choices.further]
     args = parse_flags([*fixed, *chosen])
+    check_parsed(args, parse_flags(fixed))
+    _check(args)
+    hashes = _hashes_of_files(args)
+
+    def counted(seed: int) -> "tuple[Tuple[str, ...], int, int]":
+        """Flags, number of updates, and number of warm-up updates."""
+        updates = count_updates(Namespace(**{**vars(args), "seed": seed}))
+        schedule = ["--warmup-updates", str(round(ratio * updates))]
+        if args.lr_scheduler == "polynomial_decay":
+            schedule += ["--total-num-update", str(updates)]
+        # not every schedule has a warm-up; the user may have set its length
+        warmup = parse_flags([*fixed, *schedule, *chosen]).warmup_updates
+        interval = ["--log-interval", str(max(1, updates // 50))]
+        return (*fixed, *schedule, *interval, *chosen), updates, warmup
+
+    planned = {seed: counted(seed) for seed in {args.seed, *choices.seeds}}
+    # the same for all seeds, so with the numbers of updates of fairseq's default seed
+    key = key_of(planned[args.seed][0], arm.sha256, task.key, choices.memory_tokens, *hashes)
+    folder = choices.out.resolve() / arm.name / task.name
+    return [
+        Finetuning(arm, task, seed, folder / f"seed{seed}", *planned[seed], key, key_of(key, seed))
+        for seed in choices.seeds
+    ]
+
+
+def _check(args: Any) -> None:
+    """Refuse settings and data before hours of training.
+
+    Raises:
+        ValueError: a number is impossible, or the data do not fit together.
+    """
     multiple = getattr(args, MULTIPLE)
     if multiple != 1:
         raise ValueError(f"{MULTIPLE} is {multiple}, must be 1, to keep all dev examples")
-    updates = count_updates(args)
-    schedule = ["--warmup-updates", str(round(ratio * updates))]
-    if args.lr_scheduler == "polynomial_decay":
-        schedule += ["--total-num-update", str(updates)]
-    # not every schedule has a warm-up; the user may have set its length
-    warmup = parse_flags([*fixed, *schedule, *chosen]).warmup_updates
-    interval = ["--log-interval", str(max(1, updates // 50))]
-    return (*fixed, *schedule, *interval, *chosen), updates, warmup
+    if args.max_epoch is None or args.max_epoch < 1:
+        raise ValueError(f"max_epoch is {args.max_epoch}, must be at least 1")
+    if min(args.update_freq, default=0) < 1:
+        raise ValueError(f"update_freq is {args.update_freq}, must be at least 1")
+    task = fairseq_tasks.setup_task(args)
+    for split in (*args.valid_subset.split(","), "train"):
+        task.check(split)
 
 
-def _files(flags: Sequence[str]) -> List[str]:
-    """Hashes of the files that flags name.
+def _hashes_of_files(args: Any) -> List[str]:
+    """Hashes of the files that options name.
 
     Raises:
         ValueError: there is no such file.
     """
-    named = [(flag, Path(flags[at + 1])) for at, flag in enumerate(flags[:-1]) if flag in FILES]
-    for flag, file in named:
+    named = {name: getattr(args, name, None) for name in FILES}
+    files = {name: Path(file) for name, file in named.items() if file}
+    for name, file in files.items():
         if not file.is_file():
-            raise ValueError(f"{flag} {file}: no such file")
-    return [sha256_of(file) for _, file in named]
+            raise ValueError(f"--{name.replace('_', '-')} {file}: no such file")
+    return [sha256_of(file) for file in files.values()]
 
 
 def _ratio(value: Any) -> float:
@@ -216,15 +249,15 @@ def parse_flags(flags: Sequence[str]) -> Any:
 
 
 def count_updates(args: Any) -> int:
-    """The number of updates of fairseq-train, from the batches that it will make."""
-    if args.max_epoch is None or args.max_epoch < 1:
-        raise ValueError(f"max_epoch is {args.max_epoch}, must be at least 1")
+    """The number of updates of fairseq-train, from the batches that it will make.
+
+    With ``--max-tokens`` the number of batches depends on the order of the examples, so on the
+    seed.
+    """
     task = fairseq_tasks.setup_task(args)
-    for split in args.valid_subset.split(","):  # checked before hours of training
-        task.check(split)
-    task.check("train")
     batches = task.get_batch_iterator(
-        task.load_dataset("train"),
+        # fairseq's own way, since ours would check each label again for each seed
+        SentencePredictionTask.load_dataset(task, "train"),
         max_tokens=args.max_tokens,
         max_sentences=args.batch_size,
         max_positions=utils.resolve_max_positions(task.max_positions(), args.max_tokens),
@@ -254,9 +287,7 @@ def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lam
         ValueError: a run failed; the others were stopped.
     """
     waiting = [run for run in runs if not run.is_finished]
-    for run in runs:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_file(run.folder.parent / SETTINGS, json.dumps({"key": run.settings}))
+    _write_settings(runs)
 
     def start(children: Children, run: Finetuning, worker: int) -> Child:
         begin(run.folder, run.key)
@@ -268,8 +299,21 @@ def finetune(runs: Sequence[Finetuning], choices: Choices, after_each: Any = lam
         after_each()
         progress.end(run.name, _told(result["dev"]))
 
-    with RunsProgress(len(runs), len(runs) - len(waiting), MINUTES) as progress:
+    with RunsProgress(len(runs), len(runs) - len(waiting), SECONDS_BETWEEN_LINES) as progress:
         run_all(waiting, choices.workers, start, lambda run: _show(run, progress), finish_one)
+
+
+def _write_settings(runs: Sequence[Finetuning]) -> None:
+    """Write what ``results.read_results`` needs to know of an arm and a task."""
+    baselines = {task: majority_baseline(task) for task in {run.task for run in runs}}
+    for run in runs:
+        arm, task = run.arm, run.task
+        of_arm = {"name": arm.name, "checkpoint": str(arm.file), "sha256": arm.sha256}
+        of_task = {"name": task.name, "key": task.key, "n_train": task.n_train}
+        of_task["baseline"] = baselines[task]
+        about = {"key": run.settings, "arm": of_arm, "task": of_task}
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_file(run.folder.parent / SETTINGS, json.dumps(about))
 
 
 def _environment(worker: int, workers: int) -> Dict[str, str]:
@@ -314,10 +358,10 @@ def _finish(run: Finetuning, status: int, choices: Choices) -> Dict[str, Any]:
         **{"settings": run.settings, "memory": memory},
     }
     write_file(run.folder / RESULT, json.dumps(result, indent=2))
+    finish(run.folder, run.key)
     if not choices.keep_last:
         for name in (LAST, INITIAL_VALUES):  # large, and only needed to resume
             (run.folder / name).unlink(missing_ok=True)
-    finish(run.folder, run.key)
     return result
 
 

@@ -132,9 +132,15 @@ def _check_prepared(data: Path, spec: TaskSpec) -> None:
     file = data / "task.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; prepare {spec.name} with prepare_glue.py")
-    made = json.loads(file.read_text())
     own = {"labels": list(spec.labels), "is_pair": spec.is_pair}
     own["label_range"] = list(spec.label_range) if spec.label_range else None
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        made = {key: read[key] for key in own}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{file} is not a file of prepare_glue.py: prepare the task again"
+        ) from None
     for key, value in own.items():
         if made[key] != value:
             raise ValueError(

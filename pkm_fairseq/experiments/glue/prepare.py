@@ -17,7 +17,7 @@ from ...memory.files import write_file
 from ..runs.folders import key_of, key_of_files
 from ..runs.progress import progress_bars
 from .read import Rows, files_of, read_task
-from .tasks import TaskSpec
+from .tasks import TOKENIZER, TaskSpec
 from .tokenizers import Tokenizer, encode, load_dictionary
 
 CODE = [Path(__file__).with_name(f"{name}.py") for name in ("prepare", "read", "tokenizers")]
@@ -55,10 +55,10 @@ def prepare(
         raise ValueError(f"--glue-data {glue_data}: no such folder")
     symbols = load_dictionary(dictionary)
     tokenizer.load()  # raise errors here, not in a worker
-    tokenizer.save(out / "tokenizer")
     for spec in specs:
         if not (glue_data / spec.name).is_dir():
             raise ValueError(f"{glue_data / spec.name}: no such folder; choose tasks with --tasks")
+    tokenizer.save(out / TOKENIZER)
     with _pool(tokenizer, symbols, workers) as pool:
         for spec in specs:
             folder = glue_data / spec.name
@@ -77,11 +77,17 @@ def is_prepared(folder: Path, key: str) -> bool:
     Raises:
         ValueError: prepare_glue.py did not make the folder.
     """
-    if folder.exists() and not (folder / "task.json").is_file():
+    if not folder.exists():
+        return False
+    file = folder / "task.json"
+    if not file.is_file():
         raise ValueError(
             f"{folder} exists without task.json: prepare_glue.py did not make it, remove it"
         )
-    return folder.exists() and json.loads((folder / "task.json").read_text())["key"] == key
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["key"] == key)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not a file of prepare_glue.py: remove {folder}") from None
 
 
 def _prepare_task(

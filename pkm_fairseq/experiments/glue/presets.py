@@ -24,6 +24,8 @@ RESERVED |= {"arch", "num_classes", "regression_target", "finetune_from_model", 
 RESERVED |= {"glue_metrics", "glue_positive_label", "log_format", "classification_head_name"}
 RESERVED |= {"best_checkpoint_metric", "maximize_best_checkpoint_metric", "max_positions"}
 RESERVED |= {"distributed_world_size"}
+# options that must keep their defaults: training on train, and dev scores on all of dev
+RESERVED |= {"train_subset", "max_valid_steps", "disable_validation"}
 
 Settings = Dict[str, Any]
 
@@ -47,13 +49,32 @@ def load_preset(name: str) -> Dict[str, Settings]:
         raise ValueError(f"preset {file} is not yaml: {' '.join(str(error).split())}") from None
     if not isinstance(preset, dict) or not set(preset) <= set(PARTS):
         raise ValueError(f"preset {file} may hold only the parts {', '.join(PARTS)}")
-    preset = {part: preset.get(part) or {} for part in PARTS}
-    for part in (preset["all"], preset["memory"], preset["tasks"], *preset["tasks"].values()):
-        if not isinstance(part, dict):
-            raise ValueError(f"preset {file}: {part!r} must be keys and values, as in lr: 1e-5")
-    for part in (preset["all"], preset["memory"], *preset["tasks"].values()):
-        _refuse_reserved(part, f"preset {file}")
-    return preset
+    where = f"preset {file}"
+    tasks = _keys_and_values(preset.get("tasks") or {}, where)
+    return {
+        "all": _settings(preset.get("all") or {}, where),
+        "memory": _settings(preset.get("memory") or {}, where),
+        "tasks": {task: _settings(part, where) for task, part in tasks.items()},
+    }
+
+
+def _settings(part: Any, where: str) -> Settings:
+    """The settings of a part of a preset; their keys may have dashes."""
+    settings = {}
+    for key, value in _keys_and_values(part, where).items():
+        if not isinstance(key, str):
+            raise ValueError(f"{where}: key {key} must be text, as in lr: 1e-5")
+        if value is None:
+            raise ValueError(f"{where}: {key} is empty, must have a value, as in lr: 1e-5")
+        settings[_key(key)] = value
+    _refuse_reserved(settings, where)
+    return settings
+
+
+def _keys_and_values(part: Any, where: str) -> Settings:
+    if not isinstance(part, dict):
+        raise ValueError(f"{where}: {part!r} must be keys and values, as in lr: 1e-5")
+    return part
 
 
 def parse_overrides(pairs: Sequence[str]) -> Settings:
@@ -67,15 +88,34 @@ def parse_overrides(pairs: Sequence[str]) -> Settings:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ValueError(f"--set {pair}: must be KEY=VALUE, as in lr=1e-5")
-        settings[key.strip().replace("-", "_")] = value
+        settings[_key(key)] = value
     _refuse_reserved(settings, "--set")
     return settings
 
 
 def check_further(flags: Sequence[str]) -> None:
     """Refuse further flags of fairseq-train that the script sets itself."""
-    names = [flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    names = [_key(flag[2:].split("=")[0]) for flag in flags if flag.startswith("--")]
     _refuse_reserved(dict.fromkeys(names), "behind --")
+
+
+def check_parsed(args: Any, own: Any) -> None:
+    """Refuse settings that change an option of the script by another name, as ``--nval``.
+
+    Args:
+        args: the parsed flags.
+        own: the same without the user's.
+    """
+    for key in sorted(RESERVED):
+        if getattr(args, key, None) != getattr(own, key, None):
+            raise ValueError(
+                f"a setting changes {key}: this script sets {key} itself, leave it out"
+            )
+
+
+def _key(text: str) -> str:
+    """The name of an option: ``batch-size`` is ``batch_size``."""
+    return text.strip().replace("-", "_")
 
 
 def _refuse_reserved(settings: Settings, where: str) -> None:

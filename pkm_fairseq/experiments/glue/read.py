@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import BinaryIO, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from .tasks import Columns, SplitFile, TaskSpec
 
@@ -13,7 +13,7 @@ MAX_LEFT_OUT = 5  # allowed malformed rows; or one in a thousand
 RAW_MRPC_TRAIN, RAW_MRPC_TEST = "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"
 RAW_MRPC_COLUMNS = Columns(("#1 String", "#2 String"), "Quality", header=True)
 
-Keep = Callable[[int, List[str]], bool]  # line number, fields
+PartOf = Callable[[int, bytes], str]  # the part of a row, from its line number and its line
 
 
 @dataclass
@@ -76,19 +76,25 @@ def files_of(folder: Path, spec: TaskSpec) -> List[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep] = None) -> Rows:
+def read_file(file: Path, columns: Columns, spec: TaskSpec) -> Rows:
     """Read a file of tab-separated columns without quoting.
 
     Args:
         file: UTF-8, one example per line; may begin with a byte-order mark.
         columns: its layout; without a label it is a test file.
         spec: the task.
-        keep: which rows to read, by line number and fields; None for all.
 
     Raises:
         ValueError: see ``read_task``.
     """
-    rows, is_test = Rows(), columns.label is None
+    return _read_parts(file, columns, spec, ["all"], lambda number, line: "all")["all"]
+
+
+def _read_parts(
+    file: Path, columns: Columns, spec: TaskSpec, parts: Sequence[str], part_of: PartOf
+) -> Dict[str, Rows]:
+    """Read a file whose rows belong to several parts; each row is in exactly one."""
+    found, is_test = {part: Rows() for part in parts}, columns.label is None
     lines = _lines(file)
     names = _header(file, lines, columns)
     width = len(names) if columns.header else columns.width
@@ -98,19 +104,19 @@ def read_file(file: Path, columns: Columns, spec: TaskSpec, keep: Optional[Keep]
         if column is not None
     }
     for number, line in lines:
+        rows = found[part_of(number, line)]
         try:
-            fields = split_line(line, width)
-            if keep is None or keep(number, fields):
-                _add(rows, fields, at, columns, spec)
+            _add(rows, split_line(line, width), at, columns, spec)
         except ValueError as error:
             if is_test:
                 raise ValueError(f"{file}:{number}: {error}") from None
             rows.left_out.append(f"{file}:{number}: {error}")
-    if is_test and len(set(rows.indices)) < len(rows.indices):
-        twice = next(index for index, n in Counter(rows.indices).items() if n > 1)
-        raise ValueError(f"{file}: index {twice} occurs twice, must be different in each row")
-    _check_left_out(file, rows)
-    return rows
+    for rows in found.values():
+        if len(set(rows.indices)) < len(rows.indices):
+            twice = next(index for index, n in Counter(rows.indices).items() if n > 1)
+            raise ValueError(f"{file}: index {twice} occurs twice, must be different in each row")
+    _check_left_out(file, list(found.values()))
+    return found
 
 
 def numbered_lines(stream: BinaryIO) -> Iterator[Tuple[int, bytes]]:
@@ -189,13 +195,14 @@ def _target(label: str, spec: TaskSpec) -> Union[int, float]:
     return score
 
 
-def _check_left_out(file: Path, rows: Rows) -> None:
-    if not rows.texts and not rows.left_out:
+def _check_left_out(file: Path, parts: Sequence[Rows]) -> None:
+    n_rows = sum(rows.n_rows for rows in parts)
+    left_out = [problem for rows in parts for problem in rows.left_out]
+    if not n_rows:
         raise ValueError(f"{file} holds no example")
-    n_left_out = len(rows.left_out)
-    if n_left_out > max(MAX_LEFT_OUT, rows.n_rows / 1000) or not rows.texts:
-        first = "; ".join(rows.left_out[:3])
-        raise ValueError(f"{n_left_out} of {rows.n_rows} rows are malformed, the first: {first}")
+    if len(left_out) > max(MAX_LEFT_OUT, n_rows / 1000) or len(left_out) == n_rows:
+        first = "; ".join(left_out[:3])
+        raise ValueError(f"{len(left_out)} of {n_rows} rows are malformed, the first: {first}")
 
 
 def _notes(spec: TaskSpec, split: str, file: SplitFile, rows: Rows) -> List[str]:
@@ -222,19 +229,22 @@ def _read_raw_mrpc(folder: Path, spec: TaskSpec) -> Tuple[Dict[str, Rows], List[
     train, test, ids = (folder / n for n in (RAW_MRPC_TRAIN, RAW_MRPC_TEST, "dev_ids.tsv"))
     notes = []
     if ids.is_file():
-        pairs = {tuple(line.decode("utf-8").split("\t")) for _, line in _lines(ids)}
-        is_dev: Keep = lambda number, fields: tuple(fields[1:3]) in pairs  # noqa: E731
+        pairs = {tuple(line.split(b"\t")) for _, line in _lines(ids)}
+        is_dev = lambda number, line: tuple(line.split(b"\t")[1:3]) in pairs  # noqa: E731
     else:
         last = sum(1 for _ in _lines(train))
-        is_dev = lambda number, fields: 10 * (last - number) < last - 1  # noqa: E731
+        is_dev = lambda number, line: 10 * (last - number) < last - 1  # noqa: E731
         notes.append(
             f"MRPC: no dev_ids.tsv, so the last tenth of {RAW_MRPC_TRAIN} is dev, "
             "which is not GLUE's split"
         )
-    splits = {
-        "train": read_file(train, RAW_MRPC_COLUMNS, spec, lambda *row: not is_dev(*row)),
-        "valid": read_file(train, RAW_MRPC_COLUMNS, spec, is_dev),
-    }
+    part_of: PartOf = lambda *row: "valid" if is_dev(*row) else "train"  # noqa: E731
+    splits = _read_parts(train, RAW_MRPC_COLUMNS, spec, ("train", "valid"), part_of)
+    if ids.is_file() and not splits["valid"].n_rows:
+        raise ValueError(f"no pair of {ids} is in {train.name}")
+    for split, rows in splits.items():
+        if not rows.texts:
+            raise ValueError(f"{train} leaves no pair for {split}")
     if test.is_file():
         unlabelled = Columns(RAW_MRPC_COLUMNS.texts, None, header=True)
         splits["test"] = read_file(test, unlabelled, spec)

@@ -4,15 +4,18 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Set
 
 from rich.console import Console
 from rich.table import Table
 
 from ...memory.files import write_file
+from ..runs.folders import is_finished, key_of
+from .tasks import TASKS
 
 BASELINE = "majority class"
 SETTINGS = "settings.json"  # of the last finetuning of an arm on a task, in the task's folder
+RESULT = "result.json"  # of a run, in its folder
 NOTE = (
     "Dev scores in per cent: median over seeds [lowest-highest] of the checkpoints that were best "
     "on dev by each task's first metric. Average: over tasks, of the mean of each task's medians."
@@ -25,6 +28,49 @@ def summarise(values: Sequence[float]) -> Dict[str, Any]:
         **{"median": median(values), "min": min(values), "max": max(values)},
         "seeds": list(values),
     }
+
+
+def read_results(out: Path, arms: Sequence[str] = ()) -> Dict[str, Any]:
+    """Combine all finished runs below a folder, whichever call of finetune_glue.py made them.
+
+    Runs with other settings than their task's last finetuning are left out. So are tasks for which
+    an arm started from another checkpoint, or a task had other data, than in the last finetuning.
+
+    Args:
+        out: folder with ``<arm>/<task>/settings.json`` and ``<arm>/<task>/seed<k>/``.
+        arms: names of arms to list first, in this order.
+
+    Returns:
+        As ``collect``; tasks are in GLUE's order.
+    """
+    files = sorted(out.glob(f"*/*/{SETTINGS}"), key=lambda file: file.stat().st_mtime_ns)
+    stored = {file.parent: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    stored = {folder: made for folder, made in stored.items() if "arm" in made}  # else too old
+    last = {
+        part: {made[part]["name"]: made[part] for made in stored.values()}
+        for part in ("arm", "task")
+    }
+    results = []
+    for folder, made in stored.items():
+        arm, task = (last[part][made[part]["name"]] for part in ("arm", "task"))
+        if (arm["sha256"], task["key"]) != (made["arm"]["sha256"], made["task"]["key"]):
+            continue
+        for file in folder.glob(f"seed*[0-9]/{RESULT}"):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if is_finished(file.parent, key_of(made["key"], result["seed"])):
+                results.append(result)
+    names = _in_order({result["arm"] for result in results}, arms)
+    tasks = _in_order({result["task"] for result in results}, list(TASKS))
+    about = {name: last["task"][name] for name in tasks}
+    return collect(
+        [last["arm"][name] for name in names],
+        {name: {key: of[key] for key in ("n_train", "baseline")} for name, of in about.items()},
+        results,
+    )
+
+
+def _in_order(names: Set[str], first: Sequence[str]) -> List[str]:
+    return [*(name for name in first if name in names), *sorted(names - set(first))]
 
 
 def collect(
@@ -41,8 +87,8 @@ def collect(
 
     Returns:
         ``note``, ``tasks`` and ``arms``. Each arm has ``tasks``, and each of them ``dev`` by metric
-        (see ``summarise``), ``seeds``, ``updates`` by seed, ``warmup_updates`` and ``memory``. Each
-        arm also has ``average``, None if a task is missing.
+        (see ``summarise``), ``seeds``, ``updates`` by seed, ``warmup_updates`` of the first seed,
+        and ``memory``. Each arm also has ``average``, None if a task is missing.
     """
     rows = []
     for arm in arms:

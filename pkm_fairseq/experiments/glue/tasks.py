@@ -9,6 +9,7 @@ import yaml
 
 from .metrics import CLASS_METRICS, SCORE_METRICS
 
+TOKENIZER = "tokenizer"  # its folder, beside those of the tasks
 SPLITS = ("train", "valid", "valid1", "test", "test1")
 
 
@@ -219,9 +220,10 @@ def _spec(read: Any) -> TaskSpec:
         ]
         raise ValueError(f"keys {' and '.join(problems)}")
     name = _string(read, "name")
-    if not re.fullmatch(r"[\w-]+", name) or name in TASKS:
+    if not re.fullmatch(r"[\w-]+", name) or name in (*TASKS, TOKENIZER):
         raise ValueError(
-            f"name is {name!r}, must be letters, digits, - and _, and not a task of GLUE"
+            f"name is {name!r}, must be letters, digits, - and _, and not a task of GLUE "
+            f"or {TOKENIZER}"
         )
     labels, label_range = _labels(read)
     metrics = _strings(read, "metrics")

@@ -1,5 +1,6 @@
 """Folders that store the settings they were made with, so that no stale folder is reused."""
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -9,6 +10,7 @@ from typing import Any, Callable, Dict
 from ...memory.files import write_file
 
 MARKER = "made_with.json"
+LOCK = "lock"  # of a folder; locked while a process trains in it
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -32,7 +34,8 @@ def begin(folder: Path, key: str) -> bool:
     """Prepare a folder for a step.
 
     If the step started with the same settings, the folder stays, and the step continues. Otherwise
-    the old folder becomes ``*.old``, replacing an earlier ``*.old``.
+    the folder of a finished step becomes ``*.old``, that of an unfinished one ``*.unfinished``.
+    Each replaces an earlier folder of this name, so that no unfinished step costs a finished one.
 
     Args:
         folder: created if needed.
@@ -42,13 +45,16 @@ def begin(folder: Path, key: str) -> bool:
         Whether there is work to do; False if the step is finished.
 
     Raises:
-        ValueError: the folder holds files of another program.
+        ValueError: the folder holds files of another program, or another process trains in it or in
+            a folder below.
     """
     made_with = _made_with(folder)
     if made_with.get("key") == key:
         return not made_with["finished"]
     if made_with:
-        old = folder.with_name(f"{folder.name}.old")
+        refuse_running(folder)
+        name = "old" if made_with["finished"] else "unfinished"
+        old = folder.with_name(f"{folder.name}.{name}")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         print(f"{folder} was made with other settings, text or code: moved to {old}", flush=True)
@@ -57,6 +63,16 @@ def begin(folder: Path, key: str) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     _mark(folder, key, finished=False)
     return True
+
+
+def refuse_running(folder: Path) -> None:
+    """Raise ValueError if a process trains in a folder or below."""
+    for file in folder.rglob(LOCK):
+        with file.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{file.parent} is being trained by another process") from None
 
 
 def is_finished(folder: Path, key: str) -> bool:

@@ -9,7 +9,8 @@ from typing import Dict, List
 def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
     """The numbers logged under a tag, by the number of finished updates, in order.
 
-    Lines that an interrupted run and its continuation both logged count once.
+    Lines that an interrupted run and its continuation both logged count once. A line that is not
+    JSON is skipped: a kill can cut a line off, and the next run then continues it.
 
     Args:
         file: a log; a missing one counts as empty.
@@ -20,9 +21,13 @@ def logged_by_update(file: Path, tag: str) -> Dict[int, Dict[str, float]]:
     line = re.compile(rf"\| {re.escape(tag)} \| (\{{.*\}})$", re.MULTILINE)
     found: Dict[int, Dict[str, float]] = {}
     for text in line.findall(file.read_text(encoding="utf-8", errors="replace")):
+        try:
+            logged = json.loads(text)
+        except json.JSONDecodeError:
+            continue
         numbers = {
             name.removeprefix(f"{tag}_"): float(number)
-            for name, number in json.loads(text).items()
+            for name, number in logged.items()
             if number is not None  # numbers logged before, but not again
         }
         if "num_updates" in numbers:  # not if all updates of an epoch overflowed

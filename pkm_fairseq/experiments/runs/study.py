@@ -12,6 +12,7 @@ from .progress import RunsProgress
 from .trainings import LAST, LOG, clear, run_all, start_training
 
 RESULT = "result.json"
+SIZE = "size"
 
 
 class StudyRun(Protocol):
@@ -84,6 +85,22 @@ def train_and_measure(
 
     with RunsProgress(len(waiting), interval=120) as progress:
         run_all(waiting, workers, start, show, end, is_ready)
+
+
+def claim(out: Path, size: str) -> None:
+    """Note the size of a study in its folder.
+
+    Runs of two sizes can have the same name, and the result of one would pass for the other's.
+
+    Raises:
+        ValueError: the folder belongs to the study in another size.
+    """
+    file = out / SIZE
+    out.mkdir(parents=True, exist_ok=True)
+    before = file.read_text().strip() if file.exists() else size
+    if before != size:
+        raise ValueError(f"{out} holds the study in size {before}: choose another OUT for {size}")
+    write_file(file, f"{size}\n")
 
 
 def is_finished(out: Path, run: StudyRun) -> bool:
@@ -176,9 +193,9 @@ def median_and_range(values: Sequence[float], text: str = "{:.1f}") -> str:
 
 
 def collect_results(place: Path) -> List[Dict[str, Any]]:
-    """As ``read_results``; the results of a folder are written to its results.json, too."""
+    """As ``read_results``; if a folder holds results, they are written to its results.json, too."""
     found = read_results(place)
-    if not place.is_file():
+    if found and not place.is_file():
         write_results(place / "results.json", found)
     return found
 

@@ -33,7 +33,13 @@ def run_all(
         show: called at intervals during a run, and after its end.
         finish: called with the exit status of an ended run; raises if the run failed.
         is_ready: whether a run can start yet.
+
+    Raises:
+        ValueError: there are no workers, or the runs that are left wait for something that none of
+            them makes.
     """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, must be at least 1")
     waiting: List[Run] = list(runs)
     running: Dict[int, Tuple[Run, Child]] = {}  # by worker
     with Children() as children:
@@ -43,6 +49,9 @@ def run_all(
                 if idle:
                     waiting.remove(run)
                     running[min(idle)] = run, start(children, run, min(idle))
+            if not running:
+                names = ", ".join(map(str, waiting))
+                raise ValueError(f"{names} cannot start: no run is left that they could wait for")
             children.pause(POLL)
             for worker, (run, child) in list(running.items()):
                 status = child.status  # before reading the end of its log

@@ -21,7 +21,7 @@ class InputCapture:
 
     def observe(self, seen: Observation) -> None:
         """Keep the inputs of a look-up."""
-        tokens = seen.x.flatten(0, -2)
+        tokens = seen.x.reshape(-1, seen.x.shape[-1])
         if seen.padding_mask is None:
             tokens = tokens.clone()
         else:

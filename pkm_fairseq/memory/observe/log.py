@@ -122,7 +122,9 @@ def read_usage_log(file: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
     header, *records = parsed
     for number, record in enumerate(records, 2):
         layers = [str(layer.get("layer")) for layer in record.get("layers", [])]
-        if layers != list(header["layers"]) or not isinstance(record.get("update"), int):
+        known = [layer for layer in header["layers"] if layer in layers]  # not those without tokens
+        is_count = layers == known and bool(layers) == bool(header["layers"])
+        if not is_count or not isinstance(record.get("update"), int):
             raise ValueError(
                 f"{file}: line {number} is no count of layers {', '.join(header['layers'])}"
             )

@@ -126,8 +126,8 @@ def load_counts(file: Path, name: str) -> CountsFile:
         content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{name}: not a file of slot counts from memory_usage.py --save-counts")
-    if content["version"] != VERSION:
-        raise ValueError(f"{name}: its version is {content['version']}, must be {VERSION}")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{name}: its version is {content.get('version')}, must be {VERSION}")
     tables = {tuple(table["layers"]): _table(table) for table in content["tables"]}
     return CountsFile(tables, content["about"])
 

@@ -24,6 +24,7 @@ from pkm_fairseq.experiments.demo.evaluate import ablations, evaluate, load, mas
 from pkm_fairseq.experiments.runs.folders import PACKAGE, begin, finish, key_of, key_of_files
 from pkm_fairseq.experiments.runs.study import (
     RESULT,
+    claim,
     folder_of,
     is_finished,
     read_results,
@@ -186,9 +187,10 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
     size, out, books = SIZES[args.size], args.out.resolve(), args.books.resolve()
+    if args.check and (args.seeds or args.size != "full"):
+        parser.error("--check has its own seed and size: leave out --seeds and --size")
+    claim(out, args.size)
     if args.check:
-        if args.seeds or args.size != "full":
-            parser.error("--check has its own seed and size: leave out --seeds and --size")
         return check_half(books, out) if args.check == HALF else check(args.check, books, out)
     data = prepare(books, out, size)
     runs = [run for run in runs_in_order(size) if run.seed in (args.seeds or size.seeds)]

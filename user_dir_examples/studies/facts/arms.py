@@ -20,6 +20,7 @@ WIDTHS = {  # and those of the FFN
 }
 MEMORIES = ("resm_init", "pkm_init", "resm", "pkm")
 
+STEP_TIMES = "step_times.json"  # beside results.json
 EDGES = {1e-3: 5e-4, 5e-3: 1e-2}  # next rate to try if the best is the first or last
 VALUE_EDGES = {3e-3: 1e-3, 3e-2: 1e-1}
 

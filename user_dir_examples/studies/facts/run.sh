@@ -15,4 +15,5 @@ cd "$study/../../.."
 source user_dir_examples/processes.sh
 [ -x .venv/bin/fairseq-train ] && PATH="$PWD/.venv/bin:$PATH"
 run python "$study/train.py" "$out" --size "$size"
+run python "$study/step_times.py" "$out" --size "$size"
 run python "$study/table.py" "$out" --size "$size"

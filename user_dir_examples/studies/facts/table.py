@@ -2,24 +2,26 @@
 """The tables and charts of the study, and the verdicts of its criteria.
 
 Reads OUT/runs/*/result.json, writes OUT/results.json, prints Markdown. Given a results.json, such
-as the one in this folder, it only prints. Criteria with unfinished runs stay open.
+as the one in this folder, it only prints. Criteria with unfinished runs stay open. The charts need
+the file of step_times.py beside results.json.
 """
 
 import argparse
+import json
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
-from arms import MEMORIES, SIZES, WIDTHS, Run, Size, chosen, is_complete, is_tuned
+from arms import MEMORIES, SIZES, STEP_TIMES, WIDTHS, Run, Size, chosen, is_complete, is_tuned
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from pkm_fairseq.analysis.plots import COLOURS
 from pkm_fairseq.analysis.svg import draw
 from pkm_fairseq.experiments.facts.people import ATTRIBUTES, BITS
-from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN
+from pkm_fairseq.experiments.facts.training import HEADS, K_DIM, KNN, epoch_of
 from pkm_fairseq.experiments.runs.study import (
     in_every,
     median_and_range,
@@ -49,7 +51,8 @@ def read(out: Path) -> Found:
                 del layer[name]
             layer["top1_curve"] = layer_curve
         found[Run(**entry["run"])] = entry
-    write_results(out / "results.json", list(found.values()))
+    if found:
+        write_results(out / "results.json", list(found.values()))
     return found
 
 
@@ -78,6 +81,18 @@ def stored_bits(entry: Dict[str, Any]) -> float:
     return known * entry["train"]["people"] * len(ATTRIBUTES)
 
 
+def time_of(run: Run, updates: int, multiples: Mapping[str, float]) -> float:
+    """The time of the first ``updates`` of a run, those of its start counted, in plain's updates.
+
+    Args:
+        run: the run.
+        updates: at most those of the run.
+        multiples: an arm's time per update, as a multiple of plain's.
+    """
+    of_start = min(updates, run.updates - run.own_updates)
+    return of_start + (updates - of_start) * multiples[run.arm.removesuffix("_init")]
+
+
 def grouped(found: Found) -> List[List[Run]]:
     """Groups of runs that differ only in their seed, in the order of the tables."""
     groups: Dict[Run, List[Run]] = defaultdict(list)
@@ -89,10 +104,10 @@ def grouped(found: Found) -> List[List[Run]]:
 
 def table(found: Found) -> str:
     """A row for each arm and setting."""
-    names = "people|updates|arm|slots|lr|value lr|seeds|recall by name, %|with others, %"
+    names = "people|updates|exposures|arm|slots|lr|value lr|seeds|recall by name, %|with others, %"
     names += "|values zeroed, %|bits stored per parameter|multiply-adds per token"
     names += "|top-1 usage, %|draws per slot"
-    lines = ["| " + " | ".join(names.split("|")) + " |", "|--:|--:|---|" + "--:|" * 11]
+    lines = ["| " + " | ".join(names.split("|")) + " |", "|--:|--:|--:|---|" + "--:|" * 11]
     for runs in grouped(found):
         run, entries = runs[0], [found[run] for run in runs]
         parts = [entry["train"] for entry in entries]
@@ -101,7 +116,8 @@ def table(found: Found) -> str:
             return median_and_range([100 * of(part) for part in parts])
 
         n_keys, falls = run.n_keys, " falling" if run.value_schedule == "follow" else ""
-        cells = [f"{run.people:,}", f"{run.updates:,}", run.arm, f"{n_keys}²" if n_keys else ""]
+        cells = [f"{run.people:,}", f"{run.updates:,}", f"{run.updates / epoch_of(run.people):.0f}"]
+        cells += [run.arm, f"{n_keys}²" if n_keys else ""]
         cells += [f"{run.lr:g}", f"{run.value_lr:g}{falls}" if n_keys else "", str(len(runs))]
         cells += [share(lambda part: part["by_name"]["recall"])]
         cells += [share(lambda part: part["with_others"]["recall"])]
@@ -224,14 +240,14 @@ class Criteria:
 # --- charts ------------------------------------------------------------------------------------
 
 
-def draw_charts(found: Found, size: Size, folder: Path) -> None:
-    """Recall by name over updates, and over multiply-adds per token."""
+def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder: Path) -> None:
+    """Recall by name over updates, time and multiply-adds per token; usage over draws."""
     recalls = {run: recall(found, run) for run in found}
     arms = [arm for arm in (*WIDTHS, *MEMORIES) if any(run.arm == arm for run in found)]
     colours = dict(zip((*WIDTHS, *MEMORIES), COLOURS, strict=True))
 
-    def runs_of(arm: str) -> List[Run]:
-        runs = [chosen(size, recalls, arm, seed=seed) for seed in size.seeds]
+    def runs_of(arm: str, **changed: int) -> List[Run]:
+        runs = [chosen(size, recalls, arm, seed=seed, **changed) for seed in size.seeds]
         return [run for run in runs if run in found]
 
     def recalls_on_the_way(run: Run) -> Dict[int, float]:
@@ -241,16 +257,41 @@ def draw_charts(found: Found, size: Size, folder: Path) -> None:
             way[half] = recalls_on_the_way(run.start)[half]
         return dict(sorted(way.items()))
 
+    def line(axes: Axes, run: Run, label: str, points: Mapping[float, float], style: str) -> None:
+        shown = label if run.seed == size.seeds[0] else None  # once in the legend
+        axes.plot(list(points), list(points.values()), style, color=colours[run.arm], marker="o",
+                  markersize=3, linewidth=1.5, label=shown)  # fmt: skip
+
     def over_updates(axes: Axes) -> None:
         for arm in arms:
             for run in runs_of(arm):
-                way = recalls_on_the_way(run)
-                label = arm if run.seed == size.seeds[0] else None
-                axes.plot(list(way), list(way.values()), color=colours[arm], marker="o",
-                          markersize=3, linewidth=1.5, label=label)  # fmt: skip
+                line(axes, run, arm, recalls_on_the_way(run), "-")
         axes.set(xlabel="updates, those of the start counted", ylabel="recall by name")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
+
+    def over_time(axes: Axes) -> None:
+        for factor, style in ((1, "-"), (4, "--")):
+            for arm in arms:
+                for run in runs_of(arm, updates=factor * size.updates):
+                    way = recalls_on_the_way(run).items()
+                    points = {time_of(run, at, multiples): recall for at, recall in way}
+                    label = arm if factor == 1 else f"{arm}, {run.updates:,} updates"
+                    line(axes, run, label, points, style)
+        axes.set(xlabel="time, in updates of plain", ylabel="recall by name")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="upper right")
+
+    def usage(axes: Axes) -> None:
+        for arm in (arm for arm in arms if arm in MEMORIES):
+            for run in runs_of(arm):
+                (memory,) = found[run]["train"]["memory"]
+                line(axes, run, arm, dict(memory["top1_curve"]), "-")
+        axes.set(xlabel="draws per slot", ylabel="top-1 usage", xscale="log", ylim=(0, 1))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="lower right")
 
     def over_compute(axes: Axes) -> None:
         for arm in arms:
@@ -263,8 +304,15 @@ def draw_charts(found: Found, size: Size, folder: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
 
-    for name, plot in (("over_updates", over_updates), ("over_compute", over_compute)):
-        write_file(folder / f"facts_{name}.svg", draw(plot))
+    for plot in (over_updates, over_time, over_compute, usage):
+        write_file(folder / f"facts_{plot.__name__}.svg", draw(plot))
+
+
+def read_multiples(file: Path) -> Dict[str, float]:
+    """An arm's time per update, as a multiple of plain's."""
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file, make it with step_times.py {file.parent}")
+    return {arm: times["multiple"] for arm, times in json.loads(file.read_text()).items()}
 
 
 def main() -> None:
@@ -281,7 +329,8 @@ def main() -> None:
     print()
     print("\n".join(Criteria(found, SIZES[args.size]).lines()))
     if args.svg:
-        draw_charts(found, SIZES[args.size], args.svg)
+        folder = args.out.parent if args.out.is_file() else args.out
+        draw_charts(found, SIZES[args.size], read_multiples(folder / STEP_TIMES), args.svg)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import PACKAGE, make_once
 from pkm_fairseq.experiments.runs.study import (
+    claim,
     folder_of,
     is_finished,
     read_results,
@@ -114,6 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = args.out.resolve()
+    claim(out, args.size)
     if args.check:
         return check(args.check, out)
     for wave in WAVES:

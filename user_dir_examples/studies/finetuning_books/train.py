@@ -18,7 +18,7 @@ from fairseq.utils import import_user_module
 from pkm_fairseq.experiments.data.prepare import binarise, load_sentencepiece, write_lines
 from pkm_fairseq.experiments.demo.evaluate import Loaded, evaluate, load, masked_batches
 from pkm_fairseq.experiments.runs.folders import key_of_files, make_once
-from pkm_fairseq.experiments.runs.study import folder_of, rows_per_update, train_and_measure
+from pkm_fairseq.experiments.runs.study import claim, folder_of, rows_per_update, train_and_measure
 from pkm_fairseq.experiments.runs.trainings import LAST
 
 NEW = "Immanuel Kant — Critique of Pure Reason"
@@ -131,6 +131,7 @@ def main() -> None:
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
     import_user_module(Namespace(user_dir=str(LOW_RANK)))
     size, out = SIZES[args.size], args.out.resolve()
+    claim(out, args.size)
     study = Study(args.demo.resolve(), args.books.resolve(), out, size)
 
     def describe(result: Dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pkm_fairseq.experiments.demo.evaluate import evaluate, load, masked_batches
 from pkm_fairseq.experiments.facts.people import prepare_people
 from pkm_fairseq.experiments.facts.recall import measure, read_people
 from pkm_fairseq.experiments.runs.folders import PACKAGE, make_once
-from pkm_fairseq.experiments.runs.study import folder_of, is_finished, train_and_measure
+from pkm_fairseq.experiments.runs.study import claim, folder_of, is_finished, train_and_measure
 from pkm_fairseq.experiments.runs.trainings import LAST
 
 
@@ -72,7 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
-    train_all(args.data.resolve(), args.out.resolve(), args.size, args.workers)
+    out = args.out.resolve()
+    claim(out, args.size)
+    train_all(args.data.resolve(), out, args.size, args.workers)
 
 
 if __name__ == "__main__":

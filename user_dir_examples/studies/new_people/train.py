@@ -22,6 +22,7 @@ from pkm_fairseq.experiments.facts.training import epoch_of
 from pkm_fairseq.experiments.runs.folders import make_once
 from pkm_fairseq.experiments.runs.study import (
     RESULT,
+    claim,
     folder_of,
     read_results,
     refuse_unknown_arm,
@@ -201,7 +202,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each dictionary
-    study = Study(args.facts.resolve(), args.out.resolve(), SIZES[args.size])
+    out = args.out.resolve()
+    claim(out, args.size)
+    study = Study(args.facts.resolve(), out, SIZES[args.size])
     if args.check:
         return check(study, args.check)
     while runs := runs_to_do(study.size, study.results()):
