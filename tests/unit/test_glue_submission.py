@@ -307,3 +307,10 @@ def test_batches_do_not_change_outputs(data):
     alone = torch.cat([finetuned.outputs([example], "one") for example in examples])
     assert torch.allclose(together, alone, atol=1e-4)
     assert together.std(dim=0).min() > 0.1
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"bpe": "none"}'])
+def test_a_tokenizer_of_somebody_else_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a file of prepare_glue.py"):
+        saved_tokenizer(tmp_path)

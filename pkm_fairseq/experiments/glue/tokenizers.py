@@ -73,13 +73,17 @@ def saved_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or its description is not one.
     """
     description = folder / "tokenizer.json"
     if not description.is_file():
         raise ValueError(f"{description}: no such file; --data must be what prepare_glue.py made")
-    bpe = json.loads(description.read_text())["bpe"]
-    return Tokenizer(bpe, tuple(folder / name for name in FILES[bpe]))
+    try:
+        bpe = json.loads(description.read_text(encoding="utf-8"))["bpe"]
+        names = FILES[bpe]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{description} is not a file of prepare_glue.py: prepare again") from None
+    return Tokenizer(bpe, tuple(folder / name for name in names))
 
 
 def load_dictionary(file: Path) -> Dictionary:
