@@ -413,8 +413,10 @@ def _parts_of(x: Tensor) -> List[Entries]:
     """The parts of a summand. The next exchange divides the sum, so a division is undone."""
     if not isinstance(x, FactoredGradient):
         return [entries_of_dense(x)]
-    divided = x._factors.divided
-    return [part._replace(weights=part.weights * divided) for part in x.parts()]
+    parts, divided = x.parts(), x._factors.divided
+    if divided == 1:
+        return parts
+    return [part._replace(weights=part.weights * divided) for part in parts]
 
 
 def _has_reads(x: Tensor) -> bool:
