@@ -1,6 +1,5 @@
 """Folders that store the settings they were made with, so that no stale folder is reused."""
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -8,9 +7,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict
 
 from ...memory.files import write_file
+from .lock import refuse_running
 
 MARKER = "made_with.json"
-LOCK = "lock"  # of a folder; locked while a process trains in it
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -63,16 +62,6 @@ def begin(folder: Path, key: str) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     _mark(folder, key, finished=False)
     return True
-
-
-def refuse_running(folder: Path) -> None:
-    """Raise ValueError if a process trains in a folder or below."""
-    for file in folder.rglob(LOCK):
-        with file.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{file.parent} is being trained by another process") from None
 
 
 def is_finished(folder: Path, key: str) -> bool:

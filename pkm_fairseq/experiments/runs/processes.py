@@ -1,7 +1,6 @@
 """Start, await and interrupt child processes, and never leave one running."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +10,8 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
+
+from .lock import locked
 
 POLL = 0.05  # seconds
 PATIENCE = 10.0  # seconds for a process to end by itself
@@ -118,11 +119,7 @@ class Children:
         with contextlib.ExitStack() as stack:
             files = []
             if lock is not None:
-                files.append(stack.enter_context(lock.open("w")).fileno())
-                try:
-                    fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"{lock.parent} is being trained by another process") from None
+                files.append(stack.enter_context(locked(lock)).fileno())
             with self._held():
                 process = subprocess.Popen(
                     command,

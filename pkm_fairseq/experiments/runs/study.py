@@ -96,11 +96,12 @@ def claim(out: Path, size: str) -> None:
         ValueError: the folder belongs to the study in another size.
     """
     file = out / SIZE
-    out.mkdir(parents=True, exist_ok=True)
-    before = file.read_text().strip() if file.exists() else size
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(file, size)
+    before = file.read_text()
     if before != size:
         raise ValueError(f"{out} holds the study in size {before}: choose another OUT for {size}")
-    write_file(file, f"{size}\n")
 
 
 def is_finished(out: Path, run: StudyRun) -> bool:

@@ -1,11 +1,11 @@
 """Run several trainings of fairseq-train in parallel, each in a folder with a log and a lock."""
 
-import fcntl
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Tuple, TypeVar
 
 from ...models.checkpoints import read_checkpoint
+from .lock import LOCK, locked
 from .processes import Child, Children
 
 LAST = "checkpoint_last.pt"
@@ -78,7 +78,7 @@ def start_training(
     command = [str(Path(sys.executable).parent / "fairseq-train"), *flags]
     command += ["--save-dir", str(folder)]
     with (folder / LOG).open("ab") as log:
-        return children.start(command, log, environment=environment, lock=folder / "lock")
+        return children.start(command, log, environment=environment, lock=folder / LOCK)
 
 
 def clear(folder: Path) -> None:
@@ -87,11 +87,7 @@ def clear(folder: Path) -> None:
     Raises:
         ValueError: a process still trains in this folder.
     """
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being trained by another process") from None
+    with locked(folder / LOCK):
         for file in (*folder.glob("checkpoint*.pt"), folder / LOG):
             file.unlink(missing_ok=True)
 

@@ -11,10 +11,11 @@ import json
 import logging
 import tempfile
 from argparse import Namespace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 from arms import SIZES, STEP_TIMES, WIDTHS, Run, Size
@@ -24,7 +25,6 @@ from fairseq.trainer import Trainer
 from fairseq.utils import import_user_module
 from train import data_of
 
-from pkm_fairseq.experiments.benchmark.models import TrainedModel
 from pkm_fairseq.experiments.benchmark.timing import interleave, quartiles
 from pkm_fairseq.experiments.runs.folders import PACKAGE
 from pkm_fairseq.memory.files import write_file
@@ -41,8 +41,8 @@ def runs_of(size: Size) -> List[Run]:
     return dense + [Run(arm, **settings, **memory) for arm in ("resm", "pkm")]
 
 
-def build(run: Run, data: Path, folder: str) -> TrainedModel:
-    """A model with fairseq's trainer, as fairseq-train builds it, and some batches of people."""
+def steps_of(run: Run, data: Path, folder: str) -> Callable[[int], Callable[[], object]]:
+    """Training steps on some batches of people, with a model as fairseq-train builds it."""
     flags = [str(data), "--user-dir", str(PACKAGE), *run.flags(), "--save-dir", folder]
     args = options.parse_args_and_arch(options.get_training_parser(), flags)
     cfg = convert_namespace_to_omegaconf(args)
@@ -53,16 +53,15 @@ def build(run: Run, data: Path, folder: str) -> TrainedModel:
     batches = task.get_batch_iterator(
         task.dataset("train"), max_sentences=cfg.dataset.batch_size, seed=run.seed
     ).next_epoch_itr()
-    samples: List[Dict[str, Any]] = list(islice(batches, BATCHES))
-    masked = [sample["target"].ne(task.source_dictionary.pad()) for sample in samples]
-    return TrainedModel(trainer, samples, masked)
+    samples = list(islice(batches, BATCHES))
+    return lambda turn: partial(trainer.train_step, [samples[turn % len(samples)]])
 
 
 def measure(size: Size, out: Path, rounds: int = ROUNDS) -> Dict[str, Dict[str, Any]]:
     """The time of a step of each arm, as a multiple of plain's."""
     data = data_of(out, size.people)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {run.arm: build(run, data, folder).train_step for run in runs_of(size)}
+        steps = {run.arm: steps_of(run, data, folder) for run in runs_of(size)}
         seconds = interleave(steps, rounds)
     found = {}
     for arm, took in seconds.items():

@@ -10,6 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
@@ -267,7 +268,6 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
             for run in runs_of(arm):
                 line(axes, run, arm, recalls_on_the_way(run), "-")
         axes.set(xlabel="updates, those of the start counted", ylabel="recall by name")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
 
     def over_time(axes: Axes) -> None:
@@ -280,7 +280,6 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
                     line(axes, run, label, points, style)
         axes.set(xlabel="time, in updates of plain", ylabel="recall by name")
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper right")
 
     def usage(axes: Axes) -> None:
@@ -290,7 +289,6 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
                 line(axes, run, arm, dict(memory["top1_curve"]), "-")
         axes.set(xlabel="draws per slot", ylabel="top-1 usage", xscale="log", ylim=(0, 1))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="lower right")
 
     def over_compute(axes: Axes) -> None:
@@ -301,11 +299,14 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
         axes.set(xlabel="multiply-adds per token", ylabel="recall by name", xlim=0, ylim=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper left")
 
+    def with_per_cent(plot: Callable[[Axes], None], axes: Axes) -> None:
+        plot(axes)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
     for plot in (over_updates, over_time, over_compute, usage):
-        write_file(folder / f"facts_{plot.__name__}.svg", draw(plot))
+        write_file(folder / f"facts_{plot.__name__}.svg", draw(partial(with_per_cent, plot)))
 
 
 def read_multiples(file: Path) -> Dict[str, float]:
