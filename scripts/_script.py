@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Callable, NoReturn, Optional
+from typing import Callable, NoReturn, Optional, Sequence
 
 INTERRUPTED = 130  # exit status
 
@@ -32,14 +32,23 @@ def run(main: Callable[[], None], hint: str = "; run it again to continue") -> N
         _leave(hint=hint)
 
 
-def check_output(option: str, file: Optional[Path]) -> None:
+def check_output(option: str, file: Optional[Path], formats: Sequence[str] = ()) -> None:
     """Check an output file before the work.
 
+    Args:
+        option: the option that named it, for messages.
+        file: None if the option was not given.
+        formats: ends of names that are allowed, such as ``.png`` (default: all).
+
     Raises:
-        ValueError: it is a folder, or its folder does not exist.
+        ValueError: it is a folder, its folder does not exist, or its name has another end.
     """
-    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+    if file is None:
+        return
+    if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{option} {file} must be a file in a folder that exists")
+    if formats and file.suffix not in formats:
+        raise ValueError(f"{option} is {file}, must end in {', '.join(formats)}")
 
 
 class Parser(argparse.ArgumentParser):

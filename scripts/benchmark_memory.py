@@ -94,10 +94,9 @@ def run(args: Any) -> None:
 
 def check_files(args: Any, what: Tuple[str, ...], formats: Tuple[str, ...]) -> None:
     """Check output files before measuring for hours."""
-    for option in ("json", "markdown", "plot"):
-        check_output(f"--{option}", getattr(args, option))
-    if args.plot and args.plot.suffix not in formats:
-        raise ValueError(f"--plot is {args.plot}, must end in {', '.join(formats)}")
+    check_output("--json", args.json)
+    check_output("--markdown", args.markdown)
+    check_output("--plot", args.plot, formats)
     if args.plot and "layer" not in what:
         raise ValueError("--plot shows the layer's training step: --what must name layer")
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-import torch
 from _script import run
+
+import torch
 
 from pkm_fairseq.experiments.runs.processes import run_to_end
 from pkm_fairseq.memory.delta import bits_of

@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 from typing import List, Tuple
 
-import matplotlib
 from _script import run
+
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List
 
-import torch
 from _script import check_output, run
+
+import torch
 
 from pkm_fairseq.experiments.benchmark.machine import describe
 from pkm_fairseq.experiments.benchmark.mapped import markdown, measure

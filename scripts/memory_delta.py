@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from _script import check_output, run
+
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table

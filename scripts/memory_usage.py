@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from _script import check_output, run
+
 from rich.console import Console
 from rich.progress import Progress
 

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, List, Optional
 
+from _script import INTERRUPTED, check_output, take_interrupts
+
 DTYPES = ("bfloat16", "float16")
-INTERRUPTED = 130  # exit status
 
 
 def parse(argv: Optional[List[str]]) -> Any:
@@ -27,8 +28,10 @@ def parse(argv: Optional[List[str]]) -> Any:
     )
     capture.add_arguments(parser)
     parser.add_argument("--layers", metavar="N,N", help="memory layers, 0-based (default: all)")
-    parser.add_argument("--json", metavar="FILE", help="write the report to this file")
-    parser.add_argument("--plot", metavar="FILE", help="plot the score differences to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot the score differences to this file"
+    )
     parser.add_argument(
         "--dtype",
         action="append",
@@ -55,11 +58,14 @@ def run(args: Any) -> bool:
     from rich.console import Console
 
     from pkm_fairseq import __version__, validation
+    from pkm_fairseq.experiments.benchmark.output import FORMATS
     from pkm_fairseq.memory.files import write_file
     from pkm_fairseq.models.capture import capture
     from pkm_fairseq.validation import report
 
-    check_files(args)
+    take_interrupts()
+    check_output("--json", args.json)
+    check_output("--plot", args.plot, FORMATS)
     start = time.perf_counter()
     model, captured = capture(args, args.layers)
     memories = {index: layer.memory for index, layer in model.memory_layers().items()}
@@ -84,7 +90,7 @@ def run(args: Any) -> bool:
         versions={"pkm_fairseq": __version__},
     )
     if args.json:
-        write_file(Path(args.json), json.dumps(summary, indent=2) + "\n")
+        write_file(args.json, json.dumps(summary, indent=2) + "\n")
     if args.plot:
         report.plot(results, args.plot)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -92,19 +98,6 @@ def run(args: Any) -> bool:
         console.print(table)
     print(f"{report.verdict(summary)} ({summary['seconds']:.1f} s)")
     return bool(summary["exact"])
-
-
-def check_files(args: Any) -> None:
-    """Check output files before the work."""
-    from pkm_fairseq.experiments.benchmark.output import FORMATS
-
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{option} {file}: its folder does not exist")
-        if file and Path(file).is_dir():
-            raise ValueError(f"{option} {file} is a folder")
-    if args.plot and Path(args.plot).suffix not in FORMATS:
-        raise ValueError(f"--plot is {args.plot}, must end in {', '.join(FORMATS)}")
 
 
 @contextmanager

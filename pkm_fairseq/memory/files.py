@@ -19,8 +19,8 @@ def whole_file(file: Path, part: Optional[Path] = None) -> Iterator[BinaryIO]:
         part: the temporary name, in the same folder (default: the file's name and ``.part``).
 
     Raises:
-        OSError: the file could not be written. The error names it. An older file of this name is
-            unchanged.
+        OSError: the file could not be written. The error names it, unless it names another one,
+            such as a missing input. An older file of this name is unchanged.
     """
     part = part or file.with_name(f"{file.name}.part")
     try:
@@ -34,7 +34,8 @@ def whole_file(file: Path, part: Optional[Path] = None) -> Iterator[BinaryIO]:
         # torch.save closes its archive after a failed write, which raises a RuntimeError instead
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
-            cause.filename = str(file)  # errors of write and fsync name no file
+            if cause.filename in (None, str(part)):  # errors of write and fsync name no file
+                cause.filename = str(file)
             raise cause from None
         raise
 

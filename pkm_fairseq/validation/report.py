@@ -115,7 +115,7 @@ def tables(results: List[LayerResult]) -> List[Table]:
     return [verdict, reduced] if reduced.rows else [verdict]
 
 
-def plot(results: List[LayerResult], file: str) -> None:
+def plot(results: List[LayerResult], file: Path) -> None:
     """Histograms of the score differences, with the smallest tolerance as a line."""
     from matplotlib.figure import Figure
 
@@ -131,8 +131,8 @@ def plot(results: List[LayerResult], file: str) -> None:
         axis.set(xscale="log", ylabel="scores", title=f"layer {result.layer}, {result.source}")
         axis.legend(loc="upper right")
     axes[-1].set_xlabel("absolute difference from FAISS (equal scores at the left edge)")
-    with whole_file(Path(file)) as out:
-        figure.savefig(out, format=Path(file).suffix[1:], dpi=120)
+    with whole_file(file) as out:
+        figure.savefig(out, format=file.suffix[1:], dpi=120)
 
 
 def _table(*columns: str) -> Table:

@@ -158,6 +158,18 @@ def test_an_allowed_import_is_allowed(source, module, is_package):
     assert not violations(source, module, is_package)
 
 
+def test_ctrl_c_ends_every_script_from_its_first_second():
+    """A script imports ``_script`` before any library: that takes seconds."""
+    scripts = sorted((PACKAGE.parent / "scripts").glob("*.py"))
+    assert len(scripts) > 25
+    for script in scripts:
+        tree = ast.parse(script.read_text(encoding="utf-8"))
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+        others = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
+        assert script.name == "_script.py" or others[:1] == ["_script"], script.name
+
+
 def run_python(code):
     """Standard output of a fresh Python; it must end well."""
     command = [sys.executable, "-c", code]

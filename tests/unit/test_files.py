@@ -30,3 +30,9 @@ def test_a_failure_leaves_no_trace_and_names_the_file(tmp_path, monkeypatch):
     assert file.read_text() == "one"
     with pytest.raises(FileNotFoundError, match="missing/file"):
         write_file(tmp_path / "missing/file", "three")
+
+
+def test_an_input_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'input'"), whole_file(tmp_path / "file"):
+        open("input").close()
+    assert not list(tmp_path.iterdir())

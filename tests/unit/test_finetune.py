@@ -222,6 +222,19 @@ def test_counts_are_saved_and_loaded(tmp_path):
         assert loaded.tables[layers].n_batches == table.n_batches
 
 
+def test_loaded_counts_go_on(tmp_path):
+    """A batch counts only for the slots that it reads."""
+    counts = SlotCounts(4)
+    counts.update(torch.tensor([0, 0, 1]))
+    counts.end_batch()
+    save_counts(tmp_path / "counts.pt", CountsFile({(1,): counts}, {}))
+    loaded = load_counts(tmp_path / "counts.pt", "it").tables[1,]
+    loaded.update(torch.tensor([1, 2]))
+    loaded.end_batch()
+    assert loaded.reads.tolist() == [2, 2, 1, 0]
+    assert loaded.batches.tolist() == [1, 2, 1, 0]
+
+
 def test_what_is_no_file_of_counts_is_refused_in_one_line(tmp_path):
     for content, said in (
         (None, "f: no such file"),

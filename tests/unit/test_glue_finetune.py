@@ -73,6 +73,7 @@ def test_settings_as_flags():
     [
         (["lr"], "--set lr: must be KEY=VALUE"),
         (["=1"], "must be KEY=VALUE"),
+        (["lr="], "--set lr=: must be KEY=VALUE"),
         (["seed=1"], "--set: this script sets seed itself"),
         (["save-dir=x"], "this script sets save_dir itself"),
         (["max_valid_steps=1"], "this script sets max_valid_steps itself"),

@@ -308,12 +308,12 @@ MISTAKES: Dict[str, "tuple[Callable[[Path, Path], List[Any]], str]"] = {
     ),
     "no folder for the report": (
         lambda f, out: good(f, "--json", out / "no/report.json"),
-        "its folder does not exist",
+        "no/report.json must be a file in a folder that exists",
     ),
     **{
         f"a folder for {option}": (
             lambda f, out, option=option: good(f, option, out),
-            " is a folder",
+            " must be a file in a folder that exists",
         )
         for option in ("--json", "--plot")
     },
@@ -387,6 +387,7 @@ def test_nothing_that_crashes_looks_like_a_verdict(
 def command(*options: Any, code: str = "") -> "subprocess.CompletedProcess[str]":
     """Run the script as a user does; ``code`` runs first in its process."""
     start = f"import runpy, sys\n{code}\nsys.argv[0] = {str(SCRIPT)!r}\n"
+    start += f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
     start += "runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = [sys.executable, "-c", start, *map(str, options)]
     return subprocess.run(argv, capture_output=True, text=True, check=False)

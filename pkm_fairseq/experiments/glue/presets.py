@@ -86,7 +86,7 @@ def parse_overrides(pairs: Sequence[str]) -> Settings:
     settings = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or not key:
+        if not equals or not key or not value:
             raise ValueError(f"--set {pair}: must be KEY=VALUE, as in lr=1e-5")
         settings[_key(key)] = value
     _refuse_reserved(settings, "--set")

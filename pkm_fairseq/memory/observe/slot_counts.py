@@ -136,6 +136,7 @@ def _table(saved: Mapping[str, Any]) -> SlotCounts:
     counts = SlotCounts(len(saved["reads"]))
     counts.reads, counts.batches = saved["reads"].long(), saved["batches"].long()
     counts.n_batches = int(saved["n_batches"])
+    counts._before = counts.reads.clone()
     return counts
 
 
