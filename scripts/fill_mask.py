@@ -41,7 +41,10 @@ def main() -> None:
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
-    tokenizer = Words() if args.words else load_sentencepiece(args.data / "spm.model")
+    pieces = args.data / "spm.model"
+    if not args.words and not pieces.is_file():
+        raise ValueError(f"{pieces}: no such file: name its folder with --data, or give --words")
+    tokenizer = Words() if args.words else load_sentencepiece(pieces)
     model = load(args.checkpoint, args.data / "bin", args.memory_values_file)
     for piece, probability in fill_mask(model, tokenizer, args.sentence, args.top):
         print(f"{100 * probability:5.1f} %  {piece.strip()}")

@@ -299,6 +299,8 @@ def _draw(
             **_split_look(split, splits),
         }
         updates, numbers = series(log, split, layer, metric.path)
+        if len(updates) == 1:  # no line
+            look |= {"marker": look["marker"] or "."}
         axes.plot(updates, numbers, **look)
         if metric.ceiling:
             ceiling = series(log, split, layer, (metric.ceiling,))
@@ -314,7 +316,7 @@ def _draw(
 def _split_look(split: str, splits: Sequence[str]) -> Dict[str, Any]:
     """Line styles: training thin and faint, validation bold, further subsets with marks."""
     if split == TRAINING:
-        return {"linewidth": 1.2, "alpha": 0.45}
+        return {"linewidth": 1.2, "alpha": 0.45, "marker": None}
     marks = ("", "o", "s", "^", "v")
     mark = marks[list(splits).index(split) % len(marks)]
     return {"linewidth": 2, "marker": mark or None, "markersize": 4}

@@ -5,7 +5,7 @@ computes ``LN(h + dropout(FFN(h)) + dropout(memory(h)))``; in a pre-LN block mem
 read LN(h). In mode "replace" there is no FFN.
 """
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -15,7 +15,23 @@ from ..memory.observe.staleness import origin_of
 MODES = {"residual": "beside the feed-forward; ResM", "replace": "instead of it; PKM"}
 
 
-class MemoryBlock(nn.Module):
+class MadeLater:
+    """Mixin for classes that are made at run time: where they are missing, pickle makes them."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """How to make the object again, from what the class was made of."""
+        made_of = vars(type(self)).get("_made_of")  # not of a subclass, which has a place
+        if made_of is None:
+            return super().__reduce_ex__(protocol)
+        return _new, made_of, self.__getstate__()
+
+
+def _new(make: Callable[..., type], *parts: type) -> Any:
+    made: Any = make(*parts)
+    return made.__new__(made)
+
+
+class MemoryBlock(MadeLater, nn.Module):
     """Mixin for a block with a memory, placed before the block's own class.
 
     Attributes:
@@ -159,7 +175,6 @@ _CLASSES: Dict[Tuple[type, type], type] = {}
 def block_class(plain: type, kind: type) -> type:
     """The class of a block with memory: a ``MemoryBlock`` class before the block's own."""
     if (plain, kind) not in _CLASSES:
-        made = type(f"Pkm{plain.__name__}", (kind, plain), {"__module__": __name__})
-        globals().setdefault(made.__name__, made)  # where pickle looks for it
-        _CLASSES[plain, kind] = made
+        body = {"__module__": __name__, "_made_of": (block_class, plain, kind)}
+        _CLASSES[plain, kind] = type(f"Pkm{plain.__name__}", (kind, plain), body)
     return _CLASSES[plain, kind]

@@ -53,6 +53,7 @@ class MemoryUsageCallback(TrainerCallback):
         self._next_window = 0  # updates
         self._evaluation: Optional[Count] = None
         self._report: Dict[str, float] = {}  # of the last window
+        self._updates: Optional[int] = None  # of the model; None if it was not trained here
 
     def add_to(self, trainer: Any) -> "MemoryUsageCallback":
         """Put this callback before all others of a Trainer, including reporters.
@@ -86,7 +87,7 @@ class MemoryUsageCallback(TrainerCallback):
         check_training(model, args)  # again, for a callback that was added later
         host = self._begin(model)
         set_finished_updates(host, state.global_step)
-        self._folder = Path(args.output_dir)
+        self._folder, self._updates = Path(args.output_dir), state.global_step
         self._next_window, self._window, self._report = state.global_step, None, {}
         writes = state.is_world_process_zero
         self._log, problem = open_log(host, self._folder, state.global_step, writes)
@@ -115,6 +116,7 @@ class MemoryUsageCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After an update, before anything is saved: merge times of reads, finish a full count."""
         assert self._host is not None
+        self._updates = state.global_step
         merge_read_times(self._host)
         if self._window is None:
             return
@@ -123,18 +125,23 @@ class MemoryUsageCallback(TrainerCallback):
             self._close_window(self._host, state.global_step, args.device)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the unfinished count, with its number of draws."""
-        assert self._host is not None
-        self._close_window(self._host, state.global_step, args.device)
+        """Take note of the best model's updates, if the Trainer has loaded it."""
+        if args.load_best_model_at_end and state.best_global_step:
+            self._updates = state.best_global_step
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Optional[Dict[str, Any]] = None, **_: Any
     ) -> None:
-        """Add the last count to a log of training; finish the count of an evaluation."""
+        """Add the last count to a log of training; finish the count of an evaluation.
+
+        The last log of a training finishes its count, before the Trainer loads the best model.
+        """
         if logs is None or self._host is None:
             return
+        if END_OF_TRAINING in logs:
+            self._close_window(self._host, state.global_step, args.device)
         prefix = _evaluation_of(logs)
-        report = self._report if prefix is None else self._finish_evaluation(prefix, state, args)
+        report = self._report if prefix is None else self._finish_evaluation(prefix, args)
         logs.update(report)
         if state.log_history:  # a copy that the Trainer made before
             state.log_history[-1].update(report)
@@ -181,11 +188,11 @@ class MemoryUsageCallback(TrainerCallback):
             self._write(host, count)
             self._report = count.report()
 
-    def _finish_evaluation(self, prefix: str, state: Any, args: Any) -> Dict[str, float]:
+    def _finish_evaluation(self, prefix: str, args: Any) -> Dict[str, float]:
         host, count = self._host, self._evaluation
         assert host is not None and count is not None
         count.split = f"{prefix}_evaluation" if prefix == TRAINING else prefix
-        count.updates = None if host.run.updates is None else state.global_step
+        count.updates = self._updates
         count.add_up(args.device)
         if count.total:
             self._write(host, count)
@@ -217,4 +224,5 @@ class _Switch:
 def _evaluation_of(logs: Dict[str, Any]) -> Optional[str]:
     """The prefix of the keys in an evaluation's log; None for other logs."""
     found = [key.removesuffix(RUNTIME) for key in logs if key.endswith(RUNTIME)]
-    return found[0] if found and END_OF_TRAINING not in logs else None
+    # a metric's name may have the same end, as eval_model_runtime
+    return min(found, key=len) if found and END_OF_TRAINING not in logs else None

@@ -71,7 +71,7 @@ def model_card(model: Any) -> str:
 def write_card(model: Any, folder: Path) -> None:
     """Write the card of a saved model, unless the folder has a card by someone else."""
     file = folder / FILE
-    if not file.exists() or MARK in file.read_text(encoding="utf-8"):
+    if not file.exists() or MARK.encode() in file.read_bytes():
         write_file(file, model_card(model))
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
+
 from .models import MemoryModel
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -25,7 +27,8 @@ def check_training(model: Any, args: Any) -> None:
     if not isinstance(model, MemoryModel):
         raise ValueError("the model has no memories: call add_memories first")
     for name in ("deepspeed", "fsdp"):
-        if getattr(args, name):
+        # accelerate launch names them only in the environment
+        if getattr(args, name) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
             raise ValueError(
                 f"{name} splits or flattens parameters, but value tables must be whole: start "
                 "data-parallel workers with torchrun"

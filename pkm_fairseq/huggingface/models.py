@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional
 
@@ -31,6 +31,7 @@ from .blocks import (
     MODES,
     BertMemoryBlock,
     FeedForwardMemoryBlock,
+    MadeLater,
     MemoryBlock,
     TellPadding,
     block_class,
@@ -42,7 +43,7 @@ from .card import write_card
 FLOAT32 = ("reads", "memory.query_norm.running_mean", "memory.query_norm.running_var")
 
 
-class MemoryModel:
+class MemoryModel(MadeLater):
     """Mixin for a model with memory, placed before transformers' own class.
 
     Its configuration describes the memories: ``memory_layers`` (counted from 0), ``memory_mode``
@@ -61,6 +62,7 @@ class MemoryModel:
             )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not self.memory_layers():  # for a head around AutoModel, the base model has them
+            check_place(self, list(config.memory_layers), config.memory_mode)
             attach(self, build_memories(self, config))
         _complete(self)
 
@@ -147,6 +149,12 @@ def settings_of(config: MemoryConfig, layers: Iterable[int], mode: str) -> Dict[
 
 def build_memories(model: Any, config: Any) -> Dict[int, ProductKeyMemory]:
     """The memories that a configuration names, by layer; the model does not change."""
+    unknown = sorted(set(config.memory) - {x.name for x in fields(MemoryConfig)})
+    if unknown:
+        raise ValueError(
+            f"the configuration's memory has {', '.join(unknown)}, which this version of "
+            "pkm_fairseq does not know: load it with the version that saved it"
+        )
     settings, width = MemoryConfig(**config.memory), config.hidden_size
     shared = build_values(width, settings, keeps_dtype=True) if settings.share_values else None
     run, memories = RunState(data_parallel_group), {}
@@ -236,11 +244,20 @@ def check_model(model: Any, layers: List[int], mode: str) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"the model is a {type(model).__name__}, must be one of transformers")
-    architecture = architecture_of(model.config)
     if isinstance(model, MemoryModel):
         raise ValueError(
             f"the model already has memories in layers {sorted(model.memory_layers())}"
         )
+    check_place(model, layers, mode)
+
+
+def check_place(model: Any, layers: List[int], mode: str) -> None:
+    """Refuse layers, a mode or a configuration that do not fit to a model's blocks.
+
+    Raises:
+        ValueError: the message gives the reason.
+    """
+    architecture = architecture_of(model.config)
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
     blocks = architecture.blocks_of(model.base_model)
@@ -297,7 +314,11 @@ def memory_class(plain: type) -> type:
     if issubclass(plain, MemoryModel):
         return plain
     if plain not in _CLASSES:
-        body = {"__module__": __name__, "config_class": config_class(plain.config_class)}  # type: ignore[attr-defined]
+        body = {
+            "__module__": __name__,
+            "config_class": config_class(plain.config_class),  # type: ignore[attr-defined]
+            "_made_of": (memory_class, plain),
+        }
         _keep(plain, type(f"Pkm{plain.__name__}", (MemoryModel, plain), body))
     return _CLASSES[plain]
 

@@ -19,6 +19,12 @@ TOKENIZERS = (
     "vocab.json",
     PIECES[0],
 )  # without these files, transformers invents a tokenizer
+USER_DEFINED = 4  # sentencepiece's type of pieces that are never split
+# how fairseq splits text before it looks up words or merges pairs
+SPLITS: Dict[str, Dict[str, Any]] = {
+    "WordLevel": {"type": "WhitespaceSplit"},
+    "BPE": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+}
 UNKNOWN_PENALTY = 10.0  # sentencepiece's penalty for a symbol that its model lacks
 
 
@@ -56,6 +62,10 @@ def pieces(symbols: Sequence[str], model: Path, max_length: int) -> Any:
     proto = _read_pieces(model)
     if proto.trainer_spec.model_type != 1 or proto.trainer_spec.byte_fallback:
         raise ValueError(f"{model} must be a sentencepiece unigram model without byte fallback")
+    if proto.trainer_spec.treat_whitespace_as_suffix:
+        raise ValueError(f"{model} puts blanks behind words: a tokenizer here has them in front")
+    if own := [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]:
+        raise ValueError(f"{model} has pieces of its user, which have no score: {listed(own, 3)}")
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == 1}  # NORMAL
     unknown = sorted(set(scores) - set(symbols))
     if unknown:
@@ -66,9 +76,8 @@ def pieces(symbols: Sequence[str], model: Path, max_length: int) -> Any:
     table = [(symbol, scores.get(symbol, least)) for symbol in symbols]
     tokenizer = Tokenizer(models.Unigram(table, unk_id=SPECIAL.index("<unk>"), byte_fallback=False))
     spec = proto.normalizer_spec
-    steps: List[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] * bool(
-        spec.precompiled_charsmap
-    )
+    characters = spec.precompiled_charsmap  # empty for the rule "identity"
+    steps: List[Any] = [normalizers.Precompiled(characters)] if characters else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(left=False)]
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -154,8 +163,15 @@ def to_symbols(folder: Path, n_rows: int) -> Symbols:
     if len(tokens) > n_rows:
         raise ValueError(f"{folder} has {len(tokens)} tokens, more than {n_rows} embeddings")
     spare = [f"madeupword{i:04d}" for i in range(len(tokens), n_rows)]
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    symbols, files, bpe = _symbols_of(model["type"], model, tokens, folder)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind, model = backend["model"]["type"], backend["model"]
+    symbols, files, bpe = _symbols_of(kind, model, tokens, folder)
+    found = backend["pre_tokenizer"] or {"type": None}
+    if kind in SPLITS and {**found, **SPLITS[kind]} != found:
+        raise ValueError(
+            f"{folder} splits text by {found}, must be {SPLITS[kind]}, as fairseq does for a "
+            f"{kind} tokenizer"
+        )
     return Symbols([*symbols, *spare], files, bpe)
 
 

@@ -50,6 +50,8 @@ class MemoryTrainer(Trainer):
             raise ValueError(
                 f"value_lr_schedule is {value_lr_schedule!r}, must be one of {', '.join(SCHEDULES)}"
             )
+        if model is None:
+            raise ValueError("model is None: MemoryTrainer needs the model, not model_init")
         check_training(model, args)
         check_optimizer(args)
         self.value_lr, self.value_lr_schedule = value_lr, value_lr_schedule

@@ -25,7 +25,7 @@ from ..memory.reference import (
     naive_swilu_output,
     naive_weights,
 )
-from .tolerance import UNIT, gamma, weight_tolerance
+from .tolerance import FLOAT64, UNIT, gamma, weight_tolerance
 
 STEEPEST_GELU = 1.13  # largest slope of gelu
 STEEPEST_SILU = 1.1  # and of silu
@@ -70,7 +70,10 @@ class Weighting(NamedTuple):
 
     def bound(self, tolerance: Tensor, weights: Tensor) -> Tensor:
         """The absolute tolerance of weights (N, K), given ``tolerance``."""
-        return tolerance.expand_as(weights) if self.activation == "relu" else tolerance * weights
+        if self.activation == "relu":
+            return tolerance.expand_as(weights)
+        # a weight of 0 may be another one's underflow if the tolerance is huge
+        return (tolerance * weights.clamp(min=FLOAT64.tiny)).clamp(max=1)
 
 
 # --- values -----------------------------------------------------------------------------------

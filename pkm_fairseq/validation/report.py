@@ -33,6 +33,10 @@ def versions() -> Dict[str, str]:
     }
 
 
+# said only if more than half are
+MANY_TIES = "; CAUTION: up to {:.0%} of a head's queries are tied: their slots are not judged"
+
+
 def is_exact(results: List[LayerResult]) -> bool:
     """The verdict over all results.
 
@@ -58,6 +62,7 @@ def report(results: List[LayerResult], layers: Iterable[int], **more: Any) -> Di
         "exact": is_exact(results),
         "layers_judged": sorted(judged),
         "layers_left_out": sorted(set(layers) - judged),
+        "tied": max(h.ties_at_k / r.queries for r in results for h in r.heads),
         "recall_at_k": min(head.recall_at_k for head in heads),
         "score_difference": max(head.score_difference for head in heads),
         "queries": sum(result.queries * len(result.heads) for result in results),
@@ -80,6 +85,7 @@ def verdict(summary: Dict[str, Any]) -> str:
         f"recall@k {summary['recall_at_k']:.6g}, "
         f"largest score difference {summary['score_difference']:.1e}; memory layers judged: "
         + (f"{judged}; NOT judged: {left_out}" if left_out else f"{judged} (all)")
+        + (MANY_TIES.format(summary["tied"]) if summary["tied"] > 0.5 else "")
     )
 
 

@@ -8,6 +8,7 @@ section 3.1).
 import torch
 from torch import Tensor
 
+FLOAT64 = torch.finfo(torch.float64)
 UNIT = 2.0**-24  # of float32
 EXP_ERROR = 8 * UNIT  # exp and the division in a softmax; our choice, several times their error
 
@@ -43,4 +44,5 @@ def weight_tolerance(score_tolerance: Tensor, knn: int) -> Tensor:
     Errors of e in the scores, and again in subtracting the largest, change a softmax by a factor of
     at most ``exp(4 e)``. The exponentials and their sum over K are also rounded.
     """
-    return torch.expm1(score_tolerance) + gamma(knn) + EXP_ERROR
+    of_scores = torch.expm1(score_tolerance).clamp(max=FLOAT64.max)  # huge scores
+    return of_scores + gamma(knn) + EXP_ERROR

@@ -432,6 +432,17 @@ def test_logs_of_different_shapes_stand_side_by_side(
     assert len(rows) == 5
 
 
+def test_a_single_count_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line needs two."""
+    drawn: List[Any] = []
+    monkeypatch.setattr(curves, "below", lambda axes, _: drawn.extend(axes.get_lines()))
+    monkeypatch.setattr(curves, "METRICS", curves.METRICS[:1])
+    counts = [record(10, "valid"), record(20, "valid"), record(15, "train")]
+    curves.draw_curves([curves.read_log("a", write_log(tmp_path / "a", counts))])
+    found = {(len(x.get_xdata()), x.get_marker() != "None") for x in drawn if x.get_linewidth() > 1}
+    assert found == {(2, False), (1, True)}
+
+
 def checkpoint_report(
     file: str, updates: Any, layers: Any = (1, 2), origin: Any = None
 ) -> Dict[str, Any]:

@@ -99,6 +99,7 @@ def test_a_model_crosses_over_and_comes_back(
     there, back = tmp_path / "there", tmp_path / "back"
     said = convert_to_transformers(file, there)
     assert "logits of random symbols differ by at most" in said[1]
+    assert said[-1] == "tokenizers were not compared: that needs --text"
     ids = batch(DICTIONARY, [9, 5], extra=1)
     theirs = model_of(kind)  # the same seed, the same model
     theirs.load_state_dict(torch.load(file, weights_only=False)["model"])
@@ -131,7 +132,7 @@ def test_token_types_are_added_to_positions(tmp_path: Path) -> None:
     model = their_model(tmp_path / "in")
     torch.nn.init.normal_(model.roberta.embeddings.token_type_embeddings.weight)
     model.save_pretrained(tmp_path / "in")
-    (said, compared) = convert_to_fairseq(tmp_path / "in", tmp_path / "out")
+    said, compared, _ = convert_to_fairseq(tmp_path / "in", tmp_path / "out")
     assert "differ by at most" in compared and "tensors" in said
 
 
@@ -263,6 +264,46 @@ def test_sentencepiece_and_its_dictionary_cross_over(tmp_path: Path) -> None:
     assert len(filled) == 5
 
 
+def pieces_model(file: Path, **settings: Any) -> Path:
+    """A unigram model of a few sentences."""
+    import sentencepiece
+
+    with file.open("wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES * 5), model_writer=out, vocab_size=40,
+            minloglevel=2, hard_vocab_limit=False, **settings,
+        )  # fmt: skip
+    return file
+
+
+def test_sentencepiece_without_a_normalization_crosses_over(tmp_path: Path) -> None:
+    import sentencepiece
+
+    spm = pieces_model(tmp_path / "spm.model", normalization_rule_name="identity")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+    every = " ".join(processor.id_to_piece(i) for i in range(3, len(processor)))
+    dictionary = dictionary_of([every])
+    file = save(model_of("plain", dictionary, max_positions=64), tmp_path / "x.pt", dictionary)
+    text = text_of(tmp_path)
+    said = convert_to_transformers(file, tmp_path / "there", sentencepiece_model=spm, text=text)
+    assert f"{text}: 4 lines are tokenized alike" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"treat_whitespace_as_suffix": True}, "spm.model puts blanks behind words"),
+        ({"user_defined_symbols": ["at", "ca"]}, "pieces of its user, which have no score: at, ca"),
+    ],
+)
+def test_sentencepiece_of_another_form_is_refused(
+    settings: Dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    spm = pieces_model(tmp_path / "spm.model", **settings)
+    with pytest.raises(ValueError, match=message):
+        tokenizers.pieces(DICTIONARY.symbols, spm, 12)
+
+
 def gpt2_files(folder: Path) -> Path:
     """Byte pairs of a few words, with numbers of their own."""
     from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
@@ -367,6 +408,11 @@ def other_specials(folder: Path) -> None:
     tokenizers.words(symbols, 12).save_pretrained(folder)
 
 
+def splitting(folder: Path, how: Any) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pre_tokenizer": how}))
+
+
 def without_head(folder: Path) -> None:
     model = transformers.AutoModel.from_pretrained(folder)
     model.save_pretrained(folder)
@@ -382,6 +428,10 @@ TO_FAIRSEQ: Dict[str, Callable[[Path], Any]] = {
         lambda folder: changed(folder, hidden_act="relu")
     ),
     "holds no complete masked language model: lm_head.bias is missing": without_head,
+    "splits text by .*BertPreTokenizer.*, must be .*WhitespaceSplit": lambda folder: splitting(
+        folder, {"type": "BertPreTokenizer"}
+    ),
+    "splits text by .*None": lambda folder: splitting(folder, None),
     "has no tokenizer": lambda folder: [
         (folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")
     ],

@@ -6,7 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Dict
 
@@ -146,6 +146,33 @@ def test_a_model_with_memories_is_copied_and_pickled() -> None:
         nn.init.zeros_(twin.memory_layers()[0].memory.values.weight)
         assert not torch.equal(twin(**given).logits, expected)
     assert torch.equal(model(**given).logits, expected)
+
+
+MAKE = """
+import pickle, sys
+from pathlib import Path
+import torch
+from tests.hf_models import batch, with_memories
+models = [with_memories(name).eval() for name in ("bert", "distilbert")]
+pickle.dump([(x, x(**batch()).logits) for x in models], open(sys.argv[1], "wb"))
+"""
+LOAD = """
+import pickle, sys
+import torch
+from tests.hf_models import batch
+for model, logits in pickle.load(open(sys.argv[1], "rb")):
+    assert torch.equal(model(**batch()).logits, logits)
+    print(type(model.memory_layers()[0]).__name__)
+"""
+
+
+def test_a_pickle_is_loaded_in_a_new_process(tmp_path: Path) -> None:
+    for code in (MAKE, LOAD):
+        command = [sys.executable, "-c", code, str(tmp_path / "models.pkl")]
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["PkmBertLayer", "PkmTransformerBlock"]
 
 
 def test_the_configuration_of_another_model_stays_as_it_is() -> None:
@@ -354,6 +381,9 @@ def test_the_model_card_says_what_is_known_and_leaves_other_cards_alone(tmp_path
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+    (tmp_path / "README.md").write_bytes("für mich".encode("latin-1"))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"f\xfcr mich"
 
 
 def test_a_tokenizer_beside_the_model_is_found_and_fills_masks(tmp_path: Path) -> None:
@@ -431,6 +461,25 @@ def test_a_configuration_without_memory_is_refused(tmp_path: Path) -> None:
     plain("bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no memory_layers: load the model without memory"):
         memory_class(transformers.BertForMaskedLM).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_size_feed_forward": 3}, "chunk_size_feed_forward is 3, must be 0"),
+        ({"is_decoder": True}, "the model is a decoder"),
+        ({"memory_mode": "both"}, "mode is 'both', must be one of residual, replace"),
+        ({"num_hidden_layers": 2}, r"layers are \[0, 2\], must be one or more different numbers"),
+        ({"memory": {**asdict(SMALL), "novel": 1}}, "memory has novel, which this version of"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_changed_at_loading_are_checked(
+    settings: Dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with_memories("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, **settings)
 
 
 # --- architectures of one's own ---------------------------------------------------------------

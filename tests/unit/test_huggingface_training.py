@@ -67,6 +67,7 @@ def arguments(folder: Path, **more: Any) -> Any:
 def trained(folder: Path, model: Any = None, kind: Any = MemoryTrainer, **more: Any) -> Any:
     """A Trainer that has trained a model; arguments of its own are those that Trainer has."""
     own = ("optimizers", "callbacks", "eval_dataset", "value_lr", "value_lr_schedule")
+    own += ("compute_metrics",)
     given = {name: more.pop(name) for name in own if name in more}
     model = with_memories("bert") if model is None else model
     trainer = kind(model, arguments(folder, **more), train_dataset=examples(), **given)
@@ -440,6 +441,75 @@ def test_chosen_rows_of_values_alone_are_finetuned(tmp_path: Path) -> None:
             assert ".reads." in name or torch.equal(x, before[name]), name
             continue
         assert 5 <= int((x != before[name]).any(dim=1).sum()) <= 6 * 5 < len(x), name
+
+
+def staleness_of(record: Dict[str, Any]) -> Dict[str, Any]:
+    found: Dict[str, Any] = record["layers"][0]["staleness"]
+    return found
+
+
+def test_the_last_count_is_of_the_last_model_and_an_evaluation_of_the_best(tmp_path: Path) -> None:
+    scores = iter([-1.0, -2.0, -3.0, -4.0])  # the first evaluation is the best
+    model = with_memories("bert")
+    trainer = MemoryTrainer(
+        model,
+        arguments(
+            tmp_path,
+            **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"),
+            **dict.fromkeys(("eval_steps", "save_steps"), 2),
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=True,
+        ),
+        train_dataset=examples(),
+        eval_dataset=examples()[:4],
+        compute_metrics=lambda _: {"score": next(scores)},
+        callbacks=[MemoryUsageCallback(interval=1000)],
+    )
+    trainer.train()
+    trainer.evaluate()
+    _, records = read_usage_log(tmp_path / "memory_usage.jsonl")
+    assert [(x["update"], x["split"]) for x in records] == [
+        *((2, "eval"), (4, "eval"), (6, "eval"), (6, "train")),
+        (2, "eval"),  # of the best model, which was loaded
+    ]
+    before, last = records[2], records[3]  # of the model after 6 updates
+    assert staleness_of(last) == staleness_of(before) != staleness_of(records[0])
+    assert staleness_of(records[4]) == staleness_of(records[0])
+
+
+def test_a_trainer_that_did_not_train_a_model_does_not_know_its_updates(tmp_path: Path) -> None:
+    model = trained(tmp_path, max_steps=2).model
+    found = MemoryTrainer(model, arguments(tmp_path / "other")).evaluate(examples()[:4])
+    assert "eval_memory0_top1_usage" in found and "eval_memory0_read_p50" not in found
+    assert model.memory_usage["update"] is None
+
+
+def test_a_metric_may_be_a_runtime(tmp_path: Path) -> None:
+    trained(
+        tmp_path,
+        max_steps=1,
+        eval_dataset=examples()[:4],
+        eval_strategy="steps",
+        compute_metrics=lambda _: {"model_runtime": 1.0},
+    )
+    _, records = read_usage_log(tmp_path / "memory_usage.jsonl")
+    assert {x["split"] for x in records} == {"train", "eval"}
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_what_accelerate_turns_on_is_refused_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_training(with_memories("bert"), made_up())
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{name} splits or flattens parameters"):
+        check_training(with_memories("bert"), made_up())
+
+
+def test_a_trainer_needs_a_model_not_its_making(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="MemoryTrainer needs the model, not model_init"):
+        MemoryTrainer(None, arguments(tmp_path), model_init=lambda: with_memories("bert"))
 
 
 def test_times_of_reads_are_noted_by_update(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The validation passes a good memory and finds every planted fault."""
 
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Tuple
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from pkm_fairseq.memory import Experts, ProductKeyMemory, ValueTable, experts, output, search
 from pkm_fairseq.memory import memory as memory_module
-from pkm_fairseq.validation import LayerResult, compare, random_like, validate_memory
+from pkm_fairseq.validation import LayerResult, compare, random_like, report, validate_memory
 
 from .conftest import WIDTH, small_memory
 
@@ -61,6 +62,20 @@ def test_ties_are_counted_and_leave_the_verdict_exact(tokens: Tensor) -> None:
         assert head.ties_at_1 == head.ties_at_k == len(tokens)
         assert head.recall_at_1 == head.recall_at_k == 1
         assert head.same_at_k < 1
+    summary = report.report([result], [result.layer])
+    assert summary["tied"] == 1 and "CAUTION: up to 100% of a head's queries are tied" in (
+        report.verdict(summary)
+    )
+
+
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+def test_a_memory_with_huge_scores_is_exact(activation: str, tokens: Tensor) -> None:
+    memory = small_memory(score_activation=activation)
+    with torch.no_grad():
+        memory.keys *= 1e18
+    result = validate_memory(memory, tokens)
+    assert result.exact
+    json.dumps(report.report([result], [result.layer]), allow_nan=False)
 
 
 @given(

@@ -266,7 +266,7 @@ def _compare(
     ids[1::2, shape[1] // 2 :] = pad
     said = [f"logits of random symbols differ by at most {_difference(theirs, ours, ids, pad):.1e}"]
     if text is None:
-        return said
+        return [*said, "tokenizers were not compared: that needs --text"]
     lines = _lines(text)
     for number, line in lines:
         own = encode(line)
