@@ -3,10 +3,11 @@
 import logging
 from functools import wraps
 from types import SimpleNamespace
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
-from fairseq import checkpoint_utils
 from torch import Tensor
+
+from .loading import showing
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +33,15 @@ def average_tied_parameters_once(stock: Callable[..., None]) -> Callable[..., No
     return step
 
 
-def start_from_the_checkpoint(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``Trainer.load_checkpoint``, for a checkpoint without an average.
+@showing
+def start_from_the_checkpoint(trainer: Any, checkpoint: Dict[str, Any], file: str) -> None:
+    """For a checkpoint without an average: name its parameters as the average, too.
 
-    fairseq wants to start the average from the checkpoint's parameters, which it has deleted by
-    then. The replacement names them as the average, too.
+    fairseq wants to start the average from the parameters, but has deleted them by then.
     """
-
-    @wraps(stock)
-    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        load = checkpoint_utils.load_checkpoint_to_cpu
-
-        def load_with_average(*given: Any, **more: Any) -> Any:
-            state = load(*given, **more)
-            if self.cfg.ema.store_ema and "ema" not in state["extra_state"]:
-                logger.info("the checkpoint has no average: --store-ema starts from its parameters")
-                state["extra_state"]["ema"] = state["model"]
-            return state
-
-        checkpoint_utils.load_checkpoint_to_cpu = load_with_average
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            checkpoint_utils.load_checkpoint_to_cpu = load
-
-    return load_checkpoint
+    if trainer.cfg.ema.store_ema and "ema" not in checkpoint["extra_state"]:
+        logger.info("the checkpoint has no average: --store-ema starts from its parameters")
+        checkpoint["extra_state"]["ema"] = checkpoint["model"]
 
 
 def _place(value: Any) -> Optional[Tuple[Any, ...]]:

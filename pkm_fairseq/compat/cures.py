@@ -14,6 +14,7 @@ from . import (
     commands,
     environment,
     literals,
+    loading,
     names,
     nan_detector,
     parts,
@@ -239,6 +240,14 @@ CURES: Tuple[Cure, ...] = (
         FAIRSEQ,
         OPTIONS + "test_an_average_starts_from_a_checkpoint_without_one",
         replace=averages.start_from_the_checkpoint,
+    ),
+    Cure(
+        "fairseq.trainer.Trainer.load_checkpoint",
+        "a resumed or finetuned training takes a checkpoint of another dictionary of equal size, "
+        "of labels in another order, or of options that change the output but no shape",
+        FAIRSEQ,
+        "tests/integration/test_options.py::test_a_checkpoint_of_another_training_is_refused",
+        replace=loading.compare_with_the_checkpoint,
     ),
     Cure(
         "fairseq.models.distributed_fairseq_model.DistributedDataParallel",

@@ -227,6 +227,13 @@ def log_glue_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
             metrics.log_derived(name, _derived(name))
 
 
+def forget_rows() -> None:
+    """Forget the rows of the validations before, which fairseq keeps in its meters for ever."""
+    meter = metrics.get_meter("valid", f"_{ROWS}")
+    if meter is not None:
+        meter.reset()
+
+
 def _derived(name: str) -> Callable[[Dict[str, Any]], float]:
     def of_all_rows(meters: Dict[str, Any]) -> float:
         rows = meters[f"_{ROWS}"].tensor.numpy()

@@ -10,7 +10,7 @@ from fairseq.criterions.sentence_prediction import (
 )
 
 from ..memory.option import option
-from .glue_metrics import GlueMetrics, log_glue_metrics
+from .glue_metrics import GlueMetrics, forget_rows, log_glue_metrics
 from .usage import UsageConfig, UsageReports, log_usage
 
 
@@ -33,6 +33,11 @@ class PkmSentencePredictionConfig(UsageConfig, SentencePredictionConfig):
 @register_criterion("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
 class PkmSentencePrediction(GlueMetrics, UsageReports, SentencePredictionCriterion):
     """The sentence-level classification or regression loss of fairseq."""
+
+    def finish_validation(self, tells: bool = True) -> None:
+        """Write unfinished counts, and forget the rows of GLUE's metrics."""
+        super().finish_validation(tells)
+        forget_rows()
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:

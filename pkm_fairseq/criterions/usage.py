@@ -170,6 +170,8 @@ class UsageReports(FairseqCriterion):
         if subset not in self._validation:
             merge_read_times(host)
             self._validation[subset] = Count(host, subset, self._tokens, self._draws)
+            if not self._is_training:  # the model is told of the last update, too
+                self._validation[subset].updates = host.run.updates
         count = self._validation[subset]
         if count.is_full:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)

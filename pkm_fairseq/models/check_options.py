@@ -42,6 +42,7 @@ def check_plan(plan: Plan) -> None:
     if plan.memory_layers:
         _check_layerdrop(plan)
         _check_precision(plan)
+        _check_average(plan)
         _check_optimizer(plan)
         _check_regularisation(plan)
     if plan.values_file is not None:
@@ -89,6 +90,15 @@ def _check_precision(plan: Plan) -> None:
         raise ValueError(
             "--bf16 and --memory-efficient-bf16 of fairseq-train are for TPUs (torch_xla is not "
             "installed): use fairseq-hydra-train with common.bf16=true"
+        )
+
+
+def _check_average(plan: Plan) -> None:
+    run = plan.run
+    if run.store_ema and plan.memory.value_dtype == "bfloat16" and not run.ema_fp32:
+        raise ValueError(
+            "--store-ema with --memory-value-dtype bfloat16 needs --ema-fp32: steps of an average "
+            "in bfloat16 are too small to move it"
         )
 
 

@@ -154,6 +154,7 @@ class RunOptions:
     checkpoint_suffix: str = of_run("checkpoint.checkpoint_suffix", "")
     no_save_optimizer_state: bool = of_run("checkpoint.no_save_optimizer_state", False)
     store_ema: bool = of_run("ema.store_ema", False)
+    ema_fp32: bool = of_run("ema.ema_fp32", False)
     use_bmuf: bool = of_run("optimization.use_bmuf", False)
 
 

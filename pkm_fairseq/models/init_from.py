@@ -53,7 +53,7 @@ def apply_init_from(model: nn.Module, plan: Plan, args: Any, dictionary: Diction
         return
     checkpoint = read_checkpoint(path)
     dictionary_note = check_dictionary(checkpoint, dictionary, f"--init-from {path}")
-    check_options(checkpoint, args, path)
+    check_options(checkpoint, args, f"--init-from {path}")
     load_parameters(model, checkpoint["model"], path, dictionary_note)
 
 
@@ -133,10 +133,15 @@ def _tables(model: nn.Module) -> Dict[str, ValueTable]:
     return {name: table for name, table in modules if isinstance(table, ValueTable)}
 
 
-def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
+def check_options(checkpoint: Dict[str, Any], args: Any, where: str) -> None:
     """Compare the options that change a model's output but no parameter's shape.
 
     A memory may read more or fewer slots than before; that is only logged.
+
+    Args:
+        checkpoint: from any version of fairseq.
+        args: the model's options.
+        where: the checkpoint, for messages.
 
     Raises:
         ValueError: another option differs.
@@ -155,12 +160,10 @@ def check_options(checkpoint: Dict[str, Any], args: Any, path: str) -> None:
             said = f"with {flag} {before}, not {now}"
             if isinstance(now, bool):  # a flag without a value
                 said = f"with {flag}, not without" if before else f"without {flag}, not with"
-            raise ValueError(f"--init-from {path}: trained {said}")
+            raise ValueError(f"{where}: trained {said}")
     knn = theirs.get("memory_knn")
     if has_memory and knn is not None and knn != args.memory_knn:
-        logger.warning(
-            f"--init-from {path}: trained with --memory-knn {knn}, now reads {args.memory_knn}"
-        )
+        logger.warning(f"{where}: trained with --memory-knn {knn}, now reads {args.memory_knn}")
 
 
 def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
@@ -169,7 +172,11 @@ def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
     fairseq's strict loading then accepts it. Missing times of reads start from zero. For a state
     without memory it drops the replaced FFNs, and the model keeps its initial memory. A state with
     any memory is still checked strictly.
+
+    Raises:
+        ValueError: a state with memory has an FFN where the model has only a memory.
     """
+    check_feed_forwards(model, state_dict)
     own = model.state_dict()
     for name in own:
         if READ_TIMES.search(name):
@@ -186,6 +193,23 @@ def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
             f"the checkpoint holds no memory: dropped {_listed(_modules(dropped))}; "
             f"newly initialised {_listed(_modules(new))}"
         )
+
+
+def check_feed_forwards(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
+    """Refuse a state with memory that has an FFN where the model has only a memory.
+
+    torch's strict loading would drop it silently: the module's place is there, but empty.
+
+    Raises:
+        ValueError: the message names the first parameters.
+    """
+    if any(MEMORY_PARAMETER.search(name) for name in state_dict):
+        own = model.state_dict()
+        if extra := [name for name in state_dict if _is_replaced_ffn(name, own)]:
+            raise ValueError(
+                f"the checkpoint has {_listed(extra)}, the model has only a memory there "
+                "(--memory-mode replace)"
+            )
 
 
 def _memory_of(name: str) -> Optional[str]:

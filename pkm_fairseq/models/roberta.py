@@ -32,7 +32,12 @@ from .checkpoints import (
 from .config import ParserWithChoices, PkmRobertaConfig
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MemoryEncoderLayer
-from .init_from import apply_init_from, complete_state
+from .init_from import (
+    apply_init_from,
+    check_feed_forwards,
+    check_options,
+    complete_state,
+)
 from .plan import Plan, complete_options, read_plan, write_back
 from .prune import prune_state
 
@@ -268,9 +273,46 @@ class PkmRobertaModel(RobertaModel):
             # without a version, as in an EMA's state, fairseq drops the last layer norm
             version = "sentence_encoder.version"
             state_dict.setdefault(f"encoder.{version}", self.encoder.get_buffer(version).clone())
-        super().upgrade_state_dict_named(state_dict, name)
+        with _whole_output_layers(state_dict):
+            super().upgrade_state_dict_named(state_dict, name)
         if name == "":
             complete_state(self, state_dict)
+
+    def check_checkpoint(self, checkpoint: Dict[str, Any], file: str) -> None:
+        """Compare a checkpoint that a training loads.
+
+        Raises:
+            ValueError: it was trained with other options that change the output but no shape, or
+                has an FFN where this model has only a memory.
+        """
+        cfg = checkpoint.get("cfg")
+        if OmegaConf.is_config(cfg):  # fairseq made it of a plain dictionary
+            checkpoint = {**checkpoint, "cfg": OmegaConf.to_container(cfg, resolve=False)}
+        try:
+            check_options(checkpoint, self.args, file)
+            check_feed_forwards(self, checkpoint["model"])
+        except ValueError as error:
+            raise ValueError(f"pkm_roberta: {error}") from None
+
+
+@contextmanager
+def _whole_output_layers(state_dict: Dict[str, Any]) -> Iterator[None]:
+    """Give heads with spectral norm the weight that fairseq looks for, and take it away again.
+
+    torch stores the weight of such a layer as ``weight_orig``; fairseq knows only ``weight``.
+    """
+    end = ".out_proj.weight"
+    added = {
+        name.removesuffix("_orig"): tensor
+        for name, tensor in state_dict.items()
+        if name.endswith(f"{end}_orig") and name.removesuffix("_orig") not in state_dict
+    }
+    state_dict.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            state_dict.pop(name, None)  # fairseq drops the heads that the model does not have
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from fairseq.tasks import FairseqTask
 from ..memory.hosts import merge_read_times, with_memories
 from ..models.checkpoints import dictionary_sha256
 
+DICTIONARY = "dictionary_sha256"  # in a task's state
+
 
 class NamedSplitDataset(BaseWrapperDataset):
     """A data set whose batches name their split.
@@ -78,9 +80,38 @@ class TellsEndOfValidation(FairseqTask):
             self._criterion.finish_validation()
 
 
+class ComparesDictionaries(FairseqTask):
+    """Mixin for a task: refuses a checkpoint that was trained with another dictionary."""
+
+    def check_checkpoint(self, checkpoint: Dict[str, Any], file: str) -> None:
+        """Compare a checkpoint that a training loads.
+
+        Raises:
+            ValueError: it was trained with another dictionary.
+        """
+        self._compare(checkpoint.get("task_state") or {}, file)
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Take over the state in a checkpoint, which fairseq loads for evaluation.
+
+        Raises:
+            ValueError: the checkpoint was trained with another dictionary.
+        """
+        self._compare(state_dict, "the checkpoint")
+        super().load_state_dict(state_dict)
+
+    def _compare(self, state: Dict[str, Any], name: str) -> None:
+        theirs, ours = state.get(DICTIONARY), dictionary_sha256(self.source_dictionary)
+        if theirs not in (None, ours):
+            raise ValueError(
+                f"{name} was trained with another dictionary (sha256 {theirs[:12]}, this one has "
+                f"{ours[:12]}): the data must have the same dict.txt"
+            )
+
+
 def remember_dictionary(task: Any) -> None:
-    """Store the hash of the task's dictionary in its checkpoints, for ``--init-from``."""
-    task.state.merge_state_dict({"dictionary_sha256": dictionary_sha256(task.source_dictionary)})
+    """Store the hash of the task's dictionary in its checkpoints."""
+    task.state.merge_state_dict({DICTIONARY: dictionary_sha256(task.source_dictionary)})
 
 
 def require_dictionary(folder: str) -> None:

@@ -9,6 +9,7 @@ from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
 
 from ..compat.processes import forget_previous_training
 from .common import (
+    ComparesDictionaries,
     MemoryTrainStep,
     NamedSplitDataset,
     TellsEndOfValidation,
@@ -24,7 +25,7 @@ class PkmMaskedLMConfig(MaskedLMConfig):
 
 
 @register_task("pkm_masked_lm", dataclass=PkmMaskedLMConfig)
-class PkmMaskedLMTask(MemoryTrainStep, TellsEndOfValidation, MaskedLMTask):
+class PkmMaskedLMTask(MemoryTrainStep, TellsEndOfValidation, ComparesDictionaries, MaskedLMTask):
     """Masked language modelling."""
 
     def __init__(self, cfg: PkmMaskedLMConfig, dictionary: Any = None) -> None:

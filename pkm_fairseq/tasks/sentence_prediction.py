@@ -11,6 +11,7 @@ from fairseq.tasks.sentence_prediction import SentencePredictionConfig, Sentence
 from ..compat.processes import forget_previous_training
 from ..models.labels import label_names
 from .common import (
+    ComparesDictionaries,
     MemoryTrainStep,
     NamedSplitDataset,
     TellsEndOfValidation,
@@ -29,7 +30,9 @@ class PkmSentencePredictionConfig(SentencePredictionConfig):
 
 
 @register_task("pkm_sentence_prediction", dataclass=PkmSentencePredictionConfig)
-class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentencePredictionTask):
+class PkmSentencePredictionTask(
+    MemoryTrainStep, TellsEndOfValidation, ComparesDictionaries, SentencePredictionTask
+):
     """Classification or regression of sentences and sentence pairs."""
 
     def __init__(self, cfg: Any, data_dictionary: Any, label_dictionary: Any) -> None:
@@ -50,14 +53,35 @@ class PkmSentencePredictionTask(MemoryTrainStep, TellsEndOfValidation, SentenceP
         Raises:
             ValueError: the checkpoint's head was trained on labels in another order.
         """
+        if not self.cfg.regression_target:
+            ours = label_names(self.label_dictionary)
+            if any(a != b for a, b in zip(self._labels, ours, strict=False)):
+                raise ValueError(self._in_another_order(self._labels))
+
+    def check_checkpoint(self, checkpoint: Dict[str, Any], file: str) -> None:
+        """Compare a checkpoint that a training loads.
+
+        Raises:
+            ValueError: it was trained with another dictionary, or has the same head for the same
+                labels in another order.
+        """
+        super().check_checkpoint(checkpoint, file)
         if self.cfg.regression_target:
             return
+        theirs = (checkpoint.get("task_state") or {}).get("labels") or []
         ours = label_names(self.label_dictionary)
-        if any(a != b for a, b in zip(self._labels, ours, strict=False)):
-            raise ValueError(
-                f"the labels of {self.cfg.data} are {', '.join(ours)}, must be in the order that "
-                f"the checkpoint was trained with: {', '.join(self._labels)}"
-            )
+        head = f"classification_heads.{self.cfg.classification_head_name}."
+        has_head = any(name.startswith(head) for name in checkpoint["model"])
+        # a head for other labels is a start like any other
+        if has_head and theirs != ours and sorted(theirs) == sorted(ours):
+            raise ValueError(f"{file}: {self._in_another_order(theirs)}")
+
+    def _in_another_order(self, theirs: List[str]) -> str:
+        ours = ", ".join(label_names(self.label_dictionary))
+        return (
+            f"the labels of {self.cfg.data} are {ours}, must be in the order that the checkpoint "
+            f"was trained with: {', '.join(theirs)}"
+        )
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> "PkmSentencePredictionTask":

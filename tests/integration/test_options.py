@@ -7,6 +7,7 @@ time, in a training of three updates.
 import random
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Dict, List, Optional, Set, Tuple
 
@@ -18,7 +19,7 @@ from fairseq.data import Dictionary
 from tests.helpers import small_dictionary, write_split
 
 from .conftest import Shared
-from .runs import BIN, MASKED_LM, MEMORY, MODEL, TRAIN, Run, free_port, run_alike
+from .runs import BIN, MASKED_LM, MEMORY, MODEL, TRAIN, USER_DIR, Run, free_port, run_alike
 from .test_bad_input import last_line
 
 ARCH = ["--arch", "resm_roberta_tiny", "--max-update", "3"]
@@ -182,6 +183,7 @@ NOT_HERE = {  # by what they are refused; several are refused by fairseq itself
     "--memory-checkpoint parts --memory-layers []": "no values are trained",
     f"--init-from {START} --continue-once {START}": "--continue-once .* exclude each other",
     f"--store-ema --ema-seed-model {START}": "holds no average.*--store-ema",
+    "--memory-value-dtype bfloat16 --store-ema": "bfloat16 needs --ema-fp32",
     "--store-ema --ema-seed-model nowhere.pt": "no checkpoint at nowhere.pt",
     "--memory-value-lr 1e30": "gradients are Nan/Inf",
     "--memory-finetune slots": "scores by tf-idf, which needs --memory-background FILE",
@@ -238,6 +240,13 @@ def _train(data: Path, folder: str, flags: str, out: Path, start: str = "") -> R
     return run_alike(*command, "--save-dir", out, *given, cwd=out)
 
 
+def _validate(data: Path, folder: str, run: Path) -> Run:
+    task = MASKED_LM if folder == "bin" else SENTENCES
+    command = [BIN / "fairseq-validate", data / folder, "--user-dir", USER_DIR, *task[:4], "--cpu"]
+    given = ["--batch-size", "8", "--num-workers", "0", "--log-format", "json"]
+    return run_alike(*command, *given, "--path", run / "checkpoint_last.pt", cwd=run)
+
+
 def _assert_trained(done: Run) -> None:
     assert done.status == 0 and "Traceback" not in done.output, done.output[-3000:]
     assert "num_updates: 3 >= max_update: 3" in done.output  # fairseq may end well without one
@@ -261,6 +270,81 @@ def test_an_average_starts_from_a_checkpoint_without_one(
     name = "encoder.sentence_encoder.layers.1.fc1.weight"
     assert torch.equal(average[name], before["model"][name])
     assert not torch.equal(after["model"][name], before["model"][name])
+
+
+def _rewritten(data: Path, out: Path, folder: str, *files: str) -> Path:
+    """A copy of a data-bin in which these dictionaries have the opposite order."""
+    shutil.copytree(data / folder, out / folder)
+    for file in files:
+        lines = (out / folder / file).read_text().splitlines()
+        (out / folder / file).write_text("\n".join(reversed(lines)) + "\n")
+    return out
+
+
+# by flags; "" resumes
+ANOTHER = "trained with another dictionary .sha256 .*: the data must have the same dict.txt"
+NOT_OF_THIS_TRAINING = {
+    "": ("dict.txt", ANOTHER),
+    f"--finetune-from-model {START}": ("dict.txt", ANOTHER),
+    "--memory-score-activation relu": ("", "trained with --memory-score-activation softmax, not"),
+    f"--finetune-from-model {START} --memory-mode replace": (
+        "",
+        r"checkpoint has layers.1.fc1.weight, .* only a memory there \(--memory-mode replace\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", NOT_OF_THIS_TRAINING)
+def test_a_checkpoint_of_another_training_is_refused(
+    flags: str, data: Path, start: Path, tmp_path: Path
+) -> None:
+    changed, said = NOT_OF_THIS_TRAINING[flags]
+    other = _rewritten(data, tmp_path / "data", "bin", *([changed] if changed else []))
+    out = tmp_path / "out"
+    out.mkdir()
+    if START not in flags:
+        shutil.copy(start / "checkpoint_last.pt", out)
+    _assert_refused(_train(other, "bin", f"{flags} --max-update 4", out, str(start)), said)
+    if changed:
+        _assert_refused(_validate(other, "bin", start), said)
+
+
+def test_a_checkpoint_of_labels_in_another_order_is_refused(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    _assert_trained(_train(data, "sentences", "", out))
+    other = _rewritten(data, tmp_path / "data", "sentences", "label/dict.txt")
+    said = "labels of .* are yes, no, must be in the order that .* trained with: no, yes"
+    _assert_refused(_train(other, "sentences", "--max-update 4", out), said)
+    finetune = f"--finetune-from-model {out / 'checkpoint_last.pt'}"
+    (tmp_path / "again").mkdir()
+    _assert_refused(_train(other, "sentences", finetune, tmp_path / "again"), said)
+    # a new head has its own order
+    _assert_trained(
+        _train(other, "sentences", f"{finetune} --classification-head-name h", tmp_path / "again")
+    )
+
+
+def test_a_head_with_spectral_norm_is_loaded_again(data: Path, tmp_path: Path) -> None:
+    flags = "--spectral-norm-classification-head"
+    _assert_trained(_train(data, "sentences", flags, tmp_path))
+    before = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
+    assert any(name.endswith("out_proj.weight_orig") for name in before)
+    done = _train(data, "sentences", f"{flags} --max-update 4", tmp_path)
+    assert done.status == 0 and "num_updates: 4 >= max_update: 4" in done.output, done.output
+    after = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
+    assert set(after) == set(before)
+    assert _validate(data, "sentences", tmp_path).status == 0
+
+
+def test_fairseq_validate_says_what_the_training_said(data: Path, tmp_path: Path) -> None:
+    """Staleness, too, which depends on the number of updates."""
+    done = _train(data, "bin", "", tmp_path)
+    _assert_trained(done)
+    (before,), (after,) = done.logged("valid"), _validate(data, "bin", tmp_path).logged("valid")
+    keys = [key for key in before if "_memory1_" in key]
+    assert any(key.endswith("_read_p90") for key in keys)
+    assert {key: after.get(key) for key in keys} == {key: before[key] for key in keys}
 
 
 @pytest.mark.parametrize("flags", SENTENCES_WORK)

@@ -187,7 +187,7 @@ def validate(criterion, model, samples):
     with metrics.aggregate(new_root=True) as meters:
         for sample in samples:
             log = criterion(model, sample)[2]
-            with metrics.aggregate():
+            with metrics.aggregate("valid"):
                 type(criterion).reduce_metrics([log])
     return meters.get_smoothed_values()
 
@@ -241,6 +241,19 @@ def test_two_subsets_do_not_mix():
     first = validate(criterion, model, samples[:3])["mcc"]
     validate(criterion, model, samples[3:])
     assert validate(criterion, model, samples[:3])["mcc"] == first
+
+
+def test_rows_of_a_finished_validation_are_forgotten():
+    """Else fairseq keeps those of all validations, and stores them in each checkpoint."""
+    criterion, samples = criterion_of("accuracy,mcc"), dev_set()
+    model = model_of(2)
+    found = [validate(criterion, model, samples)]
+    kept = metrics.get_meter("valid", "_glue_rows")
+    assert len(kept.tensor)
+    criterion.finish_validation()
+    assert kept.tensor is None
+    found.append(validate(criterion, model, samples))
+    assert found[0] == found[1] and len(kept.tensor) == sum(len(x["id"]) for x in samples)
 
 
 def test_training_and_no_metrics_add_nothing():
