@@ -176,15 +176,19 @@ def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
     Raises:
         ValueError: a state with memory has an FFN where the model has only a memory.
     """
-    check_feed_forwards(model, state_dict)
     own = model.state_dict()
     for name in own:
         if READ_TIMES.search(name):
             state_dict.setdefault(name, own[name])
+    dropped = [name for name in state_dict if _is_replaced_ffn(name, own)]
     if any(MEMORY_PARAMETER.search(name) for name in state_dict):
+        if dropped:  # torch would do it silently: the module's place is there, but empty
+            raise ValueError(
+                f"pkm_roberta: the checkpoint has {_listed(dropped)}, the model has only a memory "
+                "there (--memory-mode replace)"
+            )
         return
     new = [name for name in own if MEMORY_PARAMETER.search(name)]
-    dropped = [name for name in state_dict if _is_replaced_ffn(name, own)]
     state_dict.update({name: own[name] for name in new})
     for name in dropped:
         del state_dict[name]
@@ -193,23 +197,6 @@ def complete_state(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
             f"the checkpoint holds no memory: dropped {_listed(_modules(dropped))}; "
             f"newly initialised {_listed(_modules(new))}"
         )
-
-
-def check_feed_forwards(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
-    """Refuse a state with memory that has an FFN where the model has only a memory.
-
-    torch's strict loading would drop it silently: the module's place is there, but empty.
-
-    Raises:
-        ValueError: the message names the first parameters.
-    """
-    if any(MEMORY_PARAMETER.search(name) for name in state_dict):
-        own = model.state_dict()
-        if extra := [name for name in state_dict if _is_replaced_ffn(name, own)]:
-            raise ValueError(
-                f"the checkpoint has {_listed(extra)}, the model has only a memory there "
-                "(--memory-mode replace)"
-            )
 
 
 def _memory_of(name: str) -> Optional[str]:

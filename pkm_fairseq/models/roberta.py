@@ -32,12 +32,7 @@ from .checkpoints import (
 from .config import ParserWithChoices, PkmRobertaConfig
 from .encoder import MemoryRobertaEncoder
 from .encoder_layer import MemoryEncoderLayer
-from .init_from import (
-    apply_init_from,
-    check_feed_forwards,
-    check_options,
-    complete_state,
-)
+from .init_from import apply_init_from, check_options, complete_state
 from .plan import Plan, complete_options, read_plan, write_back
 from .prune import prune_state
 
@@ -282,15 +277,13 @@ class PkmRobertaModel(RobertaModel):
         """Compare a checkpoint that a training loads.
 
         Raises:
-            ValueError: it was trained with other options that change the output but no shape, or
-                has an FFN where this model has only a memory.
+            ValueError: it was trained with other options that change the output but no shape.
         """
         cfg = checkpoint.get("cfg")
         if OmegaConf.is_config(cfg):  # fairseq made it of a plain dictionary
             checkpoint = {**checkpoint, "cfg": OmegaConf.to_container(cfg, resolve=False)}
         try:
             check_options(checkpoint, self.args, file)
-            check_feed_forwards(self, checkpoint["model"])
         except ValueError as error:
             raise ValueError(f"pkm_roberta: {error}") from None
 
