@@ -268,7 +268,6 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
             for run in runs_of(arm):
                 line(axes, run, arm, recalls_on_the_way(run), "-")
         axes.set(xlabel="updates, those of the start counted", ylabel="recall by name")
-        axes.legend(loc="upper left")
 
     def over_time(axes: Axes) -> None:
         for factor, style in ((1, "-"), (4, "--")):
@@ -280,7 +279,6 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
                     line(axes, run, label, points, style)
         axes.set(xlabel="time, in updates of plain", ylabel="recall by name")
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.legend(loc="upper right")
 
     def usage(axes: Axes) -> None:
         for arm in (arm for arm in arms if arm in MEMORIES):
@@ -289,7 +287,6 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
                 line(axes, run, arm, dict(memory["top1_curve"]), "-")
         axes.set(xlabel="draws per slot", ylabel="top-1 usage", xscale="log", ylim=(0, 1))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.legend(loc="lower right")
 
     def over_compute(axes: Axes) -> None:
         for arm in arms:
@@ -299,10 +296,10 @@ def draw_charts(found: Found, size: Size, multiples: Mapping[str, float], folder
         axes.set(xlabel="multiply-adds per token", ylabel="recall by name", xlim=0, ylim=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.legend(loc="upper left")
 
     def with_per_cent(plot: Callable[[Axes], None], axes: Axes) -> None:
         plot(axes)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: no curve crosses it
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
     for plot in (over_updates, over_time, over_compute, usage):
