@@ -37,6 +37,7 @@ def test_layers_are_named_as_in_the_whole_encoder(arch, kept, memories, remainin
     whole(TOKENS)
     pruned = build(arch, seed=1, memory_layers=memories, encoder_layers_to_keep=kept)
     assert list(pruned.memory_layers()) == remaining
+    pruned.check_checkpoint({"model": state_of(whole)}, "whole.pt")  # a training does it first
     pruned.load_state_dict(state_of(whole))
     with torch.no_grad():
         features = pruned.eval()(TOKENS, features_only=True)[0]
